@@ -1,0 +1,327 @@
+"""ConceptBank: erasures by name, with what each was made from; on disk and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sepme_diffusers.card import model_card
+from sepme_diffusers.concepts import Concept
+from sepme_diffusers.config import SepMEConfig
+from sepme_diffusers.increment import Increment
+
+MANIFEST = "sepme_bank.json"
+FORMAT_VERSION = 1
+LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
+
+
+class BankError(ValueError):
+    """A bank on disk cannot be trusted or understood; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One erasure of a bank.
+
+    Args:
+        concept: What it erases.
+        increment: How.
+        config: The settings it was made with.
+        guards: The prompts that it leaves as they were, exactly.
+        metrics: Anything measured about it (steps, loss, seconds, leakage ...), plain JSON values.
+    """
+
+    concept: Concept
+    increment: Increment
+    config: SepMEConfig
+    guards: tuple[str, ...]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a bank was made on.
+
+    Args:
+        name: Id or folder of the base model.
+        width: d of the text embedding.
+        n_tokens: Tokens of a prompt.
+        projections: {module name: (d_out, Frobenius norm of W_m)}, which tells one base's weights from another's.
+    """
+
+    name: str
+    width: int
+    n_tokens: int
+    projections: Mapping[str, tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class ConceptBank(Mapping[str, Entry]):
+    """Erasures by concept name, in the order in which they are always added up. Immutable.
+
+    Args:
+        base: What the increments were made on.
+        entries: {concept name: entry}.
+        always: Names that may never be restored while the bank is loaded.
+
+    Raises:
+        ValueError: If an entry's key is not its concept's name, widths differ, or `always` names none of them.
+
+    Example:
+        >>> from sepme_diffusers import pocket
+        >>> bank = pocket.bank("styles")
+        >>> bank["woodcut"].increment.form
+        'text'
+    """
+
+    base: BaseModel
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", dict(self.entries))
+        if wrong := {key: e.concept.name for key, e in self.entries.items() if key != e.concept.name}:
+            raise ValueError(f"entries under another name than their concept's: {wrong}")
+        widths = {key: e.increment.A.shape[1] for key, e in self.entries.items()}
+        if wrong := {key: width for key, width in widths.items() if width != self.base.width}:
+            raise ValueError(f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}")
+        if unknown := sorted(set(self.always) - set(self.entries)):
+            raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise KeyError(f"no concept {name!r} in this bank; it has {list(self.entries)}")
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
+        """This bank with more entries, or others under the same names; the rest untouched."""
+        return replace(self, entries={**self.entries, **{entry.concept.name: entry for entry in entries}})
+
+    def subset(self, names: Iterable[str]) -> ConceptBank:
+        """The bank with these concepts alone, in the bank's order.
+
+        Raises:
+            KeyError: If one is not in the bank.
+            ValueError: If it would leave out a concept that the policy always erases.
+        """
+        wanted = {name: self[name] for name in names}
+        if left_out := sorted(set(self.always) - set(wanted)):
+            raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
+        return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the bank into a folder: wholly, or not at all.
+
+        Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
+        step that makes them the bank. Files that do not change are left alone.
+
+        Args:
+            folder: Made if missing. Concepts there that are not in this bank are removed.
+            dtype: Of B or C. A stays in float32: it carries the separability.
+
+        Raises:
+            BankError: If the folder holds something else than a bank.
+        """
+        _BankFolder(Path(folder)).write(self, dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> ConceptBank:
+        """The bank in a folder or a Hub repository, every hash checked.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository id.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of `snapshot_download`.
+
+        Raises:
+            BankError: If anything is missing, damaged, unsafe or of a newer format; nothing is loaded then.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            patterns = [MANIFEST, f"*/{LORA_FILE}", f"*/{TEXT_FILE}"]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+        return _BankFolder(folder).read()
+
+
+class _BankFolder:
+    """A bank's folder; the manifest alone says what belongs to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> ConceptBank:
+        manifest = self._manifest()
+        try:
+            base = BaseModel(**manifest["base"])
+            base = replace(base, projections={name: tuple(value) for name, value in base.projections.items()})
+            entries = {name: self._entry(name, record) for name, record in manifest["concepts"].items()}
+            return ConceptBank(base, entries, tuple(manifest["policy"]["always"]))
+        except BankError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BankError(f"{self.folder / MANIFEST} is not a valid bank manifest: {error!r}") from error
+
+    def _manifest(self) -> dict[str, Any]:
+        file = self.folder / MANIFEST
+        if not file.is_file():
+            raise BankError(f"{self.folder} is no concept bank: it has no {MANIFEST}")
+        try:
+            manifest = json.loads(file.read_text("utf-8"), object_pairs_hook=_no_twins)
+        except (ValueError, RecursionError) as error:
+            raise BankError(f"{file} is not JSON: {error}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
+            raise BankError(f"{file} is not the manifest of a concept bank")
+        if manifest.get("version") != FORMAT_VERSION:
+            raise BankError(
+                f"{file} is of format version {manifest.get('version')!r}; this release reads {FORMAT_VERSION}. "
+                "Upgrade sepme_diffusers to read newer banks"
+            )
+        return manifest
+
+    def _entry(self, name: str, record: Mapping[str, Any]) -> Entry:
+        file = self._inside(record["file"])
+        if not file.is_file():
+            raise BankError(f"concept {name!r}: {file} is missing")
+        data = file.read_bytes()
+        if _sha256(data) != record["sha256"]:
+            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
+        try:
+            tensors = load_tensors(data)
+            increment = Increment(**tensors) if record["form"] == "text" else Increment.from_lora(tensors)
+        except Exception as error:  # whatever safetensors raises for bad bytes has no common class
+            raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
+        config = SepMEConfig.from_dict(record["config"])
+        concept = Concept.from_dict({"name": name, **record["concept"]})
+        return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
+
+    def _inside(self, path: str) -> Path:
+        """A manifest's path as a file of this folder, refusing any that leads elsewhere."""
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or len(pure.parts) != 2 or "\\" in path:
+            raise BankError(f"{self.folder / MANIFEST} names {path!r}, which is not a file of a concept's folder")
+        return self.folder / pure
+
+    def write(self, bank: ConceptBank, dtype: torch.dtype) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = self._manifest() if (self.folder / MANIFEST).exists() else None
+        if old is None and any(self.folder.iterdir()):
+            raise BankError(f"{self.folder} is not empty and holds no concept bank; choose another folder")
+        concepts: dict[str, Any] = {}
+        for name, entry in bank.items():
+            concepts[name] = self._write_entry(entry, dtype, {record["file"].split("/")[0] for record in concepts.values()})
+        manifest = {
+            "format": "sepme_bank",
+            "version": FORMAT_VERSION,
+            "libraries": libraries(),
+            "base": vars(bank.base),
+            "policy": {"always": list(bank.always)},
+            "concepts": concepts,
+        }
+        _replace(self.folder / "README.md", model_card(bank.base.name, manifest).encode())
+        _replace(self.folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+        if old is not None:
+            self._sweep(old, concepts)
+
+    def _write_entry(self, entry: Entry, dtype: torch.dtype, taken: set[str]) -> dict[str, Any]:
+        files = _files(entry, dtype)
+        weights, data = next(iter(files.items()))
+        digest = _sha256(data)
+        target = self._target(entry.concept.slug, weights, digest, taken)
+        if not (self.folder / target / weights).exists():
+            staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
+            staging.chmod(0o755)
+            for file, content in files.items():
+                (staging / file).write_bytes(content)
+            os.replace(staging, self.folder / target)
+        return {
+            "file": f"{target}/{weights}",
+            "sha256": digest,
+            "form": entry.increment.form,
+            "rank": entry.increment.rank,
+            "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},
+            "guards": list(entry.guards),
+            "config": entry.config.to_dict(),
+            "metrics": dict(entry.metrics),
+        }
+
+    def _target(self, slug: str, weights: str, digest: str, taken: set[str]) -> str:
+        """The concept's folder name: its slug, or with the file's hash where that name holds something else."""
+        for name in (slug, f"{slug}-{digest[:12]}"):
+            file = self.folder / name / weights
+            same = file.is_file() and _sha256(file.read_bytes()) == digest
+            if name not in taken and (same or not (self.folder / name).exists()):
+                return name
+        raise BankError(f"{self.folder / slug} and its stand-in hold other files; remove them, they are not the bank's")
+
+    def _sweep(self, old: Mapping[str, Any], concepts: Mapping[str, Any]) -> None:
+        """Remove what the former manifest named and this one does not, and what an interrupted save left."""
+        kept = {record["file"].split("/")[0] for record in concepts.values()}
+        former = {self._inside(record["file"]).parent for record in old["concepts"].values()}
+        for folder in (*former, *self.folder.glob(".writing-*")):
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(entry: Entry, dtype: torch.dtype) -> dict[str, bytes]:
+    """The files of a concept's folder, the weights first."""
+    increment = entry.increment
+    if increment.form == "text":
+        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype)}
+        return {TEXT_FILE: save_tensors(_contiguous(tensors), {"format": "pt"})}
+    tensors, config = increment.lora()
+    tensors = {key: tensor.float() if ".lora_A." in key else tensor.to(dtype) for key, tensor in tensors.items()}
+    settings = {key: value for key, value in config.to_dict().items() if value is not None}
+    settings["target_modules"] = sorted(settings["target_modules"])
+    plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
+    return {LORA_FILE: save_tensors(_contiguous(tensors), {"format": "pt"}), LORA_CONFIG: plain}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what made a bank."""
+    names = ("sepme_diffusers", "torch", "diffusers", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".writing-{file.name}")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    return values

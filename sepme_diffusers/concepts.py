@@ -1,0 +1,130 @@
+"""Concept: what is to be erased, said in prompts; and prompts as embeddings."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLANK = ""
+_SLOT = "{concept}"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept: its name, the prompts that show it, and the same prompts without it.
+
+    Args:
+        name: What users call it: `pipe.set_erased([name])`. The name alone, as a prompt, is what the other
+            increments of a bank are guarded on.
+        pairs: Pairs (prompt, the same prompt without the concept). Against the blank prompt everything in the picture
+            is unlearnt; so pair "a cat in the style of Van Gogh" with "a cat". Default: the name against "".
+        anchors: For each pair the prompts whose mean embedding the closed form maps the prompt to. Tokens are
+            matched by position, so an anchor is best worded like its prompt. Default: the pair's second prompt.
+
+    Raises:
+        ValueError: If the name is empty or has control characters, or anchors and pairs differ in number.
+
+    Source: arXiv 2402.05947, section 3.2 (concept representation).
+
+    Example:
+        >>> Concept.from_template("Van Gogh", "a cat in the style of {concept}", without="a cat")
+        Concept(name='Van Gogh', pairs=(('a cat in the style of Van Gogh', 'a cat'),), anchors=(('a cat',),))
+    """
+
+    name: str
+    pairs: tuple[tuple[str, str], ...] = ()
+    anchors: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+            raise ValueError(f"a concept needs a printable, non-empty name, not {self.name!r}")
+        pairs = tuple((str(prompt), str(without)) for prompt, without in self.pairs) or ((self.name, BLANK),)
+        anchors = tuple(tuple(prompts) for prompts in self.anchors) or tuple((without,) for _, without in pairs)
+        if len(anchors) != len(pairs) or not all(anchors):
+            raise ValueError(
+                f"concept {self.name!r} has {len(pairs)} pairs but anchors for {len([a for a in anchors if a])}; "
+                "give one non-empty tuple of anchor prompts a pair, or none at all"
+            )
+        object.__setattr__(self, "pairs", pairs)
+        object.__setattr__(self, "anchors", anchors)
+
+    @classmethod
+    def from_template(cls, name: str, template: str | Sequence[str], without: str | Sequence[str]) -> Concept:
+        """A concept from templates holding "{concept}" and the prompts without it, one a template.
+
+        Raises:
+            ValueError: If a template lacks "{concept}", or the two differ in number.
+        """
+        templates, withouts = ([texts] if isinstance(texts, str) else list(texts) for texts in (template, without))
+        if missing := [text for text in templates if _SLOT not in text]:
+            raise ValueError(f"templates without {_SLOT!r}: {missing}")
+        if len(templates) != len(withouts):
+            raise ValueError(f"{len(templates)} templates but {len(withouts)} prompts without the concept")
+        return cls(name, tuple((t.replace(_SLOT, name), w) for t, w in zip(templates, withouts, strict=True)))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that show the concept."""
+        return tuple(prompt for prompt, _ in self.pairs)
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder: lower-case ASCII letters, digits and hyphens."""
+        ascii_name = unicodedata.normalize("NFKD", self.name).encode("ascii", "ignore").decode().lower()
+        return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values that `from_dict` reads back."""
+        return {"name": self.name, "pairs": [list(p) for p in self.pairs], "anchors": [list(a) for a in self.anchors]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Concept:
+        """The concept that `to_dict` wrote."""
+        return cls(values["name"], tuple(map(tuple, values["pairs"])), tuple(map(tuple, values["anchors"])))
+
+
+def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:
+    """Concepts from concepts and bare names.
+
+    Raises:
+        ValueError: If there are none, or two share a name.
+        TypeError: If a string is given where a list of them is meant.
+    """
+    if isinstance(concepts, str):
+        raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
+    found = [concept if isinstance(concept, Concept) else Concept(concept) for concept in concepts]
+    names = [concept.name for concept in found]
+    if not found:
+        raise ValueError("no concept given")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"concepts given twice: {twice}")
+    return found
+
+
+@torch.no_grad()
+def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """The embeddings e(c) that the pipeline's cross-attention reads, (n_prompts, n_tokens, d), float32 on its device.
+
+    Args:
+        pipe: A pipeline with `encode_prompt` (Stable Diffusion 1.x, 2.x, SDXL and their relatives).
+        prompts: The prompts; padded or cut to the text encoder's length, as at inference.
+        batch_size: Prompts encoded at a time.
+    """
+    parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    device = pipe._execution_device
+    embeds = [
+        pipe.encode_prompt(part, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+        for part in parts
+    ]
+    return torch.cat(embeds).float()
+
+
+def rows(embeddings: Tensor) -> Tensor:
+    """Embeddings (n_prompts, n_tokens, d) as token rows (n_prompts * n_tokens, d)."""
+    return embeddings.flatten(0, -2)

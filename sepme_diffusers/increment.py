@@ -1,0 +1,126 @@
+"""Increment: one erasure, as factors; and the same as a PEFT LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Increment:
+    """ΔW_m = C_m A for every edited module m, kept as factors.
+
+    Args:
+        A: The basis, (r, d), frozen and shared by all modules; its rows lie in the guard's null space.
+        B: Text-side form, (d, r): C_m = W_m B for every module, an edit e <- e + (e Aᵀ) Bᵀ of the embedding that the
+            edited modules see. No base weight enters it: it serves every base with the same text encoder.
+        C: Per-module form, {module name: (d_out, r)}.
+
+    Raises:
+        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite.
+    """
+
+    A: Tensor
+    B: Tensor | None = None
+    C: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.B is None) == (self.C is None) or self.C == {}:
+            raise ValueError("an increment has either B (text-side) or C (per-module), and C is not empty")
+        faults = [f"{name} {tuple(t.shape)}" for name, t in self.tensors().items() if not self._fits(name, t)]
+        if faults:
+            raise ValueError(f"an increment with A of shape {tuple(self.A.shape)} cannot hold: {', '.join(faults)}")
+        if infinite := [name for name, tensor in self.tensors().items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"an increment must be finite; NaN or Inf in {infinite}")
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        if tensor.ndim != 2 or self.A.ndim != 2 or 0 in tensor.shape:
+            return False
+        if name == "B":
+            return tensor.shape == self.A.shape[::-1]
+        return name == "A" or tensor.shape[1] == self.A.shape[0]
+
+    @property
+    def form(self) -> Literal["text", "module"]:
+        """Which of the two forms this is."""
+        return "module" if self.B is None else "text"
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.A.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every factor by name: "A" with "B", or "A" with the module names."""
+        return {"A": self.A, "B": self.B} if self.C is None else {"A": self.A, **self.C}
+
+    def coefficients(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """C_m (d_out, r) for each module, float32, on the weights' device.
+
+        Args:
+            weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
+
+        Raises:
+            ValueError: If the base's modules or shapes are not those of the increment.
+        """
+        if self.B is not None:
+            if wrong := {name: tuple(w.shape) for name, w in weights.items() if w.shape[1] != len(self.B)}:
+                raise ValueError(f"the increment edits embeddings of width {len(self.B)}; these modules differ: {wrong}")
+            return {name: weight.float() @ self.B.to(weight.device).float() for name, weight in weights.items()}
+        if set(self.C) != set(weights):
+            missing, unknown = sorted(set(weights) - set(self.C)), sorted(set(self.C) - set(weights))
+            raise ValueError(f"the increment was made for another base: it lacks {missing} and has unknown {unknown}")
+        shapes = {name: (len(self.C[name]), self.A.shape[1]) for name in weights}
+        if wrong := {name: (shapes[name], tuple(w.shape)) for name, w in weights.items() if shapes[name] != w.shape}:
+            raise ValueError(f"the increment was made for another base: shapes (increment, base) differ: {wrong}")
+        return {name: self.C[name].to(weight.device).float() for name, weight in weights.items()}
+
+    def expand(self, weights: Mapping[str, Tensor]) -> Increment:
+        """The same increment in per-module form."""
+        return Increment(self.A, C=self.coefficients(weights))
+
+    def delta_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
+        return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}
+
+    def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
+        """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
+
+        Raises:
+            ValueError: If the increment is text-side; `expand` it first.
+        """
+        if self.C is None:
+            raise ValueError("a text-side increment is not a LoRA; expand it with the base's weights first")
+        tensors = {}
+        for name, c in self.C.items():
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = self.A.clone()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = c.contiguous()
+        return tensors, LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.C), bias="none")
+
+    @classmethod
+    def from_lora(cls, tensors: Mapping[str, Tensor]) -> Increment:
+        """The increment that `lora` wrote.
+
+        Raises:
+            ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
+        """
+        down, up, unknown = {}, {}, []
+        for key, tensor in tensors.items():
+            name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+            if key.startswith(_PREFIX) and factor in ("A.weight", "B.weight"):
+                (down if factor == "A.weight" else up)[name] = tensor
+            else:
+                unknown.append(key)
+        if unknown or not up or set(down) != set(up):
+            raise ValueError(f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}")
+        first = next(iter(down.values()))
+        if different := [name for name, a in down.items() if not torch.equal(a, first)]:
+            raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
+        return cls(first, C=up)

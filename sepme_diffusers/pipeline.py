@@ -1,0 +1,197 @@
+"""SepMEPipeline: Stable Diffusion that loads a concept bank and erases any subset of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
+
+from sepme_diffusers.bank import ConceptBank, Entry
+from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.hooks import ErasureNotInForce, Erasures, erasures_of
+from sepme_diffusers.targets import projection_weights
+
+logger = logging.get_logger(__name__)
+
+# A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
+_FOREIGN_LEAKAGE = 1e-2
+
+
+class SepMELoaderMixin:
+    """`load_sepme`, `set_erased`, `erase`, `restore`, `unload_sepme` for a pipeline whose `unet` attends to text."""
+
+    _sepme_bank: ConceptBank | None = None
+
+    def load_sepme(self, bank: str | Path | ConceptBank, **hub: Any) -> None:
+        """Make a bank's concepts erasable. Erases nothing, unless the bank's policy says so.
+
+        Args:
+            bank: A ConceptBank, a folder, or a Hub repository id.
+            hub: See `ConceptBank.from_pretrained`.
+
+        Raises:
+            BankError: If the bank cannot be trusted or understood.
+            ValueError: If it was made for another base, or a bank is loaded already. Nothing changes then.
+        """
+        if self._sepme_bank is not None or erasures_of(self.unet) is not None:
+            raise ValueError("a concept bank is loaded already; call unload_sepme() first")
+        if not isinstance(bank, ConceptBank):
+            bank = ConceptBank.from_pretrained(bank, **hub)
+        self._refuse_foreign(bank)
+        erasures = Erasures(self.unet)
+        try:
+            erasures.load({name: entry.increment for name, entry in bank.items()}, self.unet)
+            erasures.activate(dict.fromkeys(bank.always, 1.0))
+        except BaseException:
+            erasures.remove(self.unet)
+            raise
+        self._sepme_bank = bank
+        logger.info("loaded %d erasable concepts", len(bank))
+
+    def _refuse_foreign(self, bank: ConceptBank) -> None:
+        weights = projection_weights(self.unet)
+        width = next(iter(weights.values())).shape[1]
+        if width != bank.base.width:
+            raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide")
+        if any(entry.increment.form == "module" for entry in bank.values()):
+            shapes = {name: weight.shape[0] for name, weight in weights.items()}
+            expected = {name: d_out for name, (d_out, _) in bank.base.projections.items()}
+            norms = {name: float(weight.detach().float().norm()) for name, weight in weights.items()}
+            if shapes != expected or any(
+                abs(norms[name] - norm) > 1e-2 * norm for name, (_, norm) in bank.base.projections.items()
+            ):
+                raise ValueError(
+                    f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
+                    "Text-side increments (solver='closed_form') serve every base with the same text encoder"
+                )
+        leaks = {name: leak for name, entry in bank.items() if (leak := self._leak(entry)) > _FOREIGN_LEAKAGE}
+        if leaks:
+            raise ValueError(
+                f"the bank was made for another text encoder than {type(self).__name__}'s: with this one its "
+                f"increments move the prompts that they guard, by {leaks} of the embedding"
+            )
+
+    def _leak(self, entry: Entry) -> float:
+        """The largest |e Aᵀ| of a guarded token e against a token of the concept's own."""
+        a = entry.increment.A.float()
+        guards, own = (rows(encode(self, prompts)).cpu() @ a.T for prompts in (entry.guards, entry.concept.prompts[:16]))
+        return float(guards.norm(dim=1).max() / own.norm(dim=1).max().clamp(min=1e-30))
+
+    def unload_sepme(self) -> None:
+        """Take the bank away: the pipeline is the plain one again, bit for bit.
+
+        Raises:
+            ValueError: If the bank's policy always erases something.
+        """
+        erasures = self._erasures()
+        if erasures is None:
+            return
+        if self._sepme_bank.always:
+            raise ValueError(f"the bank's policy always erases {list(self._sepme_bank.always)}; it cannot be unloaded")
+        erasures.remove(self.unet)
+        self._sepme_bank = None
+
+    def get_bank(self) -> ConceptBank | None:
+        """The loaded bank, or None."""
+        return self._sepme_bank
+
+    @property
+    def erasable(self) -> tuple[str, ...]:
+        """The concepts that `set_erased` accepts."""
+        erasures = self._erasures()
+        return erasures.loaded if erasures else ()
+
+    @property
+    def erased(self) -> tuple[str, ...]:
+        """The concepts that are erased now."""
+        erasures = self._erasures()
+        return tuple(erasures.active) if erasures else ()
+
+    def set_erased(self, concepts: Iterable[str] | Mapping[str, float]) -> None:
+        """Erase exactly these concepts; everything else is restored. Absolute and idempotent.
+
+        Args:
+            concepts: Names, or {name: strength}; 1 is the strength it was made with.
+
+        Raises:
+            TypeError: If a single string is given.
+            ValueError: On a name that is not in the bank (with the nearest one), a strength that is not a finite
+                number above zero, or if the bank's policy forbids it. What was erased stays erased then.
+        """
+        if isinstance(concepts, str):
+            raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
+        strengths = dict(concepts) if isinstance(concepts, Mapping) else dict.fromkeys(concepts, 1.0)
+        erasures = self._erasures()
+        if erasures is None:
+            if strengths:
+                raise ValueError(f"cannot erase {list(strengths)}: no bank is loaded; call load_sepme() first")
+            return
+        self._check_names(strengths, erasures)
+        if bad := {name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))}:
+            raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
+        if left_out := [name for name in self._sepme_bank.always if strengths.get(name, 0) < 1]:
+            raise ValueError(f"the bank's policy always erases {left_out} at full strength; include them")
+        erasures.activate(strengths)
+
+    def _check_names(self, names: Iterable[str], erasures: Erasures) -> None:
+        if unknown := [name for name in names if name not in erasures.loaded]:
+            near = {name: difflib.get_close_matches(str(name), erasures.loaded, 1) for name in unknown}
+            hints = "".join(f" Did you mean {match[0]!r} for {name!r}?" for name, match in near.items() if match)
+            raise ValueError(f"unknown concepts {unknown}.{hints} The bank has {list(erasures.loaded)}")
+
+    def erase(self, *concepts: str) -> None:
+        """Erase these concepts as well. Raises as `set_erased` does."""
+        self.set_erased({**(self._strengths()), **dict.fromkeys(concepts, 1.0)})
+
+    def restore(self, *concepts: str) -> None:
+        """Restore these concepts, exactly; every other erasure stays as it is. Raises as `set_erased` does."""
+        erasures = self._erasures()
+        if erasures is None:
+            raise ValueError(f"cannot restore {list(concepts)}: no bank is loaded")
+        self._check_names(concepts, erasures)
+        self.set_erased({name: strength for name, strength in self._strengths().items() if name not in concepts})
+
+    def _strengths(self) -> dict[str, float]:
+        erasures = self._erasures()
+        return erasures.active if erasures else {}
+
+    def _erasures(self) -> Erasures | None:
+        """The erasures on the UNet, refusing to go on if they were lost with a UNet that was swapped away."""
+        erasures = erasures_of(self.unet)
+        if erasures is None and self._sepme_bank is not None:
+            raise ErasureNotInForce(
+                "a bank was loaded, but the pipeline's UNet has been replaced by one without it; load the bank again"
+            )
+        return erasures
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, see the plain pipeline.
+
+        Raises:
+            ErasureNotInForce: If an erasure that was asked for would not act.
+        """
+        erasures = self._erasures()
+        if erasures is not None and erasures.active and (missing := erasures.missing_from(self.unet)):
+            raise ErasureNotInForce(
+                f"{list(erasures.active)} should be erased, but {missing} no longer pass through the increments. "
+                "Undo what replaced them (unfuse_qkv_projections(), or load the bank again after changing the UNet)"
+            )
+        return super().__call__(*args, **kwargs)
+
+
+class SepMEPipeline(SepMELoaderMixin, StableDiffusionPipeline):
+    """Stable Diffusion 1.x and 2.x with a concept bank.
+
+    Example:
+        >>> from sepme_diffusers import SepMEPipeline, pocket
+        >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
+        >>> pipe.load_sepme(pocket.bank("styles"))
+        >>> pipe.set_erased(["woodcut", "neon"])
+        >>> pipe.restore("neon")
+        >>> pipe.erased
+        ('woodcut',)
+    """

@@ -1,0 +1,92 @@
+"""Null spaces of guard prompts, bases inside them, and leakage. Tensors in, tensors out.
+
+Rows are tokens: G is (n_rows, d). All decisions are made in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """Orthonormal rows (rank, d), float64, spanning the rows of G (n_rows, d).
+
+    A direction counts if its singular value exceeds `tolerance` times the largest.
+
+    Raises:
+        ValueError: If G is not a finite matrix.
+    """
+    guard = _matrix(guard, "guard")
+    if guard.shape[0] == 0:
+        return guard
+    _, values, directions = torch.linalg.svd(guard, full_matrices=False)
+    return directions[values > tolerance * values[0]]
+
+
+def null_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """Orthonormal rows N (d - rank, d), float64, with G Nᵀ = 0 up to the tolerance.
+
+    An increment whose rows lie in this space leaves e(g) Wᵀ as it was for every guarded token.
+
+    Args:
+        guard: G, the token rows that must not change, (n_rows, d).
+        tolerance: Share of the largest singular value below which a direction is free.
+
+    Raises:
+        ValueError: If G is not a finite matrix, or its rows fill the whole space.
+
+    Source: arXiv 2402.05947, section 3.3 (weight decoupling).
+
+    Example:
+        >>> N = null_space(torch.tensor([[1.0, 0.0, 0.0]]))
+        >>> N.shape
+        torch.Size([2, 3])
+    """
+    span = row_space(guard, tolerance)
+    rank, d = span.shape
+    if rank == d:
+        raise ValueError(
+            f"the guard fills all {d} dimensions of the text embedding: nothing can be erased without changing it; "
+            "guard fewer prompts, or move some of them to the soft guards"
+        )
+    # The complement of an orthonormal set, from a full QR: exact to rounding whatever the guard's conditioning.
+    return torch.linalg.qr(span.T, mode="complete").Q[:, rank:].T.contiguous()
+
+
+def aligned_basis(concept: Tensor, null: Tensor, rank: int) -> Tensor:
+    """Orthonormal rows S (<= rank, d), inside the null space, leading directions of E P.
+
+    Any part of an increment outside the row space of E P does nothing to the concept: e ΔWᵀ = (e P) ΔWᵀ.
+
+    Args:
+        concept: E, the concept's token rows, (n_rows, d).
+        null: N, orthonormal rows, (k, d).
+        rank: The most directions to keep.
+    """
+    seen = _matrix(concept, "concept") @ null.T
+    _, values, directions = torch.linalg.svd(seen, full_matrices=False)
+    return directions[:rank][values[:rank] > 1e-9 * values[0]] @ null
+
+
+def project(factor: Tensor, null: Tensor) -> Tensor:
+    """The rows of A (r, d) projected on the null space N (k, d): A NᵀN, float64."""
+    return factor.double() @ null.T @ null
+
+
+def leakage(guard: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """‖e ΔWᵀ‖ / ‖e Wᵀ‖ for each guarded token row e of G, (n_rows,), float64.
+
+    Args:
+        guard: G, (n_rows, d).
+        delta: ΔW, (d_out, d).
+        weight: W, (d_out, d).
+    """
+    guard, delta, weight = guard.double(), delta.double(), weight.double()
+    return (guard @ delta.T).norm(dim=1) / (guard @ weight.T).norm(dim=1)
+
+
+def _matrix(rows: Tensor, what: str) -> Tensor:
+    if rows.ndim != 2 or not torch.isfinite(rows).all():
+        raise ValueError(f"the {what} must be a finite matrix (rows, d), not shape {tuple(rows.shape)} with NaN or Inf")
+    return rows.double()
