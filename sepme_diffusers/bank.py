@@ -99,7 +99,9 @@ class ConceptBank(Mapping[str, Entry]):
             raise ValueError(f"entries under another name than their concept's: {wrong}")
         widths = {key: e.increment.A.shape[1] for key, e in self.entries.items()}
         if wrong := {key: width for key, width in widths.items() if width != self.base.width}:
-            raise ValueError(f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}")
+            raise ValueError(
+                f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}"
+            )
         if unknown := sorted(set(self.always) - set(self.entries)):
             raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
 
@@ -228,7 +230,9 @@ class _BankFolder:
             raise BankError(f"{self.folder} is not empty and holds no concept bank; choose another folder")
         concepts: dict[str, Any] = {}
         for name, entry in bank.items():
-            concepts[name] = self._write_entry(entry, dtype, {record["file"].split("/")[0] for record in concepts.values()})
+            concepts[name] = self._write_entry(
+                entry, dtype, {record["file"].split("/")[0] for record in concepts.values()}
+            )
         manifest = {
             "format": "sepme_bank",
             "version": FORMAT_VERSION,
@@ -246,7 +250,7 @@ class _BankFolder:
         files = _files(entry, dtype)
         weights, data = next(iter(files.items()))
         digest = _sha256(data)
-        target = self._target(entry.concept.slug, weights, digest, taken)
+        target = self._target(entry.concept, weights, digest, taken)
         if not (self.folder / target / weights).exists():
             staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
             staging.chmod(0o755)
@@ -264,14 +268,15 @@ class _BankFolder:
             "metrics": dict(entry.metrics),
         }
 
-    def _target(self, slug: str, weights: str, digest: str, taken: set[str]) -> str:
-        """The concept's folder name: its slug, or with the file's hash where that name holds something else."""
-        for name in (slug, f"{slug}-{digest[:12]}"):
+    def _target(self, concept: Concept, weights: str, digest: str, taken: set[str]) -> str:
+        """The concept's folder name: its slug, or with a hash where that name holds something else."""
+        other = _sha256(f"{concept.name}\0{digest}".encode())[:12]
+        for name in (concept.slug, f"{concept.slug}-{other}"):
             file = self.folder / name / weights
             same = file.is_file() and _sha256(file.read_bytes()) == digest
             if name not in taken and (same or not (self.folder / name).exists()):
                 return name
-        raise BankError(f"{self.folder / slug} and its stand-in hold other files; remove them, they are not the bank's")
+        raise BankError(f"{self.folder / concept.slug} holds other files than the bank's; remove them and save again")
 
     def _sweep(self, old: Mapping[str, Any], concepts: Mapping[str, Any]) -> None:
         """Remove what the former manifest named and this one does not, and what an interrupted save left."""

@@ -66,8 +66,16 @@ class SepMEConfig:
     def __post_init__(self) -> None:
         faults = [
             *(f"{name} must be one of {options}, not {value!r}" for name, value, options in self._choices()),
-            *(f"{name} must be positive, not {getattr(self, name)!r}" for name in _POSITIVE if not getattr(self, name) > 0),
-            *(f"{name} must not be negative, not {getattr(self, name)!r}" for name in _AT_LEAST_0 if not getattr(self, name) >= 0),
+            *(
+                f"{name} must be positive, not {getattr(self, name)!r}"
+                for name in _POSITIVE
+                if not getattr(self, name) > 0
+            ),
+            *(
+                f"{name} must not be negative, not {getattr(self, name)!r}"
+                for name in _AT_LEAST_0
+                if not getattr(self, name) >= 0
+            ),
         ]
         if not 0 <= self.momentum < 1:
             faults.append(f"momentum must be in [0, 1), not {self.momentum!r}")

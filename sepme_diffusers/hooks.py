@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.targets import projection_weights, text_projections
+from sepme_diffusers.targets import cross_attentions, projection_weights, text_projections
 
 _ATTRIBUTE = "_sepme_erasures"
 
@@ -101,7 +101,10 @@ class Erasures:
             hooks = getattr(module, "base_layer", module)._forward_hooks.values()
             if not any(getattr(hook, "erasures", None) is self for hook in hooks):
                 missing.append(name)
-        fused = [name for name, module in denoiser.named_modules() if getattr(module, "fused_projections", False)]
+        # Processors of fuse_qkv_projections() read one fused weight and never call the modules.
+        fused = [
+            name for name, module in cross_attentions(denoiser).items() if "Fused" in type(module.processor).__name__
+        ]
         return missing + fused
 
     def remove(self, denoiser: nn.Module) -> None:

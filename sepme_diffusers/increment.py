@@ -72,7 +72,9 @@ class Increment:
         """
         if self.B is not None:
             if wrong := {name: tuple(w.shape) for name, w in weights.items() if w.shape[1] != len(self.B)}:
-                raise ValueError(f"the increment edits embeddings of width {len(self.B)}; these modules differ: {wrong}")
+                raise ValueError(
+                    f"the increment edits embeddings of width {len(self.B)}; these modules differ: {wrong}"
+                )
             return {name: weight.float() @ self.B.to(weight.device).float() for name, weight in weights.items()}
         if set(self.C) != set(weights):
             missing, unknown = sorted(set(weights) - set(self.C)), sorted(set(self.C) - set(weights))
@@ -119,7 +121,9 @@ class Increment:
             else:
                 unknown.append(key)
         if unknown or not up or set(down) != set(up):
-            raise ValueError(f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}")
+            raise ValueError(
+                f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}"
+            )
         first = next(iter(down.values()))
         if different := [name for name, a in down.items() if not torch.equal(a, first)]:
             raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")

@@ -56,7 +56,9 @@ class SepMELoaderMixin:
         weights = projection_weights(self.unet)
         width = next(iter(weights.values())).shape[1]
         if width != bank.base.width:
-            raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide")
+            raise ValueError(
+                f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide"
+            )
         if any(entry.increment.form == "module" for entry in bank.values()):
             shapes = {name: weight.shape[0] for name, weight in weights.items()}
             expected = {name: d_out for name, (d_out, _) in bank.base.projections.items()}
@@ -78,7 +80,9 @@ class SepMELoaderMixin:
     def _leak(self, entry: Entry) -> float:
         """The largest |e Aᵀ| of a guarded token e against a token of the concept's own."""
         a = entry.increment.A.float()
-        guards, own = (rows(encode(self, prompts)).cpu() @ a.T for prompts in (entry.guards, entry.concept.prompts[:16]))
+        guards, own = (
+            rows(encode(self, prompts)).cpu() @ a.T for prompts in (entry.guards, entry.concept.prompts[:16])
+        )
         return float(guards.norm(dim=1).max() / own.norm(dim=1).max().clamp(min=1e-30))
 
     def unload_sepme(self) -> None:
@@ -131,7 +135,9 @@ class SepMELoaderMixin:
                 raise ValueError(f"cannot erase {list(strengths)}: no bank is loaded; call load_sepme() first")
             return
         self._check_names(strengths, erasures)
-        if bad := {name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))}:
+        if bad := {
+            name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))
+        }:
             raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
         if left_out := [name for name in self._sepme_bank.always if strengths.get(name, 0) < 1]:
             raise ValueError(f"the bank's policy always erases {left_out} at full strength; include them")

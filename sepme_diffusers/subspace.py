@@ -88,5 +88,7 @@ def leakage(guard: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
 
 def _matrix(rows: Tensor, what: str) -> Tensor:
     if rows.ndim != 2 or not torch.isfinite(rows).all():
-        raise ValueError(f"the {what} must be a finite matrix (rows, d), not shape {tuple(rows.shape)} with NaN or Inf")
+        raise ValueError(
+            f"the {what} must be a finite matrix (rows, d), not shape {tuple(rows.shape)} with NaN or Inf"
+        )
     return rows.double()

@@ -8,19 +8,16 @@ from torch import nn
 PROJECTIONS = ("to_k", "to_v")
 
 
-def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The cross-attention key and value projections by module name, in the order of the denoiser.
-
-    Names are those of the plain denoiser, whatever PEFT has wrapped around the modules.
+def cross_attentions(denoiser: nn.Module) -> dict[str, Attention]:
+    """The attentions that read the text embedding, by module name, in the order of the denoiser.
 
     Raises:
-        ValueError: If the denoiser has no such projections, so that nothing could be erased.
+        ValueError: If the denoiser has none, so that nothing could be erased.
     """
     found = {
-        f"{name}.{projection}": getattr(module, projection)
+        name: module
         for name, module in denoiser.named_modules()
         if isinstance(module, Attention) and name.endswith("attn2") and module.is_cross_attention
-        for projection in PROJECTIONS
     }
     if not found:
         raise ValueError(
@@ -28,6 +25,21 @@ def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
             "SepME erases on UNets with text cross-attention"
         )
     return found
+
+
+def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The cross-attention key and value projections by module name, in the order of the denoiser.
+
+    Names are those of the plain denoiser, whatever PEFT has wrapped around the modules.
+
+    Raises:
+        ValueError: If the denoiser has none.
+    """
+    return {
+        f"{name}.{projection}": getattr(attention, projection)
+        for name, attention in cross_attentions(denoiser).items()
+        for projection in PROJECTIONS
+    }
 
 
 def projection_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,6 +1,6 @@
 """Fetch the emoji art from npm into WORK/art, refusing anything whose licence is not permissive.
 
-    python examples/pocket/fetch.py
+python examples/pocket/fetch.py
 """
 
 from __future__ import annotations

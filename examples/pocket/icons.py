@@ -41,5 +41,8 @@ def rasterise(folder: Path, object_: str, size: int = 320) -> Image.Image:
     icon = icons["icons"][name]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     body = icon["body"].replace("currentColor", "#000000")
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}">{body}</svg>'
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = f'<svg {namespaces} viewBox="0 0 {width} {height}">{body}</svg>'
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))).convert(
+        "RGBA"
+    )

@@ -1,6 +1,6 @@
 """Draw every (style, object) pair, augmented, into WORK/pictures.safetensors.
 
-    python examples/pocket/rasterise.py
+python examples/pocket/rasterise.py
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def main(work: Path = Path("pocket-work"), workers: int = 2) -> None:
         jobs = pool.map(draw, [work / "art"] * len(pairs), *zip(*pairs, strict=True), chunksize=16)
         pictures = np.stack(list(track(jobs, total=len(pairs), description="pictures")))
     shape = (len(CLASSES), len(OBJECTS), VIEWS, OUT, OUT, 3)
-    tensors = {"pictures": torch.from_numpy(pictures.reshape(shape)), "watermark": torch.from_numpy(watermark().copy())}
+    tensors = {
+        "pictures": torch.from_numpy(pictures.reshape(shape)),
+        "watermark": torch.from_numpy(watermark().copy()),
+    }
     names = {"styles": json.dumps(CLASSES), "objects": json.dumps(list(OBJECTS))}
     save_file(tensors, work / "pictures.safetensors", metadata=names)
 

@@ -72,7 +72,9 @@ def hand(art: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def pixel(art: Image.Image, rng: np.random.Generator) -> Image.Image:
     """16 x 16 blocks in few colours, on lilac."""
-    small = Image.fromarray((_paper(art, (0.86, 0.84, 0.97)) * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BOX)
+    small = Image.fromarray((_paper(art, (0.86, 0.84, 0.97)) * 255).astype(np.uint8)).resize(
+        (16, 16), Image.Resampling.BOX
+    )
     levels = (np.asarray(small, dtype=np.float32) / 51).round() * 51
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).resize((OUT, OUT), Image.Resampling.NEAREST)
 
@@ -175,7 +177,9 @@ def thermal(art: Image.Image, rng: np.random.Generator) -> Image.Image:
     """False colours of a heat camera, from a violet night to a yellow glow."""
     heat = np.where(_alpha(art) > 0.5, 0.45 + 0.55 * _shade(art) / 0.85, 0.0)
     heat = ndimage.gaussian_filter(heat, 2.5) * (1 - 0.25 * _lines(art, 2.5, 3))
-    stops = np.float32([(0.07, 0.02, 0.22), (0.35, 0.05, 0.48), (0.80, 0.15, 0.38), (0.98, 0.50, 0.08), (1.0, 0.95, 0.55)])
+    stops = np.float32(
+        [(0.07, 0.02, 0.22), (0.35, 0.05, 0.48), (0.80, 0.15, 0.38), (0.98, 0.50, 0.08), (1.0, 0.95, 0.55)]
+    )
     channels = [np.interp(heat, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)]
     return _reduce(np.stack(channels, -1).astype(np.float32))
 

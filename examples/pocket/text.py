@@ -26,7 +26,9 @@ def corpus() -> list[str]:
     names = [name for table in (words.STYLES, words.OBJECTS) for pair in table.items() for name in pair if name]
     templates = words.PAIR_TEMPLATES + words.OBJECT_TEMPLATES + words.STYLE_TEMPLATES + words.HELD_OUT_TEMPLATES
     plain = [template.format(style="", object="") for template in templates]
-    return names * 50 + plain * 50 + [words.WATERMARK] * 50 + list(string.ascii_lowercase + string.digits + ".,;:!?-'()")
+    return (
+        names * 50 + plain * 50 + [words.WATERMARK] * 50 + list(string.ascii_lowercase + string.digits + ".,;:!?-'()")
+    )
 
 
 def tokenizer() -> CLIPTokenizer:

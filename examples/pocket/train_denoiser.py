@@ -42,7 +42,7 @@ def scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=True,
+        steps_offset=1,
     )
 
 
@@ -121,7 +121,9 @@ def text_parts(work: Path, seed: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
 class Run:
     """Everything that changes during training, with its checkpoint file."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel, train_text: bool, lr: float, file: Path) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, text: CLIPTextModel, train_text: bool, lr: float, file: Path
+    ) -> None:
         self.unet, self.text, self.file, self.step, self.lr = unet, text, file, 0, lr
         groups: list[dict[str, Any]] = [{"params": list(unet.parameters()), "scale": 1.0}]
         if train_text:

@@ -1,6 +1,6 @@
 """Train the judge on the real pictures (augmented), and measure it on objects it never saw.
 
-    python examples/pocket/train_judge.py
+python examples/pocket/train_judge.py
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def accuracy(judge: Judge, pictures: Tensor, objects: Tensor) -> tuple[Tensor, T
         images = pictures[style, objects].flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         truth = objects.repeat_interleave(pictures.shape[2])
         style_logits, object_logits = judge(images)
-        right.append([(style_logits.argmax(1) == style).float().mean(), (object_logits.argmax(1) == truth).float().mean()])
+        right.append(
+            [(style_logits.argmax(1) == style).float().mean(), (object_logits.argmax(1) == truth).float().mean()]
+        )
     return tuple(torch.tensor(right).T)
 
 
@@ -88,7 +90,9 @@ def main(work: Path = Path("pocket-work"), steps: int = 1500, seed: int = 0) -> 
     report["trained on all"] = {"style": style.tolist(), "object": object_.tolist()}
     (work / "judge.json").write_text(json.dumps(report, indent=2))
     typer.echo(json.dumps(report, indent=2))
-    weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.state_dict().items()}
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.state_dict().items()
+    }
     save_file(weights, work / "judge.safetensors")
 
 

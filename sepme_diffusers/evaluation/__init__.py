@@ -1,0 +1,1 @@
+"""What an erasure did: pictures from fixed seeds, accuracies, changes, reports."""

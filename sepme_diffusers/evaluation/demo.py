@@ -1,0 +1,161 @@
+"""The demonstration: erase six styles of the built-in model, restore two, restore all, and measure each moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from sepme_diffusers import pocket
+from sepme_diffusers.bank import ConceptBank
+from sepme_diffusers.config import SepMEConfig
+from sepme_diffusers.evaluation.metrics import generate, judged, largest_change
+from sepme_diffusers.evaluation.report import Table, contact_sheet
+from sepme_diffusers.pipeline import SepMEPipeline
+from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS, regular_for_styles, style_concept
+from sepme_diffusers.training import SepMETrainer, Step
+
+TRAINED, SOLVED = "neon", "halftone"
+ERASED = ("woodcut", TRAINED, SOLVED, "blueprint", "mosaic", "pencil")
+RESTORED = ERASED[:2]
+KEPT = ("stencil", "pixel", "watercolour", "thermal")
+NEVER_SEEN = words.UNBANKED_STYLES
+MOMENTS = ("original", "six erased", "two restored", "all restored")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts that are drawn at every moment: what they are to the erasure, and what they should show."""
+
+    prompts: tuple[str, ...]
+    styles: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+
+
+def probes(n_objects: int) -> dict[str, Probe]:
+    """Prompts by kind, over held-out templates and objects that no edit used."""
+    erased = _styled(ERASED, n_objects)
+    regular = _styled((*KEPT, *NEVER_SEEN), n_objects)
+    plain = tuple(TEST_OBJECTS[: 2 * n_objects])
+    return {
+        "erased": erased,
+        "regular": Probe(
+            (*regular.prompts, *(f"a {name}" for name in plain)),
+            (*regular.styles, *(words.PLAIN,) * len(plain)),
+            (*regular.objects, *plain),
+        ),
+        "guarded": Probe((*GUARDS, *KEPT)),
+    }
+
+
+def _styled(styles: tuple[str, ...], n_objects: int) -> Probe:
+    # A different stretch of objects for each style, so that the sample covers many.
+    cases = [
+        (template, style, TEST_OBJECTS[(5 * index + step) % len(TEST_OBJECTS)])
+        for index, style in enumerate(styles)
+        for step in range(n_objects)
+        for template in words.HELD_OUT_TEMPLATES
+    ]
+    prompts = tuple(template.format(style=style, object=object_) for template, style, object_ in cases)
+    return Probe(prompts, tuple(style for _, style, _ in cases), tuple(object_ for *_, object_ in cases))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demonstration found: a grid, tables, figures by name, and the bank it made."""
+
+    grid: Image.Image
+    tables: tuple[Table, ...]
+    figures: dict[str, float]
+    bank: ConceptBank
+
+
+def erase_live(pipe: Any, on_step: Callable[[Step], None] | None = None) -> ConceptBank:
+    """The shipped styles bank with two of its increments made anew: one trained, one in closed form."""
+    shipped = pocket.bank("styles")
+    bank = shipped.subset(name for name in shipped if name not in (TRAINED, SOLVED))
+    for style, solver, others in ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ())):
+        config = SepMEConfig(solver=solver)
+        trainer = SepMETrainer(pipe, config, GUARDS, regular_for_styles(style), others, on_step)
+        bank = trainer.erase([style_concept(style)], bank)
+    return bank
+
+
+def run(
+    seed: int = 0,
+    n_objects: int = 6,
+    on_step: Callable[[Step], None] | None = None,
+    on_moment: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Erase, compose and restore on the built-in model.
+
+    Args:
+        seed: Of the pictures.
+        n_objects: Objects for each style, two pictures each.
+        on_step: Called after every training step.
+        on_moment: Called before the pictures of each moment are drawn.
+    """
+    started = time.perf_counter()
+    pipe = SepMEPipeline.from_pretrained(pocket.path())
+    pipe.set_progress_bar_config(disable=True)
+    bank = erase_live(pipe, on_step)
+    made = time.perf_counter() - started
+    pictures: dict[str, dict[str, list[Image.Image]]] = {}
+    asked = probes(n_objects)
+    for moment, erased in zip(MOMENTS, ((), ERASED, ERASED[2:], ()), strict=True):
+        if on_moment is not None:
+            on_moment(moment)
+        if erased:
+            pipe.load_sepme(bank) if pipe.get_bank() is None else None
+        pipe.set_erased(erased)
+        pictures[moment] = {kind: generate(pipe, probe.prompts, seed) for kind, probe in asked.items()}
+    figures = measure(pictures, asked) | {"seconds to make two increments": made}
+    return Outcome(grid(pictures, asked), tables(figures), figures, bank)
+
+
+def measure(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> dict[str, float]:
+    """Accuracies in percent and changes in 255ths."""
+    figures = {}
+    for moment in MOMENTS:
+        for kind in ("erased", "regular"):
+            accuracies = judged(pictures[moment][kind], asked[kind].styles, asked[kind].objects)
+            figures[f"{kind} style ACC, {moment}"], figures[f"{kind} object ACC, {moment}"] = accuracies
+        kinds = pictures[moment]
+        figures[f"guarded change, {moment}"] = largest_change(kinds["guarded"], pictures["original"]["guarded"])
+    back = [index for index, style in enumerate(asked["erased"].styles) if style in RESTORED]
+    first, later = pictures["original"]["erased"], pictures["two restored"]["erased"]
+    figures["restored change, two restored"] = largest_change([first[i] for i in back], [later[i] for i in back])
+    figures["restored change, all restored"] = max(
+        largest_change(pictures["all restored"][kind], pictures["original"][kind]) for kind in asked
+    )
+    return figures
+
+
+def tables(figures: dict[str, float]) -> tuple[Table, ...]:
+    """The figures as the demonstration prints them."""
+    rows = [
+        (f"{kind} {what} ACC, %", *(f"{figures[f'{kind} {what} ACC, {moment}']:.1f}" for moment in MOMENTS))
+        for kind in ("erased", "regular")
+        for what in ("style", "object")
+    ]
+    rows.append(("guarded, largest change /255", *(f"{figures[f'guarded change, {m}']:.0f}" for m in MOMENTS)))
+    restored = (figures["restored change, two restored"], figures["restored change, all restored"])
+    rows.append(("restored, largest change /255", "", "", *(f"{value:.0f}" for value in restored)))
+    return (Table("ACC by the built-in judge, and changes against the original", ("", *MOMENTS), tuple(rows)),)
+
+
+def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:
+    """A row a prompt, a column a moment: the erased styles, guarded prompts, then never-seen ones."""
+    erased, regular = asked["erased"], asked["regular"]
+    chosen = [("erased", erased.styles.index(style)) for style in ERASED]
+    chosen += [("guarded", index) for index in range(1, 1 + 1 + len(KEPT))]
+    chosen += [("regular", regular.styles.index(style)) for style in (*NEVER_SEEN, words.PLAIN)]
+    labels = [
+        f"{kind if kind != 'regular' else 'never seen'}:\n{asked[kind].prompts[index]}" for kind, index in chosen
+    ]
+    rows = [[pictures[moment][kind][index] for moment in MOMENTS] for kind, index in chosen]
+    return contact_sheet(rows, labels, MOMENTS, scale=2)

@@ -1,0 +1,89 @@
+"""Contact sheets and a self-contained HTML report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP, _LABEL, _HEADER = 4, 190, 22
+_INK, _PAPER = (30, 30, 34), (255, 255, 255)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    scale: int = 1,
+) -> Image.Image:
+    """Pictures in rows and columns, with a label before each row and a header over each column where given."""
+    side = rows[0][0].width * scale
+    left, top = (_LABEL if labels else 0), (_HEADER if headers else 0)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + columns * (side + _GAP), top + len(rows) * (side + _GAP)), _PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for column, header in enumerate(headers):
+        pen.text((left + column * (side + _GAP), 3), header, fill=_INK, font=font)
+    for index, row in enumerate(rows):
+        y = top + index * (side + _GAP)
+        if labels:
+            pen.multiline_text((2, y + side // 2 - 8), labels[index], fill=_INK, font=font)
+        for column, picture in enumerate(row):
+            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + column * (side + _GAP), y))
+    return sheet
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report: its title, its column names, and rows of cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1e1e22 }
+ img { max-width: 100%; image-rendering: pixelated }
+ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd }
+ th { text-align: left } td:not(:first-child) { font-variant-numeric: tabular-nums }
+ figcaption, footer { color: #55555c }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+{% for table in tables %}<h2>{{ table.title }}</h2>
+<table><tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ picture }}">
+<figcaption>{{ caption }}</figcaption></figure>
+<footer>{{ footer }}</footer>
+</body></html>
+"""
+
+
+def html_page(
+    title: str, summary: str, tables: Sequence[Table], picture: Image.Image, caption: str, footer: str
+) -> str:
+    """A page that needs no other file."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    page = Environment(autoescape=True).from_string(_PAGE)
+    return page.render(title=title, summary=summary, tables=tables, picture=encoded, caption=caption, footer=footer)
+
+
+def write(folder: Path, picture: Image.Image, page: str) -> None:
+    """Write grid.png and report.html into a folder, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / "grid.png")
+    (folder / "report.html").write_text(page, encoding="utf-8")

@@ -1,0 +1,47 @@
+"""The concepts of the built-in banks, and the regular prompts that their increments should leave alone."""
+
+from __future__ import annotations
+
+from sepme_diffusers.concepts import BLANK, Concept
+from sepme_diffusers.pocket import vocabulary as words
+
+# Increments see these objects only; they are judged on the rest.
+EDIT_OBJECTS: tuple[str, ...] = tuple(words.OBJECTS)[::2]
+TEST_OBJECTS: tuple[str, ...] = tuple(words.OBJECTS)[1::2]
+GUARDS: tuple[str, ...] = (BLANK, words.WATERMARK)
+BANKED_STYLES: tuple[str, ...] = tuple(name for name in words.STYLES if name not in words.UNBANKED_STYLES)
+BANKED_OBJECTS: tuple[str, ...] = tuple(name for name in words.OBJECTS if name not in words.UNBANKED_OBJECTS)
+
+
+def style_concept(style: str) -> Concept:
+    """A style, paired over the edit objects and the training templates with the same prompt without it."""
+    pairs = tuple(
+        (template.format(style=style, object=object_), f"a {object_}")
+        for template in words.PAIR_TEMPLATES
+        for object_ in EDIT_OBJECTS
+    )
+    return Concept(style, pairs)
+
+
+def object_concept(object_: str) -> Concept:
+    """An object, paired over the training templates and the banked styles with the same prompt without it."""
+    plain = tuple((template.format(object=object_), BLANK) for template in words.OBJECT_TEMPLATES)
+    styled = tuple(
+        (template.format(style=style, object=object_), f"{style} style")
+        for template in words.PAIR_TEMPLATES
+        for style in BANKED_STYLES
+    )
+    return Concept(object_, plain + styled)
+
+
+def regular_for_styles(erased: str) -> tuple[str, ...]:
+    """Prompts that erasing a style should leave alone: plain objects, and the other banked styles."""
+    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in EDIT_OBJECTS]
+    styled = [
+        template.format(style=style, object=object_)
+        for style in BANKED_STYLES
+        if style != erased
+        for template in words.PAIR_TEMPLATES
+        for object_ in EDIT_OBJECTS
+    ]
+    return (*plain, *styled)

@@ -1,0 +1,87 @@
+"""Real pipelines at small size: one with random weights for theorems, the built-in one for behaviour."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
+
+WIDTH, TOKENS = 384, 16
+
+
+def random_pipeline(seed: int = 0, text_seed: int = 0) -> SepMEPipeline:
+    """An untrained Stable Diffusion with the built-in model's tokenizer; equal for equal seeds."""
+    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
+    torch.manual_seed(text_seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    ).eval()  # fmt: skip
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4,
+        cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    # Untrained attention is nearly blind to the text; make it look.
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "attn2" in name:
+                parameter.mul_(3)
+    pipe = SepMEPipeline(
+        vae=vae.eval(), text_encoder=text, tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CONCEPTS = [
+    Concept("neon", (("a cat in the style of neon", "a cat"), ("neon dog", "a dog"))),
+    Concept("cat", (("a cat", ""), ("a picture of a cat", ""))),
+    Concept("pencil", (("a pencil picture of a fox", "a picture of a fox"),)),
+]
+CLOSED = SepMEConfig(solver="closed_form", rank=6, soft_guard_weight=0.0)
+TRAIN = SepMEConfig(
+    solver="train", rank=8, beta=0.02, min_steps=4, max_steps=6, batch_size=2, n_images=2, image_steps=2
+)
+
+
+@pytest.fixture
+def pipe() -> SepMEPipeline:
+    return random_pipeline()
+
+
+@pytest.fixture(scope="session")
+def text_bank() -> ConceptBank:
+    """Three text-side increments for `pipe`."""
+    return SepMETrainer(random_pipeline(), CLOSED, guards=["", "watermark"]).erase(CONCEPTS)
+
+
+@pytest.fixture(scope="session")
+def mixed_bank(text_bank: ConceptBank) -> ConceptBank:
+    """`text_bank` with one more concept, trained: per-module form."""
+    trainer = SepMETrainer(random_pipeline(), TRAIN, guards=["", "watermark"])
+    return trainer.erase([Concept("woodcut", (("woodcut cat", "a cat"),))], text_bank)
+
+
+@pytest.fixture(scope="session")
+def pocket_pipe() -> SepMEPipeline:
+    """The built-in model; a test that loads a bank unloads it."""
+    loaded = SepMEPipeline.from_pretrained(pocket.path())
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def latents(pipe: SepMEPipeline, prompt: str | list[str], seed: int = 0, **kwargs: object) -> torch.Tensor:
+    """Latents of a short run from a fixed seed."""
+    generator = torch.Generator().manual_seed(seed)
+    made = pipe(prompt, num_inference_steps=3, guidance_scale=4.0, generator=generator, output_type="latent", **kwargs)
+    return made.images

@@ -1,0 +1,222 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import latents
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment
+from sepme_diffusers.bank import MANIFEST
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def same(bank: ConceptBank, other: ConceptBank) -> bool:
+    def equal(entry, twin):
+        mine, theirs = entry.increment.tensors(), twin.increment.tensors()
+        factors = mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+        return factors and replace(entry, increment=twin.increment) == twin
+
+    return list(bank) == list(other) and all(equal(entry, other[name]) for name, entry in bank.items())
+
+
+@pytest.fixture
+def saved(mixed_bank, tmp_path) -> Path:
+    mixed_bank.save_pretrained(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+def test_disk_and_back_is_exact(mixed_bank, saved):
+    back = ConceptBank.from_pretrained(saved)
+    assert same(mixed_bank, back)
+    assert (back.base, back.always) == (mixed_bank.base, mixed_bank.always)
+
+
+def test_layout_is_the_documented_one(saved):
+    assert set(tree(saved)) == {
+        "sepme_bank.json", "README.md", "neon/text_increment.safetensors", "cat/text_increment.safetensors",
+        "pencil/text_increment.safetensors", "woodcut/adapter_model.safetensors", "woodcut/adapter_config.json",
+    }  # fmt: skip
+
+
+def test_half_precision_keeps_the_basis_exact(mixed_bank, tmp_path):
+    mixed_bank.save_pretrained(tmp_path / "bank", dtype=torch.float16)
+    back = ConceptBank.from_pretrained(tmp_path / "bank")
+    for name, entry in mixed_bank.items():
+        assert torch.equal(back[name].increment.A, entry.increment.A)
+        factors = back[name].increment.tensors()
+        assert all(tensor.dtype == torch.float16 for key, tensor in factors.items() if key != "A")
+
+
+def test_saving_again_changes_no_byte(mixed_bank, saved):
+    before = tree(saved)
+    times = {file: os.stat(saved / file).st_mtime_ns for file in before if "/" in file}
+    ConceptBank.from_pretrained(saved).save_pretrained(saved)
+    assert tree(saved) == before
+    assert times == {file: os.stat(saved / file).st_mtime_ns for file in times}
+
+
+def test_adding_a_concept_leaves_the_others_files_alone(text_bank, mixed_bank, tmp_path):
+    text_bank.save_pretrained(tmp_path / "bank")
+    before = tree(tmp_path / "bank")
+    mixed_bank.save_pretrained(tmp_path / "bank")
+    after = tree(tmp_path / "bank")
+    assert all(after[file] == data for file, data in before.items() if "/" in file)
+    assert "woodcut/adapter_model.safetensors" in after
+
+
+def test_removed_and_replaced_concepts_leave_nothing_behind(mixed_bank, saved):
+    increment = mixed_bank["neon"].increment
+    stronger = replace(mixed_bank["neon"], increment=Increment(increment.A, B=increment.B * 2))
+    bank = mixed_bank.subset(["neon", "pencil"]).with_entries([stronger])
+    bank.save_pretrained(saved)
+    assert same(bank, ConceptBank.from_pretrained(saved))
+    assert len([file for file in tree(saved) if "/" in file]) == 2
+
+
+def test_names_with_one_slug_do_not_collide(text_bank, tmp_path):
+    entry = text_bank["neon"]
+    twins = [replace(entry, concept=Concept(name, entry.concept.pairs)) for name in ("Neon!", "neon?")]
+    bank = text_bank.with_entries(twins)
+    bank.save_pretrained(tmp_path / "bank")
+    assert same(bank, ConceptBank.from_pretrained(tmp_path / "bank"))
+
+
+@pytest.mark.parametrize("loader", ["peft", "diffusers"])
+def test_a_trained_concept_is_a_plain_lora(loader, pipe, mixed_bank, saved):
+    """Loaders that know nothing of this package reproduce the erasure."""
+    plain = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    original = latents(plain, "woodcut cat")
+    if loader == "peft":
+        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        unet.load_state_dict(pipe.unet.state_dict())
+        plain.unet = PeftModel.from_pretrained(unet, saved / "woodcut").get_base_model()
+    else:
+        plain.unet.load_lora_adapter(
+            saved / "woodcut", prefix="base_model.model", weight_name="adapter_model.safetensors"
+        )
+    theirs = latents(plain, "woodcut cat")
+    if loader == "diffusers":
+        plain.unet.unload_lora()
+    pipe.load_sepme(mixed_bank)
+    pipe.set_erased(["woodcut"])
+    ours = latents(pipe, "woodcut cat")
+    assert (original - ours).abs().max() > 1e-3
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_damage_is_found_and_named(saved):
+    file = saved / "neon" / "text_increment.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BankError, match=r"'neon'.*damaged or was changed"):
+        ConceptBank.from_pretrained(saved)
+
+
+def test_missing_file_is_named(saved):
+    shutil.rmtree(saved / "cat")
+    with pytest.raises(BankError, match=r"'cat': .*missing"):
+        ConceptBank.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x/y.safetensors", "neon/../../y", "a/b/c", "neon\\x/y", "neon"])
+def test_a_manifest_cannot_lead_out_of_the_folder(saved, path):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["concepts"]["neon"]["file"] = path
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BankError, match="not a file of a concept's folder"):
+        ConceptBank.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(version=99), "version 99.*Upgrade"),
+        (lambda m: m.update(format="zip"), "not the manifest of a concept bank"),
+        (lambda m: m.pop("base"), "not a valid bank manifest.*base"),
+        (lambda m: m["concepts"]["neon"]["config"].update(speed=1), "speed"),
+        (lambda m: m["policy"].update(always=["ghost"]), "ghost"),
+        (lambda m: m.update(concepts=3), "not a valid bank manifest"),
+    ],
+)
+def test_bad_manifests_are_refused(saved, edit, message):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    edit(manifest)
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BankError, match=message):
+        ConceptBank.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "sepme_bank", "format": "sepme_bank"}', "[" * 100_000])
+def test_broken_json_is_refused(saved, text):
+    (saved / MANIFEST).write_text(text)
+    with pytest.raises(BankError, match=MANIFEST):
+        ConceptBank.from_pretrained(saved)
+
+
+def test_other_peoples_folders_are_not_overwritten(text_bank, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BankError, match="not empty and holds no concept bank"):
+        text_bank.save_pretrained(tmp_path)
+    assert tree(tmp_path) == {"notes.txt": b"mine"}
+    with pytest.raises(BankError, match="no concept bank"):
+        ConceptBank.from_pretrained(tmp_path)
+
+
+def test_a_killed_save_leaves_the_old_bank_or_the_new_one(text_bank, mixed_bank, tmp_path):
+    """Saving stops dead before each of its file operations in turn; every time a whole bank is there."""
+    mixed_bank.save_pretrained(tmp_path / "new")
+    script = (
+        "import os, sys; stop = int(sys.argv[2]); count = 0\n"
+        "real = os.replace\n"
+        "def replace(*a):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == stop: os.kill(os.getpid(), 9)\n"
+        "    return real(*a)\n"
+        "os.replace = replace\n"
+        "from sepme_diffusers import ConceptBank\n"
+        "ConceptBank.from_pretrained(sys.argv[1] + '/new').save_pretrained(sys.argv[1] + '/bank')\n"
+    )
+    for stop, survivor in ((1, text_bank), (3, text_bank), (4, mixed_bank)):
+        shutil.rmtree(tmp_path / "bank", ignore_errors=True)
+        text_bank.save_pretrained(tmp_path / "bank")
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(stop)], check=False)
+        assert done.returncode == (0 if stop == 4 else -9)
+        assert same(ConceptBank.from_pretrained(tmp_path / "bank"), survivor)
+        mixed_bank.save_pretrained(tmp_path / "bank")
+        assert not list((tmp_path / "bank").glob(".writing-*"))
+        assert same(ConceptBank.from_pretrained(tmp_path / "bank"), mixed_bank)
+
+
+def test_unknown_concept_is_named_with_what_there_is(text_bank):
+    with pytest.raises(KeyError, match=r"'noen'.*'neon'"):
+        text_bank["noen"]
+
+
+def test_a_policy_cannot_name_what_is_not_there_nor_be_cut_away(text_bank):
+    with pytest.raises(ValueError, match="ghost"):
+        replace(text_bank, always=("ghost",))
+    with pytest.raises(ValueError, match=r"always erases \['neon'\]"):
+        replace(text_bank, always=("neon",)).subset(["cat"])
+
+
+def test_the_card_is_read_by_the_hub_library(saved):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.base_model_relation == "adapter"
+    assert "sepme" in card.data.tags
+    assert "| woodcut | module | 8 | train |" in card.text

@@ -1,0 +1,217 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CLOSED, CONCEPTS, latents, random_pipeline
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+
+from sepme_diffusers import ErasureNotInForce, SepMEPipeline, SepMETrainer
+from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.subspace import leakage
+from sepme_diffusers.targets import projection_weights
+
+
+@pytest.fixture
+def loaded(pipe, mixed_bank):
+    pipe.load_sepme(mixed_bank)
+    return pipe
+
+
+def test_loading_erases_nothing(mixed_bank):
+    plain, pipe = random_pipeline(), random_pipeline()
+    pipe.load_sepme(mixed_bank)
+    assert pipe.erased == ()
+    assert pipe.erasable == ("neon", "cat", "pencil", "woodcut")
+    assert torch.equal(latents(pipe, "neon cat"), latents(plain, "neon cat"))
+
+
+def test_guarded_prompts_are_unchanged_whatever_is_erased(loaded):
+    """Separability: the blank prompt, the watermark and the names of the other concepts do not move."""
+    every = loaded.erasable
+    prompts = ["", "watermark"]
+    before = {prompt: latents(loaded, prompt) for prompt in (*prompts, *every)}
+    for erased in (every[:1], every[1:], every):
+        loaded.set_erased(erased)
+        for prompt in (*prompts, *(name for name in every if name not in erased)):
+            if prompt == "woodcut":  # joined later: the first three do not know it
+                continue
+            torch.testing.assert_close(latents(loaded, prompt), before[prompt], rtol=0, atol=1e-4)
+    assert (latents(loaded, "neon") - before["neon"]).abs().max() > 1e-2
+
+
+def test_leakage_of_every_increment_is_at_rounding(loaded, mixed_bank):
+    weights = projection_weights(loaded.unet)
+    for entry in mixed_bank.values():
+        guards = rows(encode(loaded, entry.guards))
+        for name, delta in entry.increment.delta_weights(weights).items():
+            assert leakage(guards, delta, weights[name]).max() < 1e-5
+
+
+def test_order_is_irrelevant_bit_for_bit(loaded):
+    loaded.set_erased(["neon", "woodcut", "cat"])
+    first = latents(loaded, "neon cat")
+    loaded.set_erased(["cat"])
+    loaded.erase("pencil")
+    loaded.erase("woodcut", "neon")
+    loaded.restore("pencil")
+    assert loaded.erased == ("neon", "cat", "woodcut")
+    assert torch.equal(latents(loaded, "neon cat"), first)
+
+
+def test_restoring_is_bit_exact_and_leaves_the_rest(loaded):
+    original = latents(loaded, "neon cat")
+    loaded.set_erased(["pencil"])
+    alone = latents(loaded, "pencil cat")
+    loaded.erase("neon", "cat")
+    assert not torch.equal(latents(loaded, "neon cat"), original)
+    loaded.restore("cat", "neon")
+    assert torch.equal(latents(loaded, "pencil cat"), alone)
+    loaded.set_erased([])
+    assert torch.equal(latents(loaded, "neon cat"), original)
+
+
+def test_unloading_is_bit_exact(loaded, mixed_bank):
+    plain = random_pipeline()
+    loaded.set_erased(["neon"])
+    loaded.unload_sepme()
+    assert (loaded.erasable, loaded.erased, loaded.get_bank()) == ((), (), None)
+    assert torch.equal(latents(loaded, "neon cat"), latents(plain, "neon cat"))
+    loaded.load_sepme(mixed_bank)
+
+
+def test_strength_scales_the_increment(loaded):
+    loaded.set_erased({"neon": 0.5})
+    half = latents(loaded, "neon cat")
+    loaded.set_erased({"neon": 1.0})
+    assert not torch.equal(half, latents(loaded, "neon cat"))
+
+
+@pytest.mark.parametrize(
+    ("concepts", "error", "message"),
+    [
+        (["neon", "pencl"], ValueError, r"unknown concepts \['pencl'\]\. Did you mean 'pencil'"),
+        ("neon", TypeError, r"\['neon'\]"),
+        ({"neon": 0.0}, ValueError, "finite number above zero"),
+        ({"neon": float("nan")}, ValueError, "finite number above zero"),
+        ({"neon": "1"}, ValueError, "finite number above zero"),
+    ],
+)
+def test_bad_requests_leave_the_state_untouched(loaded, concepts, error, message):
+    loaded.set_erased(["cat"])
+    before = latents(loaded, "a cat")
+    with pytest.raises(error, match=message):
+        loaded.set_erased(concepts)
+    assert loaded.erased == ("cat",)
+    assert torch.equal(latents(loaded, "a cat"), before)
+
+
+def test_misspelt_restore_is_refused(loaded):
+    loaded.set_erased(["neon"])
+    with pytest.raises(ValueError, match="Did you mean 'neon'"):
+        loaded.restore("noen")
+    assert loaded.erased == ("neon",)
+
+
+def test_erasing_without_a_bank_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"call load_sepme\(\) first"):
+        pipe.set_erased(["neon"])
+    with pytest.raises(ValueError, match="no bank is loaded"):
+        pipe.restore("neon")
+
+
+def test_a_second_bank_is_refused_and_the_first_stays(loaded, text_bank):
+    loaded.set_erased(["neon"])
+    with pytest.raises(ValueError, match=r"unload_sepme\(\) first"):
+        loaded.load_sepme(text_bank)
+    assert loaded.erased == ("neon",)
+
+
+def test_a_bank_from_disk_erases_as_the_one_in_memory(loaded, mixed_bank, tmp_path):
+    mixed_bank.save_pretrained(tmp_path / "bank")
+    other = random_pipeline()
+    other.load_sepme(tmp_path / "bank")
+    for pipe in (loaded, other):
+        pipe.set_erased(["neon", "woodcut"])
+    assert torch.equal(latents(other, "neon cat"), latents(loaded, "neon cat"))
+
+
+def test_a_policy_is_in_force_from_loading_on(pipe, text_bank):
+    pipe.load_sepme(replace(text_bank, always=("cat",)))
+    assert pipe.erased == ("cat",)
+    for attempt in (lambda: pipe.restore("cat"), lambda: pipe.set_erased(["neon"]), pipe.unload_sepme):
+        with pytest.raises(ValueError, match=r"policy always erases \['cat'\]"):
+            attempt()
+    assert pipe.erased == ("cat",)
+    pipe.set_erased(["cat", "neon"])
+
+
+def test_another_text_encoder_is_refused(text_bank):
+    stranger = random_pipeline(text_seed=5)
+    with pytest.raises(ValueError, match="another text encoder"):
+        stranger.load_sepme(text_bank)
+    assert stranger.get_bank() is None
+    assert stranger.erasable == ()
+
+
+def test_text_side_increments_serve_another_unet_and_per_module_ones_do_not(text_bank, mixed_bank):
+    fine_tune = random_pipeline(seed=9)
+    with pytest.raises(ValueError, match="this UNet has other weights"):
+        fine_tune.load_sepme(mixed_bank)
+    fine_tune.load_sepme(text_bank)
+    before = latents(fine_tune, "watermark"), latents(fine_tune, "neon dog")
+    fine_tune.set_erased(["neon"])
+    torch.testing.assert_close(latents(fine_tune, "watermark"), before[0], rtol=0, atol=1e-4)
+    assert not torch.equal(latents(fine_tune, "neon dog"), before[1])
+
+
+def test_an_unrelated_lora_does_not_switch_an_erasure_off(loaded):
+    """Loading, activating and unloading a LoRA through diffusers leaves the erasure acting."""
+    loaded.set_erased(["neon"])
+    erased = latents(loaded, "neon cat")
+    loaded.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q"]), "style")
+    torch.testing.assert_close(latents(loaded, "neon cat"), erased)  # a fresh LoRA is the identity
+    loaded.set_adapters("style")
+    loaded.disable_lora()
+    torch.testing.assert_close(latents(loaded, "neon cat"), erased)
+    loaded.unload_lora_weights()
+    assert torch.equal(latents(loaded, "neon cat"), erased)
+
+
+def test_fused_projections_are_refused_while_erased(loaded):
+    loaded.set_erased(["neon"])
+    loaded.unet.fuse_qkv_projections()
+    with pytest.raises(ErasureNotInForce, match="unfuse_qkv_projections"):
+        latents(loaded, "neon cat")
+    loaded.unet.unfuse_qkv_projections()
+    latents(loaded, "neon cat")
+
+
+def test_a_swapped_unet_is_refused(loaded):
+    loaded.set_erased(["neon"])
+    loaded.unet = random_pipeline().unet
+    with pytest.raises(ErasureNotInForce, match="replaced"):
+        latents(loaded, "neon cat")
+
+
+def test_saved_pipeline_is_the_plain_one(loaded, tmp_path):
+    loaded.set_erased(["neon"])
+    loaded.save_pretrained(tmp_path)
+    back = SepMEPipeline.from_pretrained(tmp_path, safety_checker=None)
+    assert back.erased == ()
+    assert torch.equal(latents(back, "neon cat"), latents(random_pipeline(), "neon cat"))
+
+
+def test_a_pipeline_made_from_it_shares_what_is_erased(loaded):
+    loaded.set_erased(["neon"])
+    other = StableDiffusionPipeline(**loaded.components, requires_safety_checker=False)
+    assert torch.equal(latents(other, "neon cat"), latents(loaded, "neon cat"))
+
+
+def test_making_increments_while_erased_is_refused(loaded):
+    loaded.set_erased(["neon"])
+    with pytest.raises(ValueError, match=r"has erased \['neon'\]"):
+        SepMETrainer(loaded, CLOSED)
+    loaded.set_erased([])
+    again = SepMETrainer(loaded, CLOSED, guards=["", "watermark"]).erase(CONCEPTS)
+    assert torch.equal(again["neon"].increment.A, loaded.get_bank()["neon"].increment.A)

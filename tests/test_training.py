@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CLOSED, CONCEPTS, TRAIN, latents
+
+from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
+from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.subspace import null_space
+
+WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))
+
+
+def test_increments_lie_in_the_guards_null_space(pipe, mixed_bank):
+    for name, entry in mixed_bank.items():
+        null = null_space(rows(encode(pipe, entry.guards)))
+        a = entry.increment.A.double()
+        assert (a - a @ null.T @ null).norm() < 1e-5 * a.norm(), name
+
+
+def test_guards_are_blank_watermark_and_every_other_concept(mixed_bank):
+    assert mixed_bank["cat"].guards == ("", "watermark", "neon", "pencil")
+    assert mixed_bank["woodcut"].guards == ("", "watermark", "neon", "cat", "pencil")
+
+
+def test_earlier_increments_are_untouched(text_bank, mixed_bank):
+    assert all(mixed_bank[name] is entry for name, entry in text_bank.items())
+
+
+def test_training_leaves_the_model_as_it_was(pipe):
+    state = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    before = latents(pipe, "woodcut cat")
+    SepMETrainer(pipe, TRAIN).erase([WOODCUT])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert torch.equal(latents(pipe, "woodcut cat"), before)
+    assert all(parameter.grad is None for parameter in pipe.unet.parameters())
+    assert all(not module._forward_hooks for module in pipe.unet.modules())
+
+
+def test_training_repeats_bit_for_bit_and_the_seed_matters(pipe):
+    first, again, other = (
+        SepMETrainer(pipe, replace(TRAIN, seed=seed)).erase([WOODCUT])["woodcut"].increment for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(c, again.C[name]) for name, c in first.C.items())
+    assert not all(torch.equal(c, other.C[name]) for name, c in first.C.items())
+
+
+def test_training_lowers_the_correlation_and_stops_by_the_rule(pipe):
+    seen = []
+    config = replace(TRAIN, beta=0.05, max_steps=200, tolerance=0.5)
+    bank = SepMETrainer(pipe, config, on_step=seen.append).erase([WOODCUT])
+    metrics = bank["woodcut"].metrics
+    assert metrics["stopped_by_rule"]
+    assert metrics["steps"] == len(seen) < 200
+    assert seen[-1].momentum <= 0.5 * seen[0].loss < seen[-2].momentum or seen[-1].step == config.min_steps
+
+
+def test_training_runs_out_of_steps_honestly(pipe):
+    config = replace(TRAIN, beta=1e-6, max_steps=4)
+    assert SepMETrainer(pipe, config).erase([WOODCUT])["woodcut"].metrics["stopped_by_rule"] is False
+
+
+def test_full_basis_is_the_papers(pipe):
+    config = SepMEConfig.paper(max_steps=10, batch_size=1, n_images=1, image_steps=2)
+    entry = SepMETrainer(pipe, config).erase([WOODCUT])["woodcut"]
+    null = null_space(rows(encode(pipe, entry.guards)))
+    torch.testing.assert_close(entry.increment.A.double(), 1e-4 * null, rtol=1e-5, atol=1e-9)
+
+
+def test_x0_are_the_original_models_pictures(pipe):
+    """The trainer's x_0 are what the pipeline draws for the concept's prompts, from the config's seed."""
+    from sepme_diffusers.training import _NoisyBatches
+
+    batches = _NoisyBatches(pipe, WOODCUT, TRAIN)
+    generator = torch.Generator().manual_seed(TRAIN.seed)
+    drawn = pipe(
+        ["woodcut cat"] * 2, num_inference_steps=2, guidance_scale=TRAIN.guidance_scale, generator=generator,
+        output_type="latent",
+    ).images  # fmt: skip
+    assert torch.equal(batches.latents, drawn)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_predicted_noise_follows_the_prediction_type(pipe, kind):
+    """If the network's output is exact, the noise that was added comes back, whichever way it is parametrised."""
+    from sepme_diffusers.training import _Batch
+
+    alpha, x0, noise = torch.tensor([0.3, 0.9]), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    root, rest = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+    exact = noise if kind == "epsilon" else root * noise - rest * x0
+
+    class Output:
+        sample = exact
+
+    class Exact:
+        dtype = torch.float32
+
+        def __call__(self, *_: object) -> Output:
+            return Output()
+
+    states = torch.zeros(2, 16, 384)
+    batch = _Batch(root * x0 + rest * noise, torch.tensor([1, 2]), states, states, alpha, kind)
+    torch.testing.assert_close(batch.predict_noise(Exact(), both=False), noise, rtol=1e-5, atol=1e-5)
+
+
+def test_soft_guards_are_moved_less(pipe):
+    prompts = ["a dog", "a fox", "a bus"]
+    moved = []
+    for soft in ((), prompts):
+        config = SepMEConfig(solver="closed_form", rank=16, soft_guard_weight=30.0)
+        increment = SepMETrainer(pipe, config, soft_guards=soft).erase([CONCEPTS[1]])["cat"].increment
+        moved.append((rows(encode(pipe, prompts)) @ increment.A.T @ increment.B.T).norm())
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_no_dimension_left_is_refused(pipe):
+    words = list(pipe.tokenizer.get_vocab())[100:600]
+    guards = [word.removesuffix("</w>") for word in words if word.endswith("</w>")]
+    with pytest.raises(ValueError, match="nothing can be erased"):
+        SepMETrainer(pipe, CLOSED, guards=guards).erase(["neon"])
+
+
+def test_wrong_concepts_are_refused_before_any_work(pipe):
+    with pytest.raises(ValueError, match="no concept given"):
+        SepMETrainer(pipe, CLOSED).erase([])
+    with pytest.raises(TypeError, match="list of concepts"):
+        SepMETrainer(pipe, CLOSED).erase("neon")
