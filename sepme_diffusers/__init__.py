@@ -1,12 +1,32 @@
 """Separable concept erasure for diffusers: erase, restore and compose, exactly (SepME, arXiv 2402.05947)."""
 
-from sepme_diffusers.bank import BankError, BaseModel, ConceptBank, Entry
-from sepme_diffusers.concepts import Concept
-from sepme_diffusers.config import SepMEConfig
-from sepme_diffusers.hooks import ErasureNotInForce
-from sepme_diffusers.increment import Increment
-from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline
-from sepme_diffusers.training import SepMETrainer, Step
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sepme_diffusers.bank import BankError, BaseModel, ConceptBank, Entry
+    from sepme_diffusers.concepts import Concept
+    from sepme_diffusers.config import SepMEConfig
+    from sepme_diffusers.hooks import ErasureNotInForce
+    from sepme_diffusers.increment import Increment
+    from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline
+    from sepme_diffusers.training import SepMETrainer, Step
+
+# Imported when first used, so that the command line answers before torch is loaded.
+_WHERE = {
+    "BankError": "bank",
+    "BaseModel": "bank",
+    "ConceptBank": "bank",
+    "Entry": "bank",
+    "Concept": "concepts",
+    "SepMEConfig": "config",
+    "ErasureNotInForce": "hooks",
+    "Increment": "increment",
+    "SepMELoaderMixin": "pipeline",
+    "SepMEPipeline": "pipeline",
+    "SepMETrainer": "training",
+    "Step": "training",
+}
 
 __all__ = [
     "BankError",
@@ -22,3 +42,13 @@ __all__ = [
     "SepMETrainer",
     "Step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"sepme_diffusers.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'sepme_diffusers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

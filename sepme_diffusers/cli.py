@@ -83,3 +83,7 @@ def _rich(table: Table) -> RichTable:
     for row in table.rows:
         shown.add_row(*row)
     return shown
+
+
+if __name__ == "__main__":
+    app()

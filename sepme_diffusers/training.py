@@ -20,6 +20,9 @@ from sepme_diffusers.objective import MomentumStop, concept_representation, corr
 from sepme_diffusers.subspace import null_space
 from sepme_diffusers.targets import projection_weights
 
+# Below this share of its embedding, what the guards leave of a concept is rounding.
+_LEAST_REACH = 1e-4
+
 
 @dataclass(frozen=True)
 class Step:
@@ -38,7 +41,8 @@ class SepMETrainer:
         pipe: A Stable Diffusion pipeline; its text encoder and UNet are only read.
         config: How.
         guards: Prompts that no increment may change, exactly, beside the other concepts of the bank.
-        soft_guards: Regular prompts that an increment should change little.
+        soft_guards: Regular prompts that an increment should change little, or the mean outer product of their
+            tokens, (d, d), see `closed_form.covariance`.
         others: Names guarded like the bank's concepts although they are not in it.
         on_step: Called after every training step.
 
@@ -59,7 +63,7 @@ class SepMETrainer:
         pipe: Any,
         config: SepMEConfig | None = None,
         guards: Sequence[str] = (BLANK,),
-        soft_guards: Sequence[str] = (),
+        soft_guards: Sequence[str] | Tensor = (),
         others: Sequence[str] = (),
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
@@ -68,7 +72,7 @@ class SepMETrainer:
             raise ValueError(f"the pipeline has erased {list(erasures.active)}; restore them before making increments")
         self.pipe, self.config, self.on_step = pipe, config or SepMEConfig(), on_step
         self.guards = tuple(dict.fromkeys((BLANK, *guards)))
-        self.soft_guards, self.others = tuple(soft_guards), tuple(others)
+        self.soft_guards, self.others = soft_guards, tuple(others)
         self._weights = {name: weight.detach() for name, weight in projection_weights(pipe.unet).items()}
 
     def erase(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> ConceptBank:
@@ -82,15 +86,20 @@ class SepMETrainer:
             bank: The bank to add to; made on the same base.
 
         Raises:
-            ValueError: If the concepts are not usable, the bank is of another base, or no dimension is left.
+            ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
         """
         found = as_concepts(concepts)
         bank = bank if bank is not None else ConceptBank(self.base())
         if bank.base.width != self.base().width:
             raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {self.base().width}")
         names = dict.fromkeys((*bank, *self.others, *(concept.name for concept in found)))
-        soft = covariance(rows(encode(self.pipe, self.soft_guards))) if self.soft_guards else None
+        soft = self._soft_covariance()
         return bank.with_entries([self._entry(concept, names, soft) for concept in found])
+
+    def _soft_covariance(self) -> Tensor | None:
+        if isinstance(self.soft_guards, Tensor):
+            return self.soft_guards
+        return covariance(rows(encode(self.pipe, self.soft_guards))) if self.soft_guards else None
 
     def base(self) -> BaseModel:
         """What increments of this trainer are made on."""
@@ -103,7 +112,7 @@ class SepMETrainer:
         started = time.perf_counter()
         guards = (*self.guards, *(name for name in names if name != concept.name))
         null = null_space(rows(encode(self.pipe, guards)), self.config.guard_tolerance)
-        metrics: dict[str, Any] = {"dimensions_left": len(null)}
+        metrics: dict[str, Any] = {"dimensions_left": len(null), "reach": self._reach(concept, guards, null)}
         if self.config.solver == "closed_form":
             increment = self._closed_form(concept, null, soft)
         else:
@@ -111,6 +120,17 @@ class SepMETrainer:
             metrics |= trained
         metrics["seconds"] = round(time.perf_counter() - started, 3)
         return Entry(concept, increment, self.config, guards, metrics)
+
+    def _reach(self, concept: Concept, guards: tuple[str, ...], null: Tensor) -> float:
+        """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all."""
+        embeddings = rows(encode(self.pipe, concept.prompts)).double()
+        reach = float((embeddings @ null.T).norm() / embeddings.norm())
+        if reach < _LEAST_REACH:
+            raise ValueError(
+                f"the {len(guards)} guard prompts fill the space that {concept.name!r} lives in (reach {reach:.1e}): "
+                "nothing can be erased; guard fewer prompts, or move some of them to the soft guards"
+            )
+        return reach
 
     def _closed_form(self, concept: Concept, null: Tensor, soft: Tensor | None) -> Increment:
         embeddings = encode(self.pipe, concept.prompts)

@@ -45,3 +45,10 @@ def regular_for_styles(erased: str) -> tuple[str, ...]:
         for object_ in EDIT_OBJECTS
     ]
     return (*plain, *styled)
+
+
+def regular_prompts(object_: str) -> tuple[str, ...]:
+    """Prompts for an object, plain and in every banked style: regular wherever another object is erased."""
+    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES]
+    styled = [t.format(style=style, object=object_) for t in words.PAIR_TEMPLATES for style in BANKED_STYLES]
+    return (*plain, *styled)

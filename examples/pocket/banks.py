@@ -1,0 +1,55 @@
+"""Make the banks that the package ships: ten styles and a hundred objects, in closed form.
+
+python examples/pocket/banks.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import typer
+from rich.progress import track
+
+from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
+from sepme_diffusers.closed_form import covariance
+from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.pocket import concepts
+
+STYLES = SepMEConfig(solver="closed_form")
+OBJECTS = SepMEConfig(solver="closed_form", rank=8)
+
+
+def styles(pipe: SepMEPipeline) -> ConceptBank:
+    """Every banked style, guarded by the blank prompt, the watermark and the names of all the others."""
+    bank = None
+    for style in track(concepts.BANKED_STYLES, description="styles"):
+        others = [name for name in concepts.BANKED_STYLES if name != style]
+        soft = concepts.regular_for_styles(style)
+        trainer = SepMETrainer(pipe, STYLES, concepts.GUARDS, soft, others)
+        bank = trainer.erase([concepts.style_concept(style)], bank)
+    return bank
+
+
+def objects(pipe: SepMEPipeline) -> ConceptBank:
+    """Every banked object, guarded by the blank prompt and the watermark; the other objects are soft guards."""
+    names = concepts.BANKED_OBJECTS
+    each = {name: covariance(rows(encode(pipe, concepts.regular_prompts(name)))) for name in names}
+    bank = ConceptBank(SepMETrainer(pipe).base())
+    for name in track(names, description="objects"):
+        soft = (sum(each.values()) - each[name]) / (len(names) - 1)
+        # Made alone: with the names of 99 others as hard guards no dimension would be left.
+        alone = SepMETrainer(pipe, OBJECTS, concepts.GUARDS, soft).erase([concepts.object_concept(name)])
+        bank = bank.with_entries(alone.values())
+    return bank
+
+
+def main(target: Path = Path(pocket.__file__).parent / "banks") -> None:
+    """Write target/styles and target/objects."""
+    pipe = SepMEPipeline.from_pretrained(pocket.path())
+    styles(pipe).save_pretrained(target / "styles", torch.float16)
+    objects(pipe).save_pretrained(target / "objects", torch.float16)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,66 @@
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sepme_diffusers import pocket
+from sepme_diffusers.cli import app
+from sepme_diffusers.evaluation import demo as demonstration
+
+
+def test_help_names_the_commands():
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+    assert "demo" in shown.output
+
+
+def test_bad_options_are_refused_before_any_work():
+    shown = CliRunner().invoke(app, ["demo", "--objects", "0"])
+    assert shown.exit_code == 2
+    assert "--objects" in shown.output
+
+
+def test_the_command_line_imports_nothing_heavy():
+    """The first line appears at once: torch waits until a command runs."""
+    check = "import sys, sepme_diffusers.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> tuple[str, Path, float]:
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "sepme_diffusers.cli", "demo", "--output", str(folder), "--objects", "2"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process.stdout.readline()
+    first = time.perf_counter() - started
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output, folder, first
+
+
+def test_demo_erases_guards_and_restores(shown):
+    """On a quarter of its pictures the demonstration's table says what the method promises."""
+    output, folder, _ = shown
+    row = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if line.startswith("│")}
+    numbers = {name: [float(cell) for cell in cells if cell.strip()] for name, cells in row.items()}
+    original, erased, _, restored = numbers["erased style ACC, %"]
+    assert erased <= 25
+    assert original == restored >= 85
+    assert max(numbers["guarded, largest change /255"]) <= 2
+    assert numbers["restored, largest change /255"] == [0, 0]
+    assert (folder / "grid.png").stat().st_size > 10_000
+    assert re.search(r"neon: \d+ steps of the paper", (folder / "report.html").read_text("utf-8"))
+
+
+def test_live_erasures_join_the_shipped_bank(pocket_pipe):
+    bank = demonstration.erase_live(pocket_pipe)
+    shipped = pocket.bank("styles")
+    assert set(bank) == set(shipped)
+    assert (bank["neon"].config.solver, bank["halftone"].config.solver) == ("train", "closed_form")
+    assert set(bank["neon"].guards) == set(shipped["neon"].guards)
+    assert bank["neon"].metrics["stopped_by_rule"]
