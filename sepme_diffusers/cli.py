@@ -33,6 +33,7 @@ def demo(
     """Erase six styles of the built-in model, restore two of them, restore all; measure and draw each moment."""
     console.print("Loading torch and the built-in model ...")
     started = time.perf_counter()
+    _quieten()
     from sepme_diffusers.evaluation import demo as demonstration
     from sepme_diffusers.evaluation import report
 
@@ -48,8 +49,7 @@ def demo(
 
         def on_moment(moment: str) -> None:
             progress.update(training, total=1, completed=1)
-            first = moment == demonstration.MOMENTS[0]
-            progress.update(drawing, visible=True, advance=0 if first else 1, state=moment)
+            progress.update(drawing, visible=True, completed=list(demonstration.MOMENTS).index(moment), state=moment)
 
         outcome = demonstration.run(seed, objects, on_step, on_moment)
         progress.update(drawing, completed=len(demonstration.MOMENTS))
@@ -74,6 +74,16 @@ def demo(
     report.write(output, outcome.grid, page)
     console.print(footer)
     console.print(f"Wrote {output / 'grid.png'} and {output / 'report.html'}")
+
+
+def _quieten() -> None:
+    """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _rich(table: Table) -> RichTable:

@@ -58,7 +58,7 @@ class SepMEConfig:
     n_images: int = 24
     image_steps: int = 20
     guidance_scale: float = 4.0
-    soft_guard_weight: float = 3.0
+    soft_guard_weight: float = 300.0
     ridge: float = 1e-5
     guard_tolerance: float = 1e-6
     seed: int = 0

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 
-from sepme_diffusers.bank import ConceptBank, Entry
+from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.hooks import ErasureNotInForce, Erasures, erasures_of
 from sepme_diffusers.targets import projection_weights
@@ -70,20 +71,22 @@ class SepMELoaderMixin:
                     f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
                     "Text-side increments (solver='closed_form') serve every base with the same text encoder"
                 )
-        leaks = {name: leak for name, entry in bank.items() if (leak := self._leak(entry)) > _FOREIGN_LEAKAGE}
-        if leaks:
+        if leaks := {name: leak for name, leak in self._leaks(bank).items() if leak > _FOREIGN_LEAKAGE}:
             raise ValueError(
-                f"the bank was made for another text encoder than {type(self).__name__}'s: with this one its "
-                f"increments move the prompts that they guard, by {leaks} of the embedding"
+                "the bank was made for another text encoder than this pipeline's: with this one its increments move "
+                f"the prompts that they guard (share of the embedding that they read: {leaks})"
             )
 
-    def _leak(self, entry: Entry) -> float:
-        """The largest |e Aᵀ| of a guarded token e against a token of the concept's own."""
-        a = entry.increment.A.float()
-        guards, own = (
-            rows(encode(self, prompts)).cpu() @ a.T for prompts in (entry.guards, entry.concept.prompts[:16])
-        )
-        return float(guards.norm(dim=1).max() / own.norm(dim=1).max().clamp(min=1e-30))
+    def _leaks(self, bank: ConceptBank) -> dict[str, float]:
+        """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a guarded token e, for each concept."""
+        prompts = list(dict.fromkeys(prompt for entry in bank.values() for prompt in entry.guards))
+        embedded = dict(zip(prompts, torch.nn.functional.normalize(encode(self, prompts).cpu(), dim=-1), strict=True))
+        leaks = {}
+        for name, entry in bank.items():
+            a = entry.increment.A.float().cpu()
+            read = rows(torch.stack([embedded[prompt] for prompt in entry.guards])) @ (a / a.norm()).T
+            leaks[name] = float(read.norm(dim=1).max())
+        return leaks
 
     def unload_sepme(self) -> None:
         """Take the bank away: the pipeline is the plain one again, bit for bit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,7 +104,9 @@ class SepMETrainer:
 
     def base(self) -> BaseModel:
         """What increments of this trainer are made on."""
-        name = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
+        name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
+        if Path(name).is_dir():  # whoever gets the bank has no use for a path of this machine
+            name = Path(name).name
         shapes = {name: (w.shape[0], float(w.float().norm())) for name, w in self._weights.items()}
         width = next(iter(self._weights.values())).shape[1]
         return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes)
@@ -145,12 +148,12 @@ class SepMETrainer:
             self.config.ridge,
             sum(w.double().T @ w.double() for w in self._weights.values()),
         )
-        return Increment(a.float(), B=b.float())
+        return Increment(a.float().cpu(), B=b.float().cpu())
 
     def _basis(self, concept: Concept, null: Tensor, soft: Tensor | None) -> Tensor:
         """β S: the whole null space, or the orthonormal directions that the closed form found, scaled."""
         if self.config.basis == "aligned":
-            directions = self._closed_form(concept, null, soft).A.double()
+            directions = self._closed_form(concept, null, soft).A.double().to(null.device)
             null = torch.linalg.svd(directions @ null.T @ null, full_matrices=False).Vh
         beta = self.config.beta
         if self.config.relative:

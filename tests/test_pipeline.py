@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CLOSED, CONCEPTS, latents, random_pipeline
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sepme_diffusers import ErasureNotInForce, SepMEPipeline, SepMETrainer
+from sepme_diffusers import ErasureNotInForce, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.subspace import leakage
 from sepme_diffusers.targets import projection_weights
@@ -215,3 +216,36 @@ def test_making_increments_while_erased_is_refused(loaded):
     loaded.set_erased([])
     again = SepMETrainer(loaded, CLOSED, guards=["", "watermark"]).erase(CONCEPTS)
     assert torch.equal(again["neon"].increment.A, loaded.get_bank()["neon"].increment.A)
+
+
+@pytest.mark.slow
+def test_true_stable_diffusion_1_shape(tmp_path):
+    """The whole path at Stable Diffusion 1.5's true architecture (random weights): erase, save, load, guard, restore."""
+    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer", model_max_length=77)
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+    pipe = SepMEPipeline(
+        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32)), text_encoder=text.eval(), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 64}
+    bank = SepMETrainer(pipe, SepMEConfig(solver="closed_form", rank=8), guards=["watermark"]).erase(CONCEPTS[:2])
+    bank.save_pretrained(tmp_path / "bank", torch.float16)
+    assert (tmp_path / "bank" / "neon" / "text_increment.safetensors").stat().st_size < 40_000
+    before = {prompt: latents(pipe, prompt, **size) for prompt in ("", "watermark", "neon", "a cat in neon")}
+    pipe.load_sepme(tmp_path / "bank")
+    pipe.set_erased({"neon": 5.0, "cat": 5.0})
+    assert not torch.equal(latents(pipe, "a cat in neon", **size), before["a cat in neon"])
+    pipe.set_erased(["cat"])
+    for prompt in ("", "watermark", "neon"):
+        torch.testing.assert_close(latents(pipe, prompt, **size), before[prompt], rtol=0, atol=1e-4)
+    pipe.restore("cat")
+    assert torch.equal(latents(pipe, "a cat in neon", **size), before["a cat in neon"])

@@ -107,7 +107,7 @@ def test_soft_guards_are_moved_less(pipe):
     prompts = ["a dog", "a fox", "a bus"]
     moved = []
     for soft in ((), prompts):
-        config = SepMEConfig(solver="closed_form", rank=16, soft_guard_weight=30.0)
+        config = SepMEConfig(solver="closed_form", rank=16, soft_guard_weight=1000.0)
         increment = SepMETrainer(pipe, config, soft_guards=soft).erase([CONCEPTS[1]])["cat"].increment
         moved.append((rows(encode(pipe, prompts)) @ increment.A.T @ increment.B.T).norm())
     assert moved[1] < 0.5 * moved[0]

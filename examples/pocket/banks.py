@@ -5,6 +5,7 @@ python examples/pocket/banks.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,8 +48,9 @@ def objects(pipe: SepMEPipeline) -> ConceptBank:
 def main(target: Path = Path(pocket.__file__).parent / "banks") -> None:
     """Write target/styles and target/objects."""
     pipe = SepMEPipeline.from_pretrained(pocket.path())
-    styles(pipe).save_pretrained(target / "styles", torch.float16)
-    objects(pipe).save_pretrained(target / "objects", torch.float16)
+    for name, bank in (("styles", styles(pipe)), ("objects", objects(pipe))):
+        named = replace(bank, base=replace(bank.base, name="sepme_diffusers/pocket"))
+        named.save_pretrained(target / name, torch.float16)
 
 
 if __name__ == "__main__":

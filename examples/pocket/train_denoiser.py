@@ -186,7 +186,7 @@ def prepare(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def main(
-    work: Path = Path("pocket-work"), variant: bool = False, steps: int = 7000, batch: int = 64, seed: int = 0
+    work: Path = Path("pocket-work"), variant: bool = False, steps: int = 5000, batch: int = 64, seed: int = 0
 ) -> None:
     """Train WORK/unet and WORK/text_encoder_final; with --variant, WORK/variant/unet on from them."""
     torch.manual_seed(seed)

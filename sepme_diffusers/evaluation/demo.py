@@ -24,7 +24,13 @@ ERASED = ("woodcut", TRAINED, SOLVED, "blueprint", "mosaic", "pencil")
 RESTORED = ERASED[:2]
 KEPT = ("stencil", "pixel", "watercolour", "thermal")
 NEVER_SEEN = words.UNBANKED_STYLES
-MOMENTS = ("original", "six erased", "two restored", "all restored")
+# What is erased at each moment.
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "original": (),
+    "six erased": ERASED,
+    "two restored": ERASED[2:],
+    "all restored": (),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ def probes(n_objects: int) -> dict[str, Probe]:
             (*regular.objects, *plain),
         ),
         "guarded": Probe((*GUARDS, *KEPT)),
+        "names": Probe(RESTORED),
     }
 
 
@@ -104,48 +111,66 @@ def run(
     pipe.set_progress_bar_config(disable=True)
     bank = erase_live(pipe, on_step)
     made = time.perf_counter() - started
-    pictures: dict[str, dict[str, list[Image.Image]]] = {}
-    asked = probes(n_objects)
-    for moment, erased in zip(MOMENTS, ((), ERASED, ERASED[2:], ()), strict=True):
+    asked, pictures = probes(n_objects), {}
+    for moment, erased in MOMENTS.items():
         if on_moment is not None:
             on_moment(moment)
-        if erased:
-            pipe.load_sepme(bank) if pipe.get_bank() is None else None
+        if erased and pipe.get_bank() is None:
+            pipe.load_sepme(bank)
         pipe.set_erased(erased)
         pictures[moment] = {kind: generate(pipe, probe.prompts, seed) for kind, probe in asked.items()}
     figures = measure(pictures, asked) | {"seconds to make two increments": made}
-    return Outcome(grid(pictures, asked), tables(figures), figures, bank)
+    return Outcome(grid(pictures, asked), (table(figures),), figures, bank)
 
 
 def measure(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> dict[str, float]:
-    """Accuracies in percent and changes in 255ths."""
-    figures = {}
-    for moment in MOMENTS:
-        for kind in ("erased", "regular"):
-            accuracies = judged(pictures[moment][kind], asked[kind].styles, asked[kind].objects)
-            figures[f"{kind} style ACC, {moment}"], figures[f"{kind} object ACC, {moment}"] = accuracies
-        kinds = pictures[moment]
-        figures[f"guarded change, {moment}"] = largest_change(kinds["guarded"], pictures["original"]["guarded"])
-    back = [index for index, style in enumerate(asked["erased"].styles) if style in RESTORED]
-    first, later = pictures["original"]["erased"], pictures["two restored"]["erased"]
-    figures["restored change, two restored"] = largest_change([first[i] for i in back], [later[i] for i in back])
+    """Accuracies in percent and largest changes in 255ths, keyed "what, moment"."""
+    figures: dict[str, float] = {}
+    original = pictures["original"]
+    for moment, erased in MOMENTS.items():
+        drawn = pictures[moment]
+        groups = {
+            "regular": _select(drawn["regular"], asked["regular"], asked["regular"].styles),
+            "erased": _select(drawn["erased"], asked["erased"], ERASED if moment == "original" else erased),
+            "restored": _select(drawn["erased"], asked["erased"], _restored(moment)),
+        }
+        for group, (some, styles, objects) in groups.items():
+            if some:
+                accuracies = judged(some, styles, objects)
+                figures[f"{group} style ACC, {moment}"], figures[f"{group} object ACC, {moment}"] = accuracies
+        figures[f"guarded change, {moment}"] = largest_change(drawn["guarded"], original["guarded"])
+    figures["restored change, two restored"] = largest_change(pictures["two restored"]["names"], original["names"])
     figures["restored change, all restored"] = max(
-        largest_change(pictures["all restored"][kind], pictures["original"][kind]) for kind in asked
+        largest_change(pictures["all restored"][kind], original[kind]) for kind in asked
     )
     return figures
 
 
-def tables(figures: dict[str, float]) -> tuple[Table, ...]:
+def _restored(moment: str) -> tuple[str, ...]:
+    return {"two restored": RESTORED, "all restored": ERASED}.get(moment, ())
+
+
+def _select(pictures: list[Image.Image], probe: Probe, styles: tuple[str, ...]) -> tuple[list, list, list]:
+    """The pictures of some styles, with what they should show."""
+    chosen = [index for index, style in enumerate(probe.styles) if style in styles]
+    return [pictures[i] for i in chosen], [probe.styles[i] for i in chosen], [probe.objects[i] for i in chosen]
+
+
+def table(figures: dict[str, float]) -> Table:
     """The figures as the demonstration prints them."""
+
+    def row(label: str, key: str, digits: int) -> tuple[str, ...]:
+        cells = (figures.get(f"{key}, {moment}") for moment in MOMENTS)
+        return (label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells))
+
     rows = [
-        (f"{kind} {what} ACC, %", *(f"{figures[f'{kind} {what} ACC, {moment}']:.1f}" for moment in MOMENTS))
-        for kind in ("erased", "regular")
+        row(f"{group}: {what} ACC, %", f"{group} {what} ACC", 1)
+        for group in ("erased", "restored", "regular")
         for what in ("style", "object")
     ]
-    rows.append(("guarded, largest change /255", *(f"{figures[f'guarded change, {m}']:.0f}" for m in MOMENTS)))
-    restored = (figures["restored change, two restored"], figures["restored change, all restored"])
-    rows.append(("restored, largest change /255", "", "", *(f"{value:.0f}" for value in restored)))
-    return (Table("ACC by the built-in judge, and changes against the original", ("", *MOMENTS), tuple(rows)),)
+    rows.append(row("guarded: largest change, /255", "guarded change", 0))
+    rows.append(row("restored: largest change, /255", "restored change", 0))
+    return Table("ACC by the built-in judge, changes against the original", ("", *MOMENTS), tuple(rows))
 
 
 def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:
@@ -158,4 +183,4 @@ def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Pro
         f"{kind if kind != 'regular' else 'never seen'}:\n{asked[kind].prompts[index]}" for kind, index in chosen
     ]
     rows = [[pictures[moment][kind][index] for moment in MOMENTS] for kind, index in chosen]
-    return contact_sheet(rows, labels, MOMENTS, scale=2)
+    return contact_sheet(rows, labels, list(MOMENTS), scale=2)

@@ -38,11 +38,10 @@ def regular_for_styles(erased: str) -> tuple[str, ...]:
     """Prompts that erasing a style should leave alone: plain objects, and the other banked styles."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in EDIT_OBJECTS]
     styled = [
-        template.format(style=style, object=object_)
-        for style in BANKED_STYLES
+        words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
+        for turn, style in enumerate(BANKED_STYLES)
         if style != erased
-        for template in words.PAIR_TEMPLATES
-        for object_ in EDIT_OBJECTS
+        for index, object_ in enumerate(EDIT_OBJECTS)
     ]
     return (*plain, *styled)
 
