@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import latents
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hub import serving
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment
@@ -220,3 +222,16 @@ def test_the_card_is_read_by_the_hub_library(saved):
     assert card.data.base_model_relation == "adapter"
     assert "sepme" in card.data.tags
     assert "| woodcut | module | 8 | train |" in card.text
+
+
+def test_a_bank_loads_from_a_hub_and_then_without_it(mixed_bank, saved, tmp_path):
+    """A repository id goes through huggingface_hub: one download, then the cache."""
+    (saved / "notes.bin").write_bytes(b"not the bank's")
+    cache = tmp_path / "cache"
+    with serving(saved, "me/my-bank") as (endpoint, fetched):
+        assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", endpoint=endpoint, cache_dir=cache))
+        assert MANIFEST in fetched
+        assert "notes.bin" not in fetched
+        with pytest.raises(RepositoryNotFoundError):
+            ConceptBank.from_pretrained("me/other", endpoint=endpoint, cache_dir=cache)
+    assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", cache_dir=cache, local_files_only=True))

@@ -220,7 +220,7 @@ def test_making_increments_while_erased_is_refused(loaded):
 
 @pytest.mark.slow
 def test_true_stable_diffusion_1_shape(tmp_path):
-    """The whole path at Stable Diffusion 1.5's true architecture (random weights): erase, save, load, guard, restore."""
+    """The whole path at Stable Diffusion 1.5's true architecture with random weights."""
     tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer", model_max_length=77)
     torch.manual_seed(0)
     text = CLIPTextModel(
