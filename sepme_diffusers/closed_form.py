@@ -35,14 +35,14 @@ def reduced_rank_edit(
         concept: E, the concept's token rows, (n, d).
         change: T, the change of each of these rows that is wanted, (n, d): e(anchor) − e(c).
         null: N, orthonormal rows of the guard's null space, (k, d).
-        rank: r; never more than k.
+        rank: r; fewer where fewer directions have an effect on the concept.
         soft: Mean outer product of the regular prompts' token rows, (d, d), see `covariance`.
         soft_weight: λ, what moving regular prompts costs, relative to the concept's own.
         ridge: ε, what the norm of the increment costs.
         output_metric: Ω = Σ_m W_mᵀ W_m over the edited modules, (d, d). Default: the identity.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or no change is wanted.
 
     Source: reduced-rank regression; SepME's null space from arXiv 2402.05947, section 3.3.
     """
@@ -61,7 +61,10 @@ def reduced_rank_edit(
     root = _inverse_root(metric)
     wanted = root @ (inside.T @ change / n)
     seen = wanted if output_metric is None else wanted @ _root(output_metric.double())
-    leading = torch.linalg.svd(seen, full_matrices=False).U[:, : min(rank, k)]
+    directions, effects, _ = torch.linalg.svd(seen, full_matrices=False)
+    if not effects[0] > 0:
+        raise ValueError("the wanted change is zero: the concept's prompts and their anchors are read the same")
+    leading = directions[:, :rank][:, effects[:rank] > 1e-9 * effects[0]]
     return leading.T @ root @ null, wanted.T @ leading
 
 

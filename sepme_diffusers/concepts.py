@@ -80,13 +80,17 @@ class Concept:
         return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of plain values that `from_dict` reads back."""
-        return {"name": self.name, "pairs": [list(p) for p in self.pairs], "anchors": [list(a) for a in self.anchors]}
+        """A dict of plain values that `from_dict` reads back; anchors only where they are not the pairs' own."""
+        values: dict[str, Any] = {"name": self.name, "pairs": [list(pair) for pair in self.pairs]}
+        if self.anchors != tuple((without,) for _, without in self.pairs):
+            values["anchors"] = [list(prompts) for prompts in self.anchors]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Concept:
         """The concept that `to_dict` wrote."""
-        return cls(values["name"], tuple(map(tuple, values["pairs"])), tuple(map(tuple, values["anchors"])))
+        anchors = tuple(map(tuple, values.get("anchors", ())))
+        return cls(values["name"], tuple(map(tuple, values["pairs"])), anchors)
 
 
 def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:

@@ -137,7 +137,9 @@ class SepMETrainer:
 
     def _closed_form(self, concept: Concept, null: Tensor, soft: Tensor | None) -> Increment:
         embeddings = encode(self.pipe, concept.prompts)
-        anchors = torch.stack([encode(self.pipe, prompts).mean(0) for prompts in concept.anchors])
+        unique = list(dict.fromkeys(prompt for prompts in concept.anchors for prompt in prompts))
+        encoded = dict(zip(unique, encode(self.pipe, unique), strict=True))
+        anchors = torch.stack([sum(encoded[prompt] for prompt in ps) / len(ps) for ps in concept.anchors])
         a, b = reduced_rank_edit(
             rows(embeddings),
             rows(anchors - embeddings),
@@ -235,7 +237,6 @@ class _NoisyBatches:
 
     def _original_pictures(self) -> Tensor:
         """x_0 as latents, (n_images, channels, h, w), float32."""
-        state = torch.random.get_rng_state()
         prompts = [self.concept.prompts[pair] for pair in self.pair]
         parts = []
         for start in range(0, len(prompts), self.config.batch_size):
@@ -247,7 +248,6 @@ class _NoisyBatches:
                 output_type="latent",
             )
             parts.append(made.images.float())
-        torch.random.set_rng_state(state)
         return torch.cat(parts)
 
     def next(self) -> _Batch:

@@ -75,3 +75,14 @@ def test_rank_never_exceeds_the_null_space(problem):
 def test_wrong_shapes_are_refused(problem):
     with pytest.raises(ValueError, match="must agree"):
         reduced_rank_edit(problem["concept"], problem["change"][:3], problem["null"], rank=2)
+
+
+def test_no_direction_is_kept_that_does_nothing(problem):
+    """One token's change has rank one, whatever rank is allowed."""
+    a, _ = reduced_rank_edit(problem["concept"][:1], problem["change"][:1], problem["null"], rank=8)
+    assert len(a) == 1
+
+
+def test_no_wanted_change_is_refused(problem):
+    with pytest.raises(ValueError, match="wanted change is zero"):
+        reduced_rank_edit(problem["concept"], torch.zeros(25, 40), problem["null"], rank=2)
