@@ -214,16 +214,6 @@ def test_a_policy_cannot_name_what_is_not_there_nor_be_cut_away(text_bank):
         replace(text_bank, always=("neon",)).subset(["cat"])
 
 
-def test_the_card_is_read_by_the_hub_library(saved):
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.load(saved / "README.md")
-    assert card.data.library_name == "diffusers"
-    assert card.data.base_model_relation == "adapter"
-    assert "sepme" in card.data.tags
-    assert "| woodcut | module | 8 | train |" in card.text
-
-
 def test_a_bank_loads_from_a_hub_and_then_without_it(mixed_bank, saved, tmp_path):
     """A repository id goes through huggingface_hub: one download, then the cache."""
     (saved / "notes.bin").write_bytes(b"not the bank's")
