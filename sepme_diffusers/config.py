@@ -45,7 +45,7 @@ class SepMEConfig:
 
     solver: Solver = "train"
     basis: Basis = "aligned"
-    rank: int = 32
+    rank: int = 16
     learning_rate: float = 0.1
     beta: float = 3e-3
     momentum: float = 0.9

@@ -24,14 +24,17 @@ def style_concept(style: str) -> Concept:
 
 
 def object_concept(object_: str) -> Concept:
-    """An object, paired over the training templates and the banked styles with the same prompt without it."""
-    plain = tuple((template.format(object=object_), BLANK) for template in words.OBJECT_TEMPLATES)
-    styled = tuple(
-        (template.format(style=style, object=object_), f"{style} style")
-        for template in words.PAIR_TEMPLATES
-        for style in BANKED_STYLES
+    """An object, plain and in each banked style, mapped to the mean of the same prompt with five other objects."""
+    others = [name for name in BANKED_OBJECTS if name != object_][:: len(BANKED_OBJECTS) // 5]
+    templates = dict.fromkeys(words.OBJECT_TEMPLATES, BLANK) | {
+        words.PAIR_TEMPLATES[turn % len(words.PAIR_TEMPLATES)].replace("{style}", style): f"{style} style"
+        for turn, style in enumerate(BANKED_STYLES)
+    }
+    return Concept(
+        object_,
+        tuple((template.format(object=object_), without) for template, without in templates.items()),
+        tuple(tuple(template.format(object=other) for other in others) for template in templates),
     )
-    return Concept(object_, plain + styled)
 
 
 def regular_for_styles(erased: str) -> tuple[str, ...]:
