@@ -168,9 +168,9 @@ def table(figures: dict[str, float]) -> Table:
         for group in ("erased", "restored", "regular")
         for what in ("style", "object")
     ]
-    rows.append(row("guarded: largest change, /255", "guarded change", 0))
-    rows.append(row("restored: largest change, /255", "restored change", 0))
-    return Table("ACC by the built-in judge, changes against the original", ("", *MOMENTS), tuple(rows))
+    rows.append(row("guarded: change, /255", "guarded change", 0))
+    rows.append(row("restored: change, /255", "restored change", 0))
+    return Table("ACC by the built-in judge; largest change of a pixel against the original", ("", *MOMENTS), tuple(rows))
 
 
 def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:
