@@ -8,7 +8,8 @@ never switch an erasure off. The state lives on the denoiser, so pipelines that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Erasures:
         self._bases: dict[str, Tensor] = {}
         self._coefficients: dict[str, dict[str, Tensor]] = {}
         self._strengths: dict[str, float] = {}
-        self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._stacks: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._handles = {
             name: getattr(module, "base_layer", module).register_forward_hook(self._hook(name))
             for name, module in text_projections(denoiser).items()
@@ -65,34 +66,66 @@ class Erasures:
         Raises:
             KeyError: If one is not loaded; nothing changes then.
         """
-        if unknown := sorted(set(strengths) - set(self._bases)):
-            raise KeyError(f"not loaded: {unknown}; loaded: {sorted(self._bases)}")
-        chosen = {name: float(strengths[name]) for name in self._bases if name in strengths}
-        self._stacks = self._stack(chosen) if chosen else {}
-        self._strengths = chosen
+        self._stack([strengths])
+        self._strengths = {name: float(strengths[name]) for name in self._bases if name in strengths}
 
-    def _stack(self, strengths: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+    @contextmanager
+    def temporarily(self, rows: Sequence[Mapping[str, float]]) -> Iterator[None]:
+        """While the block runs, row i of a batch has the increments of rows[i]; one row stands for all.
+
+        Afterwards, whatever happened, what `activate` said last is in force again.
+
+        Raises:
+            KeyError: If one is not loaded; nothing changes then.
+        """
+        self._stack(rows)
+        try:
+            yield
+        finally:
+            self._stack([self._strengths])
+
+    def _stack(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Stack the factors of every increment that some row has, with the rows' strengths as the mask."""
+        asked = {name for strengths in rows for name in strengths}
+        if unknown := sorted(asked - set(self._bases)):
+            raise KeyError(f"not loaded: {unknown}; loaded: {sorted(self._bases)}")
+        names = [name for name in self._bases if name in asked]
         stacks = {}
-        for module in self._handles:
-            c = torch.cat([self._coefficients[name][module] * strength for name, strength in strengths.items()], dim=1)
-            a = torch.cat([self._bases[name].to(c.device) for name in strengths])
-            stacks[module] = (a.contiguous(), c.contiguous())
-        return stacks
+        if names:
+            ranks = torch.tensor([len(self._bases[name]) for name in names])
+            strengths = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows])
+            mask = strengths.repeat_interleave(ranks, dim=1)[:, None]
+            for module in self._handles:
+                c = torch.cat([self._coefficients[name][module] for name in names], dim=1)
+                a = torch.cat([self._bases[name].to(c.device) for name in names])
+                stacks[module] = (a, c, mask.to(c.device))
+        self._stacks = stacks
 
     def _hook(self, name: str) -> Any:
         def add_increments(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._stacks:
                 return None
-            a, c = self._stacks[name]
-            if a.device != output.device:
-                a, c = self._stacks[name] = a.to(output.device), c.to(output.device)
+            if self._stacks[name][0].device != output.device:
+                self._stacks[name] = tuple(part.to(output.device) for part in self._stacks[name])
+            a, c, mask = self._stacks[name]
             # In float32 whatever the model's precision: a guarded token must meet A at full precision.
             with torch.autocast(output.device.type, enabled=False):
-                change = (inputs[0].float() @ a.T) @ c.T
+                change = ((inputs[0].float() @ a.T) * self._for_batch(mask, len(output))) @ c.T
             return output + change.to(output.dtype)
 
         add_increments.erasures = self
         return add_increments
+
+    @staticmethod
+    def _for_batch(mask: Tensor, batch: int) -> Tensor:
+        """The mask (rows, 1, R) for a batch that holds the rows once or several times over (guidance)."""
+        if len(mask) == 1 or len(mask) == batch:
+            return mask
+        if batch % len(mask):
+            raise ErasureNotInForce(
+                f"the UNet was given a batch of {batch}, which is no multiple of the {len(mask)} erased sets asked for"
+            )
+        return mask.repeat(batch // len(mask), 1, 1)
 
     def missing_from(self, denoiser: nn.Module) -> list[str]:
         """Text projections of the denoiser on which these erasures would not act."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,12 @@ class SepMELoaderMixin:
             ValueError: On a name that is not in the bank (with the nearest one), a strength that is not a finite
                 number above zero, or if the bank's policy forbids it. What was erased stays erased then.
         """
+        strengths = self._strengths_of(concepts)
+        if (erasures := self._erasures()) is not None:
+            erasures.activate(strengths)
+
+    def _strengths_of(self, concepts: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+        """An erased set as {name: strength}, every rule of `set_erased` checked."""
         if isinstance(concepts, str):
             raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
         strengths = dict(concepts) if isinstance(concepts, Mapping) else dict.fromkeys(concepts, 1.0)
@@ -136,7 +144,7 @@ class SepMELoaderMixin:
         if erasures is None:
             if strengths:
                 raise ValueError(f"cannot erase {list(strengths)}: no bank is loaded; call load_sepme() first")
-            return
+            return {}
         self._check_names(strengths, erasures)
         if bad := {
             name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))
@@ -144,7 +152,7 @@ class SepMELoaderMixin:
             raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
         if left_out := [name for name in self._sepme_bank.always if strengths.get(name, 0) < 1]:
             raise ValueError(f"the bank's policy always erases {left_out} at full strength; include them")
-        erasures.activate(strengths)
+        return strengths
 
     def _check_names(self, names: Iterable[str], erasures: Erasures) -> None:
         if unknown := [name for name in names if name not in erasures.loaded]:
@@ -177,19 +185,44 @@ class SepMELoaderMixin:
             )
         return erasures
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, erased: Any = None, **kwargs: Any) -> Any:
         """Generate, see the plain pipeline.
+
+        Args:
+            args: Of the plain pipeline.
+            erased: What is erased for this call alone: names or {name: strength} for all its prompts, or a list with
+                one such set a prompt. Default: what `set_erased` said.
+            kwargs: Of the plain pipeline.
 
         Raises:
             ErasureNotInForce: If an erasure that was asked for would not act.
+            ValueError: As `set_erased`, or if there are not as many sets as prompts.
         """
         erasures = self._erasures()
-        if erasures is not None and erasures.active and (missing := erasures.missing_from(self.unet)):
+        sets = None if erased is None else self._rows(erased, args, kwargs)
+        if erasures is None:
+            return super().__call__(*args, **kwargs)
+        acting = sets if sets is not None else [erasures.active]
+        if any(acting) and (missing := erasures.missing_from(self.unet)):
             raise ErasureNotInForce(
-                f"{list(erasures.active)} should be erased, but {missing} no longer pass through the increments. "
-                "Undo what replaced them (unfuse_qkv_projections(), or load the bank again after changing the UNet)"
+                f"{sorted({n for s in acting for n in s})} should be erased, but {missing} no longer pass through the "
+                "increments. Undo what replaced them (unfuse_qkv_projections(), or load the bank again after changing "
+                "the UNet)"
             )
-        return super().__call__(*args, **kwargs)
+        with nullcontext() if sets is None else erasures.temporarily(sets):
+            return super().__call__(*args, **kwargs)
+
+    def _rows(self, erased: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, float]]:
+        """The erased set of each picture of a call, or one set for all of them."""
+        if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
+            return [self._strengths_of(erased)]
+        asked = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
+        prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
+        n_prompts = len(embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+        if len(erased) != n_prompts:
+            raise ValueError(f"{len(erased)} erased sets for {n_prompts} prompts; give one a prompt, or one for all")
+        sets = [self._strengths_of(concepts) for concepts in erased]
+        return [strengths for strengths in sets for _ in range(asked.get("num_images_per_prompt") or 1)]
 
 
 class SepMEPipeline(SepMELoaderMixin, StableDiffusionPipeline):

@@ -218,6 +218,78 @@ def test_making_increments_while_erased_is_refused(loaded):
     assert torch.equal(again["neon"].increment.A, loaded.get_bank()["neon"].increment.A)
 
 
+def test_erased_for_one_call_alone(loaded):
+    loaded.set_erased(["neon"])
+    standing = latents(loaded, "neon cat")
+    loaded.set_erased(["cat", "pencil"])
+    expected = latents(loaded, "neon cat")
+    loaded.set_erased(["neon"])
+    assert torch.equal(latents(loaded, "neon cat", erased=["pencil", "cat"]), expected)
+    assert loaded.erased == ("neon",)
+    assert torch.equal(latents(loaded, "neon cat"), standing)
+    assert torch.equal(latents(loaded, "neon cat", erased=[]), latents(random_pipeline(), "neon cat"))
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_call_leaves_no_trace(loaded, interruption):
+    loaded.set_erased(["neon"])
+    before = latents(loaded, "neon cat")
+
+    def stop(*_):
+        raise interruption
+
+    with pytest.raises(interruption):
+        latents(loaded, "neon cat", erased=["cat"], callback_on_step_end=stop)
+    assert torch.equal(latents(loaded, "neon cat"), before)
+
+
+def mixed(pipe, prompts, seeds, **kwargs):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | kwargs
+    return pipe(prompts, generator=generators, **settings).images
+
+
+def test_each_prompt_of_a_batch_has_its_own_erased_set(loaded):
+    """A prompt in a mixed batch gives what it gives alone; one that erases nothing gives the plain picture."""
+    prompts, sets = ["neon cat", "neon cat", "pencil cat"], [["neon"], [], {"pencil": 1.0, "cat": 0.5}]
+    together = mixed(loaded, prompts, [0, 0, 1], erased=sets)
+    for row, (prompt, concepts, seed) in enumerate(zip(prompts, sets, [0, 0, 1], strict=True)):
+        alone = mixed(loaded, [prompt], [seed], erased=concepts)[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], mixed(random_pipeline(), ["neon cat"], [0])[0], rtol=1e-4, atol=1e-5)
+    assert loaded.erased == ()
+
+
+@pytest.mark.parametrize("how", ["images_per_prompt", "prompt_embeds", "no_guidance"])
+def test_per_prompt_sets_reach_their_pictures_however_they_are_asked_for(loaded, how):
+    sets, prompts = [["neon"], []], ["neon cat", "neon cat"]
+    kwargs, seeds = {}, [0, 0]
+    if how == "images_per_prompt":
+        kwargs, seeds = {"num_images_per_prompt": 2}, [0, 1, 0, 1]
+    elif how == "prompt_embeds":
+        kwargs = {"prompt_embeds": encode(loaded, prompts), "negative_prompt_embeds": encode(loaded, ["", ""])}
+        prompts = None
+    else:
+        kwargs = {"guidance_scale": 1.0}
+    both = mixed(loaded, prompts, seeds, erased=sets, **kwargs)
+    plain = mixed(loaded, prompts, seeds, **kwargs)
+    half = len(both) // 2
+    torch.testing.assert_close(both[half:], plain[half:], rtol=1e-4, atol=1e-5)
+    assert ((both[:half] - plain[:half]).abs().amax((1, 2, 3)) > 1e-3).all()
+
+
+def test_wrong_number_of_sets_is_refused_with_both_numbers(loaded):
+    with pytest.raises(ValueError, match="2 erased sets for 3 prompts"):
+        mixed(loaded, ["a", "b", "c"], [0, 1, 2], erased=[["neon"], []])
+
+
+def test_a_call_cannot_undercut_the_policy(pipe, text_bank):
+    pipe.load_sepme(replace(text_bank, always=("cat",)))
+    for erased in (["neon"], [], [["cat"], ["neon"]]):
+        with pytest.raises(ValueError, match=r"policy always erases \['cat'\]"):
+            mixed(pipe, ["a", "b"], [0, 1], erased=erased)
+
+
 @pytest.mark.slow
 def test_true_stable_diffusion_1_shape(tmp_path):
     """The whole path at Stable Diffusion 1.5's true architecture with random weights."""

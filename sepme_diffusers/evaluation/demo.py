@@ -170,7 +170,9 @@ def table(figures: dict[str, float]) -> Table:
     ]
     rows.append(row("guarded: change, /255", "guarded change", 0))
     rows.append(row("restored: change, /255", "restored change", 0))
-    return Table("ACC by the built-in judge; largest change of a pixel against the original", ("", *MOMENTS), tuple(rows))
+    return Table(
+        "ACC by the built-in judge; largest change of a pixel against the original", ("", *MOMENTS), tuple(rows)
+    )
 
 
 def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:
