@@ -5,6 +5,7 @@ python examples/pocket/package.py
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def assemble(work: Path, unet: Path) -> StableDiffusionPipeline:
     ).to(torch.float16)
 
 
+def tidy(config: Path) -> None:
+    """Take out where the part was trained, and name float32: transformers loads in the precision named there."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    if "dtype" in values:
+        values["dtype"] = "float32"
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
 def replace_folder(target: Path) -> Path:
     """An empty folder in the place of `target`."""
     shutil.rmtree(target, ignore_errors=True)
@@ -54,13 +64,11 @@ def main(work: Path = Path("pocket-work"), target: Path = POCKET) -> None:
     """Write target/model, target/variant (where it is trained) and target/judge.safetensors."""
     assemble(work, work / "unet").save_pretrained(replace_folder(target / "model"))
     (target / "model" / "README.md").write_text(CARD)
-    # transformers loads in the precision that the config names; the pipeline is meant to run in float32.
-    config = target / "model" / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    shutil.copy(work / "judge.safetensors", target / "judge.safetensors")
     if (work / "variant" / "unet").exists():
         unet = UNet2DConditionModel.from_pretrained(work / "variant" / "unet", torch_dtype=torch.float16)
         unet.save_pretrained(replace_folder(target / "variant"))
+    for config in (*target.glob("model/*/config.json"), *target.glob("variant/config.json")):
+        tidy(config)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
     typer.echo(f"{target}: {size:.1f} MB")
 
