@@ -46,12 +46,12 @@ def test_demo_erases_guards_and_restores(shown):
     assert first.startswith("Loading")
     row = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if line.startswith("│")}
     numbers = {name: [float(cell) for cell in cells if cell.strip()] for name, cells in row.items()}
-    original, erased, _ = numbers["erased: style ACC, %"]
+    original, erased, _ = numbers["erased: style ACC %"]
     assert original >= 85
     assert erased <= 25
-    assert numbers["restored: style ACC, %"][-1] == original
-    assert max(numbers["guarded: change, /255"]) <= 2
-    assert numbers["restored: change, /255"][-1] == 0
+    assert numbers["restored: style ACC %"][-1] == original
+    assert max(numbers["guarded: max, /255"]) <= 2
+    assert numbers["restored: max, /255"][-1] == 0
     assert (folder / "grid.png").stat().st_size > 10_000
     assert re.search(r"neon: \d+ steps of the paper", (folder / "report.html").read_text("utf-8"))
 

@@ -29,7 +29,6 @@ def test_every_script_of_the_recipe_is_in_its_readme():
 
 
 def test_techniques_draw_every_style_repeatably():
-    pytest.importorskip("skimage")
     from techniques import SIZE, TECHNIQUES
 
     assert list(TECHNIQUES) == [*STYLES, PLAIN]
@@ -42,8 +41,6 @@ def test_techniques_draw_every_style_repeatably():
 
 
 def test_captions_never_name_a_held_out_pair():
-    pytest.importorskip("skimage")
-    pytest.importorskip("resvg_py")
     from rasterise import CLASSES
     from text import training_pairs
 

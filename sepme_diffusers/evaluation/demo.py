@@ -12,7 +12,7 @@ from PIL import Image
 from sepme_diffusers import pocket
 from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.config import SepMEConfig
-from sepme_diffusers.evaluation.metrics import generate, judged, largest_change
+from sepme_diffusers.evaluation.metrics import generate, judged, largest_change, mean_change, style_accuracy
 from sepme_diffusers.evaluation.report import Table, contact_sheet
 from sepme_diffusers.pipeline import SepMEPipeline
 from sepme_diffusers.pocket import vocabulary as words
@@ -138,7 +138,11 @@ def measure(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, 
             if some:
                 accuracies = judged(some, styles, objects)
                 figures[f"{group} style ACC, {moment}"], figures[f"{group} object ACC, {moment}"] = accuracies
+        figures[f"guarded style ACC, {moment}"] = style_accuracy(drawn["guarded"][len(GUARDS) :], KEPT)
         figures[f"guarded change, {moment}"] = largest_change(drawn["guarded"], original["guarded"])
+        if back := _restored(moment):
+            pairs = (_select(kinds["erased"], asked["erased"], back)[0] for kinds in (drawn, original))
+            figures[f"restored mean change, {moment}"] = mean_change(*pairs)
     figures["restored change, two restored"] = largest_change(pictures["two restored"]["names"], original["names"])
     figures["restored change, all restored"] = max(
         largest_change(pictures["all restored"][kind], original[kind]) for kind in asked
@@ -164,15 +168,15 @@ def table(figures: dict[str, float]) -> Table:
         return (label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells))
 
     rows = [
-        row(f"{group}: {what} ACC, %", f"{group} {what} ACC", 1)
+        row(f"{group}: {what} ACC %", f"{group} {what} ACC", 1)
         for group in ("erased", "restored", "regular")
         for what in ("style", "object")
     ]
-    rows.append(row("guarded: change, /255", "guarded change", 0))
-    rows.append(row("restored: change, /255", "restored change", 0))
-    return Table(
-        "ACC by the built-in judge; largest change of a pixel against the original", ("", *MOMENTS), tuple(rows)
-    )
+    rows.append(row("guarded: style ACC %", "guarded style ACC", 1))
+    rows.append(row("guarded: max, /255", "guarded change", 0))
+    rows.append(row("restored: max, /255", "restored change", 0))
+    rows.append(row("restored: mean, /255", "restored mean change", 1))
+    return Table("ACC by the built-in judge; change of a pixel against the original", ("", *MOMENTS), tuple(rows))
 
 
 def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:

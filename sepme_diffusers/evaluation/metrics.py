@@ -43,6 +43,11 @@ def judged(pictures: Sequence[Image.Image], styles: Sequence[str], objects: Sequ
     return accuracy(style, styles, pocket.style_classes), accuracy(object_, objects, pocket.objects)
 
 
+def style_accuracy(pictures: Sequence[Image.Image], styles: Sequence[str]) -> float:
+    """Style accuracy alone, in percent, of pictures that show no particular object."""
+    return accuracy(pocket.classify(pictures)[0], styles, pocket.style_classes)
+
+
 def largest_change(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> int:
     """The largest difference of any channel of any pixel between two sets of pictures, in 255ths."""
     pairs = zip(pictures, others, strict=True)
