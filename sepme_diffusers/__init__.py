@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sepme_diffusers.config import SepMEConfig
     from sepme_diffusers.hooks import ErasureNotInForce
     from sepme_diffusers.increment import Increment
-    from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline
+    from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline, SepMEXLPipeline, attach
     from sepme_diffusers.training import SepMETrainer, Step
 
 # Imported when first used, so that the command line answers before torch is loaded.
@@ -24,6 +24,8 @@ _WHERE = {
     "Increment": "increment",
     "SepMELoaderMixin": "pipeline",
     "SepMEPipeline": "pipeline",
+    "SepMEXLPipeline": "pipeline",
+    "attach": "pipeline",
     "SepMETrainer": "training",
     "Step": "training",
 }
@@ -40,7 +42,9 @@ __all__ = [
     "SepMELoaderMixin",
     "SepMEPipeline",
     "SepMETrainer",
+    "SepMEXLPipeline",
     "Step",
+    "attach",
 ]
 
 

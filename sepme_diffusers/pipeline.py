@@ -1,4 +1,4 @@
-"""SepMEPipeline: Stable Diffusion that loads a concept bank and erases any subset of it."""
+"""Pipelines that load a concept bank and erase any subset of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging
 
 from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.hooks import ErasureNotInForce, Erasures, erasures_of
-from sepme_diffusers.targets import projection_weights
+from sepme_diffusers.targets import projection_weights, text_projections
 
 logger = logging.get_logger(__name__)
 
@@ -237,3 +237,41 @@ class SepMEPipeline(SepMELoaderMixin, StableDiffusionPipeline):
         >>> pipe.erased
         ('woodcut',)
     """
+
+
+class SepMEXLPipeline(SepMELoaderMixin, StableDiffusionXLPipeline):
+    """Stable Diffusion XL with a concept bank.
+
+    Increments edit what cross-attention reads, both text encoders side by side. SDXL's pooled embedding enters beside
+    cross-attention, where they cannot reach it.
+    """
+
+
+def attach(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline, with `load_sepme`, `set_erased` and the rest; for image-to-image, inpainting and others.
+
+    Its class keeps its name, so saving, reloading and `AutoPipeline` go on as before.
+
+    Args:
+        pipe: Any pipeline with a `unet` that attends to text and an `encode_prompt`.
+
+    Raises:
+        TypeError: If it has no such UNet or no `encode_prompt`.
+        ValueError: If its UNet has no text cross-attention.
+
+    Example:
+        >>> from diffusers import StableDiffusionImg2ImgPipeline
+        >>> from sepme_diffusers import attach, pocket
+        >>> pipe = attach(StableDiffusionImg2ImgPipeline.from_pretrained(pocket.path()))
+        >>> pipe.load_sepme(pocket.bank("styles"))
+    """
+    if isinstance(pipe, SepMELoaderMixin):
+        return pipe
+    if getattr(pipe, "unet", None) is None or not hasattr(pipe, "encode_prompt"):
+        raise TypeError(
+            f"{type(pipe).__name__} has no UNet with an encode_prompt; SepME erases on pipelines that have"
+        )
+    text_projections(pipe.unet)
+    plain = type(pipe)
+    pipe.__class__ = type(plain.__name__, (SepMELoaderMixin, plain), {"__module__": plain.__module__})
+    return pipe

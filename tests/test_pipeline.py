@@ -3,11 +3,29 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CLOSED, CONCEPTS, latents, random_pipeline
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sepme_diffusers import ErasureNotInForce, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
+from sepme_diffusers import (
+    ErasureNotInForce,
+    SepMEConfig,
+    SepMEPipeline,
+    SepMETrainer,
+    SepMEXLPipeline,
+    attach,
+    pocket,
+)
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.subspace import leakage
 from sepme_diffusers.targets import projection_weights
@@ -250,13 +268,16 @@ def mixed(pipe, prompts, seeds, **kwargs):
 
 
 def test_each_prompt_of_a_batch_has_its_own_erased_set(loaded):
-    """A prompt in a mixed batch gives what it gives alone; one that erases nothing gives the plain picture."""
+    """A prompt in a mixed batch gives what it gives alone; one that erases nothing gives the plain picture.
+
+    Up to the rounding that the size of a batch makes in the plain pipeline too.
+    """
     prompts, sets = ["neon cat", "neon cat", "pencil cat"], [["neon"], [], {"pencil": 1.0, "cat": 0.5}]
     together = mixed(loaded, prompts, [0, 0, 1], erased=sets)
     for row, (prompt, concepts, seed) in enumerate(zip(prompts, sets, [0, 0, 1], strict=True)):
         alone = mixed(loaded, [prompt], [seed], erased=concepts)[0]
-        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together[1], mixed(random_pipeline(), ["neon cat"], [0])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[1], mixed(random_pipeline(), ["neon cat"], [0])[0], rtol=1e-4, atol=1e-4)
     assert loaded.erased == ()
 
 
@@ -274,7 +295,7 @@ def test_per_prompt_sets_reach_their_pictures_however_they_are_asked_for(loaded,
     both = mixed(loaded, prompts, seeds, erased=sets, **kwargs)
     plain = mixed(loaded, prompts, seeds, **kwargs)
     half = len(both) // 2
-    torch.testing.assert_close(both[half:], plain[half:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[half:], plain[half:], rtol=1e-4, atol=1e-4)
     assert ((both[:half] - plain[:half]).abs().amax((1, 2, 3)) > 1e-3).all()
 
 
@@ -288,6 +309,80 @@ def test_a_call_cannot_undercut_the_policy(pipe, text_bank):
     for erased in (["neon"], [], [["cat"], ["neon"]]):
         with pytest.raises(ValueError, match=r"policy always erases \['cat'\]"):
             mixed(pipe, ["a", "b"], [0, 1], erased=erased)
+
+
+def random_xl_pipeline() -> SepMEXLPipeline:
+    """An untrained Stable Diffusion XL with two text encoders, 32 + 32 wide."""
+    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=16, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4), norm_num_groups=4,
+        cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )  # fmt: skip
+    pipe = SepMEXLPipeline(
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=16).eval(),
+        text_encoder=CLIPTextModel(config).eval(), text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_xl_guards_erases_per_prompt_and_restores():
+    """The pooled embedding is the prompt's own, so a guarded prompt is still exactly guarded."""
+    pipe = random_xl_pipeline()
+    config = replace(CLOSED, rank=3)
+    bank = SepMETrainer(pipe, config, guards=["watermark"]).erase(CONCEPTS[:1])
+    before = {prompt: latents(pipe, prompt) for prompt in ("", "watermark", "neon cat")}
+    pipe.load_sepme(bank)
+    pipe.set_erased({"neon": 20.0})
+    for prompt in ("", "watermark"):
+        torch.testing.assert_close(latents(pipe, prompt), before[prompt], rtol=0, atol=1e-4)
+    assert not torch.equal(latents(pipe, "neon cat"), before["neon cat"])
+    pipe.restore("neon")
+    assert torch.equal(latents(pipe, "neon cat"), before["neon cat"])
+    both = mixed(pipe, ["neon cat", "neon cat"], [0, 0], erased=[{"neon": 20.0}, []])
+    torch.testing.assert_close(both[1], mixed(pipe, ["neon cat"], [0])[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(both[0], both[1])
+
+
+def test_attach_gives_another_pipeline_the_same_erasures(pipe, mixed_bank, tmp_path):
+    plain = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (8, 8), "red")
+
+    def draw(prompt):
+        seed = torch.Generator().manual_seed(0)
+        return plain(prompt, image, num_inference_steps=4, generator=seed, output_type="latent").images
+
+    original = draw("neon cat")
+    attached = attach(plain)
+    assert attached is plain
+    assert attach(attached) is attached
+    assert type(attached).__name__ == "StableDiffusionImg2ImgPipeline"
+    attached.load_sepme(mixed_bank)
+    assert torch.equal(draw("neon cat"), original)
+    attached.set_erased(["neon", "woodcut"])
+    assert not torch.equal(draw("neon cat"), original)
+    attached.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionImg2ImgPipeline
+    attached.restore("neon", "woodcut")
+    assert torch.equal(draw("neon cat"), original)
+
+
+def test_attach_refuses_what_it_cannot_erase_on(pipe):
+    unet = UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    with pytest.raises(TypeError, match="DDIMPipeline has no UNet with an encode_prompt"):
+        attach(DDIMPipeline(unet, pipe.scheduler))
 
 
 @pytest.mark.slow
