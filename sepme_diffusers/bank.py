@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -210,7 +211,7 @@ class _BankFolder:
         try:
             tensors = load_tensors(data)
             increment = Increment(**tensors) if record["form"] == "text" else Increment.from_lora(tensors)
-        except Exception as error:  # whatever safetensors raises for bad bytes has no common class
+        except (SafetensorError, TypeError, ValueError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
         config = SepMEConfig.from_dict(record["config"])
         concept = Concept.from_dict({"name": name, **record["concept"]})

@@ -44,7 +44,7 @@ def reduced_rank_edit(
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
 
-    Source: reduced-rank regression; SepME's null space from arXiv 2402.05947, section 3.3.
+    Source: reduced-rank regression; SepME's null space from arXiv 2402.05947
     """
     if concept.shape != change.shape or concept.shape[1] != null.shape[1]:
         raise ValueError(

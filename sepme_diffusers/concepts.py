@@ -30,7 +30,7 @@ class Concept:
     Raises:
         ValueError: If the name is empty or has control characters, or anchors and pairs differ in number.
 
-    Source: arXiv 2402.05947, section 3.2 (concept representation).
+    Source: arXiv 2402.05947 (concept representation).
 
     Example:
         >>> Concept.from_template("Van Gogh", "a cat in the style of {concept}", without="a cat")

@@ -40,7 +40,7 @@ class SepMEConfig:
     Raises:
         ValueError: Listing every field that is out of range.
 
-    Source: arXiv 2402.05947, section 4 ("implementation details") for the paper's constants.
+    Source: arXiv 2402.05947 ("implementation details") for the paper's constants.
     """
 
     solver: Solver = "train"

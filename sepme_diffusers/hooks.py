@@ -1,6 +1,8 @@
 """Increments in force on a denoiser, through torch's own forward hooks.
 
-    y = W_m e + ((e Aᵀ) ⊙ strength) C_mᵀ
+    y = W_m e + ((e Aᵀ) ⊙ mask) C_mᵀ
+
+The mask holds the strengths of the active increments, in one row for a whole batch or one row a prompt.
 
 Hooks, not PEFT adapters: `set_adapters`, `load_lora_weights` or `unload_lora_weights` of something unrelated must
 never switch an erasure off. The state lives on the denoiser, so pipelines that share it share what is erased.
@@ -10,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.targets import cross_attentions, projection_weights, text_projections
+
+if TYPE_CHECKING:
+    from sepme_diffusers.bank import ConceptBank
 
 _ATTRIBUTE = "_sepme_erasures"
 
@@ -30,9 +35,11 @@ class Erasures:
 
     Args:
         denoiser: The UNet; hooks are registered on its text projections at once.
+        bank: Where the increments come from, for every pipeline that shares the denoiser.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, bank: ConceptBank | None = None) -> None:
+        self.bank = bank
         self._bases: dict[str, Tensor] = {}
         self._coefficients: dict[str, dict[str, Tensor]] = {}
         self._strengths: dict[str, float] = {}

@@ -16,7 +16,7 @@ def concept_representation(noise_with: Tensor, noise_without: Tensor) -> Tensor:
         noise_with: Predicted noise for the prompt, (n, channels, h, w).
         noise_without: Predicted noise for the same prompt without the concept, same shape.
 
-    Source: arXiv 2402.05947, eq. 3.
+    Source: arXiv 2402.05947.
     """
     return noise_with - noise_without
 
@@ -26,7 +26,7 @@ def correlation_loss(edited: Tensor, frozen: Tensor) -> Tensor:
 
     Zero is the target: below it the edit only destroys what has nothing to do with the concept.
 
-    Source: arXiv 2402.05947, eq. 4.
+    Source: arXiv 2402.05947.
     """
     return (edited * frozen).mean()
 
@@ -34,7 +34,7 @@ def correlation_loss(edited: Tensor, frozen: Tensor) -> Tensor:
 def sparsity(deltas: Iterable[Tensor]) -> Tensor:
     """‖ΔW‖₁ / M over the M edited layers, a scalar.
 
-    Source: arXiv 2402.05947, eq. 5.
+    Source: arXiv 2402.05947.
     """
     norms = [delta.abs().sum() for delta in deltas]
     return torch.stack(norms).sum() / len(norms)
@@ -50,7 +50,7 @@ class MomentumStop:
         min_steps: Steps that are always taken.
         relative: Read τ as a share of the first loss's magnitude.
 
-    The statistic starts at the first loss. Source: arXiv 2402.05947, section 3.2.
+    The statistic starts at the first loss. Source: arXiv 2402.05947
 
     Example:
         >>> stop = MomentumStop(momentum=0.5, tolerance=0.3, min_steps=1)

@@ -45,7 +45,7 @@ class SepMELoaderMixin:
         if not isinstance(bank, ConceptBank):
             bank = ConceptBank.from_pretrained(bank, **hub)
         self._refuse_foreign(bank)
-        erasures = Erasures(self.unet)
+        erasures = Erasures(self.unet, bank)
         try:
             erasures.load({name: entry.increment for name, entry in bank.items()}, self.unet)
             erasures.activate(dict.fromkeys(bank.always, 1.0))
@@ -99,14 +99,15 @@ class SepMELoaderMixin:
         erasures = self._erasures()
         if erasures is None:
             return
-        if self._sepme_bank.always:
-            raise ValueError(f"the bank's policy always erases {list(self._sepme_bank.always)}; it cannot be unloaded")
+        if erasures.bank.always:
+            raise ValueError(f"the bank's policy always erases {list(erasures.bank.always)}; it cannot be unloaded")
         erasures.remove(self.unet)
         self._sepme_bank = None
 
     def get_bank(self) -> ConceptBank | None:
         """The loaded bank, or None."""
-        return self._sepme_bank
+        erasures = self._erasures()
+        return erasures.bank if erasures else None
 
     @property
     def erasable(self) -> tuple[str, ...]:
@@ -150,7 +151,7 @@ class SepMELoaderMixin:
             name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))
         }:
             raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
-        if left_out := [name for name in self._sepme_bank.always if strengths.get(name, 0) < 1]:
+        if left_out := [name for name in erasures.bank.always if strengths.get(name, 0) < 1]:
             raise ValueError(f"the bank's policy always erases {left_out} at full strength; include them")
         return strengths
 
@@ -214,11 +215,16 @@ class SepMELoaderMixin:
 
     def _rows(self, erased: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, float]]:
         """The erased set of each picture of a call, or one set for all of them."""
+        if not isinstance(erased, (str, Mapping)):
+            erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
         if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
             return [self._strengths_of(erased)]
         asked = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
         prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
-        n_prompts = len(embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+        if isinstance(prompt, str):
+            n_prompts = 1
+        else:
+            n_prompts = len(next((given for given in (prompt, embeds) if given is not None), ()))
         if len(erased) != n_prompts:
             raise ValueError(f"{len(erased)} erased sets for {n_prompts} prompts; give one a prompt, or one for all")
         sets = [self._strengths_of(concepts) for concepts in erased]

@@ -36,7 +36,7 @@ def null_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
     Raises:
         ValueError: If G is not a finite matrix, or its rows fill the whole space.
 
-    Source: arXiv 2402.05947, section 3.3 (weight decoupling).
+    Source: arXiv 2402.05947 (weight decoupling).
 
     Example:
         >>> N = null_space(torch.tensor([[1.0, 0.0, 0.0]]))

@@ -18,7 +18,7 @@ from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.hooks import erasures_of
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.objective import MomentumStop, concept_representation, correlation_loss, sparsity
-from sepme_diffusers.subspace import null_space
+from sepme_diffusers.subspace import null_space, project
 from sepme_diffusers.targets import projection_weights
 
 # Below this share of its embedding, what the guards leave of a concept is rounding.
@@ -156,7 +156,7 @@ class SepMETrainer:
         """β S: the whole null space, or the orthonormal directions that the closed form found, scaled."""
         if self.config.basis == "aligned":
             directions = self._closed_form(concept, null, soft).A.double().to(null.device)
-            null = torch.linalg.svd(directions @ null.T @ null, full_matrices=False).Vh
+            null = torch.linalg.svd(project(directions, null), full_matrices=False).Vh
         beta = self.config.beta
         if self.config.relative:
             # An Adam step moves every coefficient by about lr, so a wider basis takes a longer step.

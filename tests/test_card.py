@@ -14,11 +14,11 @@ def card(mixed_bank, tmp_path):
 
 
 def test_the_hub_library_reads_its_metadata(card, mixed_bank):
-    data = card(mixed_bank).data
-    assert data.library_name == "diffusers"
-    assert data.base_model == mixed_bank.base.name
-    assert data.base_model_relation == "adapter"
-    assert "sepme" in data.tags
+    data = card(mixed_bank).data.to_dict()
+    assert data["library_name"] == "diffusers"
+    assert data["base_model"] == mixed_bank.base.name
+    assert data["base_model_relation"] == "adapter"
+    assert "sepme" in data["tags"]
 
 
 def test_it_lists_every_concept_with_its_form_and_solver(card, mixed_bank):

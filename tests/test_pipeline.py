@@ -248,6 +248,32 @@ def test_erased_for_one_call_alone(loaded):
     assert torch.equal(latents(loaded, "neon cat", erased=[]), latents(random_pipeline(), "neon cat"))
 
 
+def test_a_generator_of_names_erases_what_it_names(loaded):
+    """It can be read once only; read twice it would erase nothing and say nothing."""
+    expected = latents(loaded, "neon cat", erased=["neon", "cat"])
+    assert torch.equal(latents(loaded, "neon cat", erased=(name for name in ("neon", "cat"))), expected)
+    sets = (names for names in (["neon", "cat"],))
+    assert torch.equal(latents(loaded, ["neon cat"], erased=sets), expected)
+
+
+def test_a_pipeline_that_shares_the_unet_shares_the_bank_and_its_policy(pipe, text_bank):
+    pipe.load_sepme(replace(text_bank, always=("cat",)))
+    other = SepMEPipeline(**pipe.components, requires_safety_checker=False)
+    assert other.get_bank() is pipe.get_bank()
+    other.set_erased(["cat", "neon"])
+    assert pipe.erased == ("neon", "cat")
+    for attempt in (lambda: other.set_erased(["neon"]), lambda: other.restore("cat"), other.unload_sepme):
+        with pytest.raises(ValueError, match=r"policy always erases \['cat'\]"):
+            attempt()
+
+
+def test_a_bank_unloaded_behind_a_pipelines_back_is_noticed(loaded):
+    other = SepMEPipeline(**loaded.components, requires_safety_checker=False)
+    other.unload_sepme()
+    with pytest.raises(ErasureNotInForce, match="load the bank again"):
+        latents(loaded, "neon cat")
+
+
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_call_leaves_no_trace(loaded, interruption):
     loaded.set_erased(["neon"])
