@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -72,6 +74,23 @@ class BaseModel:
 
 
 @dataclass(frozen=True)
+class Guarantee:
+    """What a bank promises for a guarded prompt.
+
+    Args:
+        exact: Its picture stays as it was, up to rounding, whatever is erased.
+        leakage: If not exact: the largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which one increment moves it, measured when the
+            increment was made.
+        unaware: Concepts of the bank whose increments do not guard the prompt (made before it was known, say):
+            nothing is promised while one of these is erased.
+    """
+
+    exact: bool
+    leakage: float
+    unaware: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ConceptBank(Mapping[str, Entry]):
     """Erasures by concept name, in the order in which they are always added up. Immutable.
 
@@ -105,6 +124,9 @@ class ConceptBank(Mapping[str, Entry]):
             )
         if unknown := sorted(set(self.always) - set(self.entries)):
             raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConceptBank:
+        return self
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
@@ -149,21 +171,49 @@ class ConceptBank(Mapping[str, Entry]):
         _BankFolder(Path(folder)).write(self, dtype)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> ConceptBank:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        concepts: Iterable[str] | None = None,
+        subfolder: str = "",
+        **hub: Any,
+    ) -> ConceptBank:
         """The bank in a folder or a Hub repository, every hash checked.
 
         Args:
             pretrained_model_name_or_path: A folder, or a repository id.
+            concepts: Load (and download) these alone. Default: all.
+            subfolder: Where in the folder or repository the bank is.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of `snapshot_download`.
 
         Raises:
             BankError: If anything is missing, damaged, unsafe or of a newer format; nothing is loaded then.
+            KeyError: If the bank lacks one of `concepts`.
+            ValueError: If `concepts` leaves out one that the bank's policy always erases.
         """
+        if isinstance(concepts, str):
+            raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
+        if hub.pop("proxies", None):
+            raise ValueError(
+                f"huggingface_hub {version('huggingface_hub')} takes no proxies=; set HTTPS_PROXY, or a client with "
+                "huggingface_hub.set_client_factory"
+            )
+        wanted = None if concepts is None else list(concepts)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            patterns = [MANIFEST, f"*/{LORA_FILE}", f"*/{TEXT_FILE}"]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
-        return _BankFolder(folder).read()
+            folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
+        return _BankFolder(folder / subfolder).read(wanted)
+
+    @property
+    def guarantees(self) -> dict[str, Guarantee]:
+        """What the bank promises for each prompt that one of its increments guards, whatever is erased."""
+        prompts = dict.fromkeys(prompt for entry in self.values() for prompt in entry.guards)
+        return {prompt: self._guarantee(prompt) for prompt in prompts}
+
+    def _guarantee(self, prompt: str) -> Guarantee:
+        leaks = [entry.metrics.get("leakage_of", {}).get(prompt, 0.0) for entry in self.values()]
+        unaware = tuple(name for name, entry in self.items() if prompt not in entry.guards and name != prompt)
+        return Guarantee(not any(leaks) and not unaware, max(leaks), unaware)
 
 
 class _BankFolder:
@@ -172,8 +222,9 @@ class _BankFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self) -> ConceptBank:
-        manifest = self._manifest()
+    def read(self, wanted: Sequence[str] | None = None) -> ConceptBank:
+        """The bank, or the part of it with the wanted concepts."""
+        manifest = self.manifest(wanted)
         try:
             base = BaseModel(**manifest["base"])
             base = replace(base, projections={name: tuple(value) for name, value in base.projections.items()})
@@ -183,6 +234,18 @@ class _BankFolder:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BankError(f"{self.folder / MANIFEST} is not a valid bank manifest: {error!r}") from error
+
+    def manifest(self, wanted: Sequence[str] | None = None) -> dict[str, Any]:
+        """The manifest, with no concepts but the wanted ones."""
+        manifest = self._manifest()
+        if wanted is None:
+            return manifest
+        concepts, always = manifest.get("concepts", {}), manifest.get("policy", {}).get("always", ())
+        if unknown := [name for name in wanted if name not in concepts]:
+            raise KeyError(f"no concepts {unknown} in this bank; it has {list(concepts)}")
+        if left_out := sorted(set(always) - set(wanted)):
+            raise ValueError(f"the bank's policy always erases {left_out}; load them as well")
+        return {**manifest, "concepts": {name: record for name, record in concepts.items() if name in wanted}}
 
     def _manifest(self) -> dict[str, Any]:
         file = self.folder / MANIFEST
@@ -286,6 +349,19 @@ class _BankFolder:
         for folder in (*former, *self.folder.glob(".writing-*")):
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(repository: str, wanted: Sequence[str] | None, subfolder: str, hub: Mapping[str, Any]) -> Path:
+    """A folder with a repository's manifest and the files of the wanted concepts, all of one commit."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[prefix + MANIFEST], **hub))
+    except HFValidationError as error:
+        raise BankError(f"{repository!r} is neither a folder nor a repository id: {error}") from error
+    concepts = _BankFolder(folder / subfolder).manifest(wanted)["concepts"]
+    files = [prefix + glob.escape(str(record["file"])) for record in concepts.values()]
+    # The snapshot's folder is named by its commit: a push in between must not mix two banks.
+    return Path(snapshot_download(repository, allow_patterns=files, **{**hub, "revision": folder.name}))
 
 
 def _files(entry: Entry, dtype: torch.dtype) -> dict[str, bytes]:

@@ -1,189 +1,196 @@
-"""Pipelines that load a concept bank and erase any subset of it."""
+"""Pipelines that load concept banks and erase any subset of them."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging
+from torch import nn
 
 from sepme_diffusers.bank import ConceptBank
-from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.fit import refuse_foreign, refuse_other_text, text_state
 from sepme_diffusers.hooks import ErasureNotInForce, Erasures, erasures_of
-from sepme_diffusers.targets import projection_weights, text_projections
+from sepme_diffusers.names import Key
+from sepme_diffusers.targets import is_compiled, plain, text_projections
 
 logger = logging.get_logger(__name__)
 
-# A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
-_FOREIGN_LEAKAGE = 1e-2
-
 
 class SepMELoaderMixin:
-    """`load_sepme`, `set_erased`, `erase`, `restore`, `unload_sepme` for a pipeline whose `unet` attends to text."""
+    """`load_sepme`, `set_erased`, `erase`, `restore`, `unload_sepme` for a pipeline whose `unet` attends to text.
 
-    _sepme_bank: ConceptBank | None = None
+    What is loaded and erased lives on the UNet: pipelines that share it (`from_pipe`) share it too.
+    """
 
-    def load_sepme(self, bank: str | Path | ConceptBank, **hub: Any) -> None:
+    # The erasures that this pipeline last used, to notice a UNet that was swapped for one without them.
+    _sepme_used: Erasures | None = None
+    _sepme_text: tuple[Any, ...] = ()
+
+    def load_sepme(
+        self,
+        pretrained_model_name_or_path_or_bank: str | Path | ConceptBank,
+        name: str | None = None,
+        concepts: Iterable[str] | None = None,
+        **hub: Any,
+    ) -> None:
         """Make a bank's concepts erasable. Erases nothing, unless the bank's policy says so.
 
+        Several banks can be loaded; what the others erase stays as it is.
+
         Args:
-            bank: A ConceptBank, a folder, or a Hub repository id.
-            hub: See `ConceptBank.from_pretrained`.
+            pretrained_model_name_or_path_or_bank: A Hub repository id, a folder, or a ConceptBank.
+            name: What to call the bank where two of them share a concept ("name/concept"). Default: the last part of
+                the repository id or folder; "bank" for a ConceptBank.
+            concepts: Load (and download) these alone. Default: all.
+            hub: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`, `subfolder`, see
+                `ConceptBank.from_pretrained`.
 
         Raises:
             BankError: If the bank cannot be trusted or understood.
-            ValueError: If it was made for another base, or a bank is loaded already. Nothing changes then.
+            ValueError: If it was made for another base, or its name is taken. Nothing changes then.
+            KeyError: If the bank lacks one of `concepts`.
         """
-        if self._sepme_bank is not None or erasures_of(self.unet) is not None:
-            raise ValueError("a concept bank is loaded already; call unload_sepme() first")
-        if not isinstance(bank, ConceptBank):
-            bank = ConceptBank.from_pretrained(bank, **hub)
-        self._refuse_foreign(bank)
-        erasures = Erasures(self.unet, bank)
+        source = pretrained_model_name_or_path_or_bank
+        if isinstance(source, ConceptBank):
+            if hub:
+                raise TypeError(f"a ConceptBank takes no {sorted(hub)}; they are for a repository id or a folder")
+            bank = source if concepts is None else source.subset(concepts)
+        else:
+            bank = ConceptBank.from_pretrained(source, concepts=concepts, **hub)
+        name = name or ("bank" if isinstance(source, ConceptBank) else Path(source).name)
+        erasures = self._erasures()
+        if erasures is not None and name in erasures.banks:
+            raise ValueError(
+                f"a bank named {name!r} is loaded already; load this one under another name=, or "
+                f"unload_sepme({name!r}) first"
+            )
+        refuse_foreign(self, bank)
+        self._add(name, bank, erasures)
+        self._sepme_text = text_state(self)
+        logger.info("loaded %d erasable concepts as %r", len(bank), name)
+
+    def _add(self, name: str, bank: ConceptBank, erasures: Erasures | None) -> None:
+        always = {(name, concept): 1.0 for concept in bank.always}
+        if erasures is not None:
+            erasures.load(name, bank, erasures.active | always)
+            return
+        erasures = Erasures(self.unet)
         try:
-            erasures.load({name: entry.increment for name, entry in bank.items()}, self.unet)
-            erasures.activate(dict.fromkeys(bank.always, 1.0))
+            erasures.load(name, bank, always)
         except BaseException:
             erasures.remove(self.unet)
             raise
-        self._sepme_bank = bank
-        logger.info("loaded %d erasable concepts", len(bank))
+        self._sepme_used = erasures
 
-    def _refuse_foreign(self, bank: ConceptBank) -> None:
-        weights = projection_weights(self.unet)
-        width = next(iter(weights.values())).shape[1]
-        if width != bank.base.width:
-            raise ValueError(
-                f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide"
-            )
-        if any(entry.increment.form == "module" for entry in bank.values()):
-            shapes = {name: weight.shape[0] for name, weight in weights.items()}
-            expected = {name: d_out for name, (d_out, _) in bank.base.projections.items()}
-            norms = {name: float(weight.detach().float().norm()) for name, weight in weights.items()}
-            if shapes != expected or any(
-                abs(norms[name] - norm) > 1e-2 * norm for name, (_, norm) in bank.base.projections.items()
-            ):
-                raise ValueError(
-                    f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
-                    "Text-side increments (solver='closed_form') serve every base with the same text encoder"
-                )
-        if leaks := {name: leak for name, leak in self._leaks(bank).items() if leak > _FOREIGN_LEAKAGE}:
-            raise ValueError(
-                "the bank was made for another text encoder than this pipeline's: with this one its increments move "
-                f"the prompts that they guard (share of the embedding that they read: {leaks})"
-            )
-
-    def _leaks(self, bank: ConceptBank) -> dict[str, float]:
-        """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a guarded token e, for each concept."""
-        prompts = list(dict.fromkeys(prompt for entry in bank.values() for prompt in entry.guards))
-        embedded = dict(zip(prompts, torch.nn.functional.normalize(encode(self, prompts).cpu(), dim=-1), strict=True))
-        leaks = {}
-        for name, entry in bank.items():
-            a = entry.increment.A.float().cpu()
-            read = rows(torch.stack([embedded[prompt] for prompt in entry.guards])) @ (a / a.norm()).T
-            leaks[name] = float(read.norm(dim=1).max())
-        return leaks
-
-    def unload_sepme(self) -> None:
-        """Take the bank away: the pipeline is the plain one again, bit for bit.
+    def unload_sepme(self, bank: str | None = None) -> None:
+        """Take a bank away, by name, or all of them: the pipeline is the plain one again, bit for bit.
 
         Raises:
-            ValueError: If the bank's policy always erases something.
+            ValueError: If no bank has that name, or its policy always erases something. Nothing changes then.
+        """
+        erasures = erasures_of(self.unet)
+        if bank is not None and (erasures is None or bank not in erasures.banks):
+            raise ValueError(f"no bank {bank!r} is loaded; loaded: {list(erasures.banks) if erasures else []}")
+        if erasures is not None:
+            names = list(erasures.banks) if bank is None else [bank]
+            if always := [concept for name in names for concept in erasures.banks[name].always]:
+                raise ValueError(f"the bank's policy always erases {always}; it cannot be unloaded")
+            if len(names) == len(erasures.banks):
+                erasures.remove(self.unet)
+                erasures = None
+            else:
+                erasures.unload(bank)
+        self._sepme_used = erasures
+
+    def get_bank(self, name: str | None = None) -> ConceptBank | None:
+        """A loaded bank: the only one, or the one of that name; None if nothing is loaded.
+
+        Raises:
+            ValueError: If no bank has that name, or several are loaded and no name is given.
         """
         erasures = self._erasures()
-        if erasures is None:
-            return
-        if erasures.bank.always:
-            raise ValueError(f"the bank's policy always erases {list(erasures.bank.always)}; it cannot be unloaded")
-        erasures.remove(self.unet)
-        self._sepme_bank = None
-
-    def get_bank(self) -> ConceptBank | None:
-        """The loaded bank, or None."""
-        erasures = self._erasures()
-        return erasures.bank if erasures else None
+        banks = erasures.banks if erasures else {}
+        if name is None and len(banks) > 1:
+            raise ValueError(f"several banks are loaded; say which of {list(banks)}")
+        if name is not None and name not in banks:
+            raise ValueError(f"no bank {name!r} is loaded; loaded: {list(banks)}")
+        return banks[name] if name is not None else next(iter(banks.values()), None)
 
     @property
     def erasable(self) -> tuple[str, ...]:
         """The concepts that `set_erased` accepts."""
         erasures = self._erasures()
-        return erasures.loaded if erasures else ()
+        return tuple(erasures.names.shown.values()) if erasures else ()
 
     @property
     def erased(self) -> tuple[str, ...]:
         """The concepts that are erased now."""
         erasures = self._erasures()
-        return tuple(erasures.active) if erasures else ()
+        return tuple(erasures.names.shown[key] for key in erasures.active) if erasures else ()
 
     def set_erased(self, concepts: Iterable[str] | Mapping[str, float]) -> None:
         """Erase exactly these concepts; everything else is restored. Absolute and idempotent.
+
+        It acts at once, also on a call that is running without `erased=`.
 
         Args:
             concepts: Names, or {name: strength}; 1 is the strength it was made with.
 
         Raises:
-            TypeError: If a single string is given.
-            ValueError: On a name that is not in the bank (with the nearest one), a strength that is not a finite
-                number above zero, or if the bank's policy forbids it. What was erased stays erased then.
+            TypeError: If a single string is given, or a name is no string.
+            ValueError: On a name that is unknown (with the nearest one), given twice or shared by two banks, a
+                strength that is not a finite number above zero, or if a bank's policy forbids it. What was erased
+                stays erased then.
         """
         strengths = self._strengths_of(concepts)
         if (erasures := self._erasures()) is not None:
             erasures.activate(strengths)
 
-    def _strengths_of(self, concepts: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
-        """An erased set as {name: strength}, every rule of `set_erased` checked."""
-        if isinstance(concepts, str):
-            raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
-        strengths = dict(concepts) if isinstance(concepts, Mapping) else dict.fromkeys(concepts, 1.0)
+    def _strengths_of(self, concepts: Iterable[str] | Mapping[str, float]) -> dict[Key, float]:
+        """An erased set by key, every rule of `set_erased` checked."""
         erasures = self._erasures()
         if erasures is None:
-            if strengths:
-                raise ValueError(f"cannot erase {list(strengths)}: no bank is loaded; call load_sepme() first")
-            return {}
-        self._check_names(strengths, erasures)
-        if bad := {
-            name: s for name, s in strengths.items() if not (isinstance(s, (int, float)) and 0 < s < float("inf"))
-        }:
-            raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
-        if left_out := [name for name in erasures.bank.always if strengths.get(name, 0) < 1]:
-            raise ValueError(f"the bank's policy always erases {left_out} at full strength; include them")
+            if not isinstance(concepts, str) and not list(concepts):
+                return {}
+            raise ValueError(f"cannot erase {concepts!r}: no bank is loaded; call load_sepme() first")
+        strengths = erasures.names.strengths(concepts)
+        _obey_policies(erasures, strengths)
         return strengths
 
-    def _check_names(self, names: Iterable[str], erasures: Erasures) -> None:
-        if unknown := [name for name in names if name not in erasures.loaded]:
-            near = {name: difflib.get_close_matches(str(name), erasures.loaded, 1) for name in unknown}
-            hints = "".join(f" Did you mean {match[0]!r} for {name!r}?" for name, match in near.items() if match)
-            raise ValueError(f"unknown concepts {unknown}.{hints} The bank has {list(erasures.loaded)}")
-
     def erase(self, *concepts: str) -> None:
-        """Erase these concepts as well. Raises as `set_erased` does."""
-        self.set_erased({**(self._strengths()), **dict.fromkeys(concepts, 1.0)})
+        """Erase these concepts as well, at full strength. Raises as `set_erased` does."""
+        self._change(concepts, lambda active, keys: active | dict.fromkeys(keys, 1.0))
 
     def restore(self, *concepts: str) -> None:
         """Restore these concepts, exactly; every other erasure stays as it is. Raises as `set_erased` does."""
+        self._change(concepts, lambda active, keys: {key: s for key, s in active.items() if key not in keys})
+
+    def restore_all(self) -> None:
+        """Restore every concept, exactly. Raises as `set_erased` does."""
+        self.set_erased([])
+
+    def _change(self, concepts: tuple[str, ...], change: Any) -> None:
         erasures = self._erasures()
         if erasures is None:
-            raise ValueError(f"cannot restore {list(concepts)}: no bank is loaded")
-        self._check_names(concepts, erasures)
-        self.set_erased({name: strength for name, strength in self._strengths().items() if name not in concepts})
-
-    def _strengths(self) -> dict[str, float]:
-        erasures = self._erasures()
-        return erasures.active if erasures else {}
+            raise ValueError(f"{list(concepts)} cannot be erased or restored: no bank is loaded; call load_sepme()")
+        strengths = change(erasures.active, erasures.names.keys(concepts))
+        _obey_policies(erasures, strengths)
+        erasures.activate(strengths)
 
     def _erasures(self) -> Erasures | None:
         """The erasures on the UNet, refusing to go on if they were lost with a UNet that was swapped away."""
-        erasures = erasures_of(self.unet)
-        if erasures is None and self._sepme_bank is not None:
+        erasures, used = erasures_of(self.unet), self._sepme_used
+        if used is not None and erasures is not used:
             raise ErasureNotInForce(
-                "a bank was loaded, but the pipeline's UNet has been replaced by one without it; load the bank again"
+                f"this pipeline had loaded {list(used.banks)}, but its UNet has been replaced or the banks unloaded "
+                "by a pipeline that shares it; call unload_sepme() and load the banks again"
             )
+        self._sepme_used = erasures
         return erasures
 
     def __call__(self, *args: Any, erased: Any = None, **kwargs: Any) -> Any:
@@ -203,32 +210,69 @@ class SepMELoaderMixin:
         sets = None if erased is None else self._rows(erased, args, kwargs)
         if erasures is None:
             return super().__call__(*args, **kwargs)
-        acting = sets if sets is not None else [erasures.active]
-        if any(acting) and (missing := erasures.missing_from(self.unet)):
-            raise ErasureNotInForce(
-                f"{sorted({n for s in acting for n in s})} should be erased, but {missing} no longer pass through the "
-                "increments. Undo what replaced them (unfuse_qkv_projections(), or load the bank again after changing "
-                "the UNet)"
-            )
+        erasures.set_compiled(is_compiled(self.unet))
+        if any(sets if sets is not None else [erasures.active]):
+            self._see_in_force(erasures)
         with nullcontext() if sets is None else erasures.temporarily(sets):
             return super().__call__(*args, **kwargs)
 
-    def _rows(self, erased: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, float]]:
+    def _see_in_force(self, erasures: Erasures) -> None:
+        """See, before the first step, that what is erased will act: on the UNet, with this text encoder.
+
+        Raises:
+            ErasureNotInForce: If it would not, with the reason.
+        """
+        erasures.check(self.unet)
+        for reader in _other_readers(self):
+            erasures.extend(reader)
+        state = text_state(self)
+        if state and state != self._sepme_text:
+            try:
+                refuse_other_text(self, erasures.banks.values())
+            except ValueError as error:
+                raise ErasureNotInForce(f"the text encoder has changed: {error}") from error
+            self._sepme_text = state
+
+    def _rows(self, erased: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Key, float]]:
         """The erased set of each picture of a call, or one set for all of them."""
         if not isinstance(erased, (str, Mapping)):
             erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
         if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
             return [self._strengths_of(erased)]
         asked = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
-        prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
-        if isinstance(prompt, str):
-            n_prompts = 1
-        else:
-            n_prompts = len(next((given for given in (prompt, embeds) if given is not None), ()))
+        n_prompts = _number_of_prompts(asked)
         if len(erased) != n_prompts:
             raise ValueError(f"{len(erased)} erased sets for {n_prompts} prompts; give one a prompt, or one for all")
+        if not isinstance(plain(self.unet), UNet2DConditionModel) and len(erased) > 1:
+            raise ValueError(
+                f"one erased set a prompt needs a UNet2DConditionModel, not {type(plain(self.unet)).__name__}: which "
+                "rows of a video batch belong to which prompt is not known; call once for each set"
+            )
         sets = [self._strengths_of(concepts) for concepts in erased]
-        return [strengths for strengths in sets for _ in range(asked.get("num_images_per_prompt") or 1)]
+        each = asked.get("num_images_per_prompt") or 1
+        return [strengths for strengths in sets for _ in range(each)]
+
+
+def _obey_policies(erasures: Erasures, strengths: Mapping[Key, float]) -> None:
+    for name, bank in erasures.banks.items():
+        if left_out := [concept for concept in bank.always if strengths.get((name, concept), 0.0) < 1.0]:
+            raise ValueError(f"the policy of bank {name!r} always erases {left_out} at full strength; include them")
+
+
+def _number_of_prompts(asked: Mapping[str, Any]) -> int:
+    prompt = asked.get("prompt")
+    if prompt is None:
+        prompt = asked.get("prompt_embeds")
+    if prompt is None or isinstance(prompt, str):
+        return 0 if prompt is None else 1
+    return len(prompt)
+
+
+def _other_readers(pipe: Any) -> list[nn.Module]:
+    """Modules beside the UNet that read the same text: ControlNets."""
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = getattr(controlnet, "nets", [controlnet])
+    return [plain(net) for net in nets if net is not None]
 
 
 class SepMEPipeline(SepMELoaderMixin, StableDiffusionPipeline):
@@ -251,6 +295,12 @@ class SepMEXLPipeline(SepMELoaderMixin, StableDiffusionXLPipeline):
     Increments edit what cross-attention reads, both text encoders side by side. SDXL's pooled embedding enters beside
     cross-attention, where they cannot reach it.
     """
+
+
+# diffusers looks classes up by name when it saves, reloads and converts pipelines (AutoPipeline): what these save is a
+# plain pipeline, which loads without this package.
+SepMEPipeline.__name__ = StableDiffusionPipeline.__name__
+SepMEXLPipeline.__name__ = StableDiffusionXLPipeline.__name__
 
 
 def attach(pipe: DiffusionPipeline) -> DiffusionPipeline:

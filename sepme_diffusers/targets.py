@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
 PROJECTIONS = ("to_k", "to_v")
 
@@ -16,7 +17,7 @@ def cross_attentions(denoiser: nn.Module) -> dict[str, Attention]:
     """
     found = {
         name: module
-        for name, module in denoiser.named_modules()
+        for name, module in plain(denoiser).named_modules()
         if isinstance(module, Attention) and name.endswith("attn2") and module.is_cross_attention
     }
     if not found:
@@ -42,7 +43,56 @@ def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def projection_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights W_m (d_out, d) of the text projections by module name, without any adapter on top."""
-    modules = text_projections(denoiser)
-    return {name: getattr(module, "base_layer", module).weight for name, module in modules.items()}
+def linear_of(module: nn.Module) -> nn.Module:
+    """The Linear itself, whatever PEFT has wrapped around it."""
+    return getattr(module, "base_layer", module)
+
+
+def plain(denoiser: nn.Module) -> nn.Module:
+    """The denoiser itself, whatever `torch.compile` has wrapped around it."""
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Whether `torch.compile` has been asked to trace the denoiser or a part of it."""
+    return plain(denoiser) is not denoiser or any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in denoiser.modules()
+    )
+
+
+def projection_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The weights W_m (d_out, d) of the text projections by module name, without any adapter on top.
+
+    Quantised or offloaded weights are read through what the module computes, in float32 on the CPU.
+    """
+    return {name: _weight(linear_of(module)) for name, module in text_projections(denoiser).items()}
+
+
+def projection_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d) of the text projections by module name."""
+    linears = {name: linear_of(module) for name, module in text_projections(denoiser).items()}
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+@torch.no_grad()
+def apply_linear(linear: nn.Module, rows: Tensor) -> Tensor:
+    """e W_mᵀ for rows e (n, d), past every hook and adapter, float32 on the CPU; offloaded and quantised ones too."""
+    weight = linear.weight
+    if _is_dense(linear):
+        return (rows.to(weight.device) @ weight.float().T).cpu()
+    dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else torch.float32
+    rows = torch.cat([rows, torch.zeros_like(rows[:1])]).to("cpu" if weight.is_meta else weight.device, dtype)
+    outputs = linear.forward(rows).float().cpu()
+    return outputs[:-1] - outputs[-1]
+
+
+def _is_dense(linear: nn.Module) -> bool:
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    # On "meta" because accelerate has offloaded it: its hook on forward knows where the numbers are.
+    offloaded = weight.is_meta and hasattr(linear, "_hf_hook")
+    return type(weight) in (nn.Parameter, Tensor) and weight.shape == shape and not offloaded
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return linear.weight if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T

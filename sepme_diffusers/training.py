@@ -21,6 +21,8 @@ from sepme_diffusers.objective import MomentumStop, concept_representation, corr
 from sepme_diffusers.subspace import null_space, project
 from sepme_diffusers.targets import projection_weights
 
+# Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
+_EXACT = 1e-5
 # Below this share of its embedding, what the guards leave of a concept is rounding.
 _LEAST_REACH = 1e-4
 
@@ -70,7 +72,8 @@ class SepMETrainer:
     ) -> None:
         erasures = erasures_of(pipe.unet)
         if erasures is not None and erasures.active:
-            raise ValueError(f"the pipeline has erased {list(erasures.active)}; restore them before making increments")
+            names = [erasures.names.shown[key] for key in erasures.active]
+            raise ValueError(f"the pipeline has erased {names}; restore them before making increments")
         self.pipe, self.config, self.on_step = pipe, config or SepMEConfig(), on_step
         self.guards = tuple(dict.fromkeys((BLANK, *guards)))
         self.soft_guards, self.others = soft_guards, tuple(others)
@@ -121,8 +124,21 @@ class SepMETrainer:
         else:
             increment, trained = self._train(concept, null, soft)
             metrics |= trained
+        metrics |= self._leakage(guards, increment)
         metrics["seconds"] = round(time.perf_counter() - started, 3)
         return Entry(concept, increment, self.config, guards, metrics)
+
+    def _leakage(self, guards: Sequence[str], increment: Increment) -> dict[str, Any]:
+        """The largest leakage, and that of each guard that the increment does not leave exactly alone."""
+        tokens = encode(self.pipe, guards).double()
+        each = torch.zeros(len(guards), dtype=torch.float64)
+        read = rows(tokens) @ increment.A.double().to(tokens.device).T
+        for name, c in increment.coefficients(self._weights).items():
+            moved = (read @ c.double().T).norm(dim=1) / (rows(tokens) @ self._weights[name].double().T).norm(dim=1)
+            each = each.maximum(moved.view(len(guards), -1).amax(dim=1).cpu())
+        leaks = dict(zip(guards, each.tolist(), strict=True))
+        moved = {prompt: float(f"{leak:.3g}") for prompt, leak in leaks.items() if leak > _EXACT}
+        return {"leakage": float(f"{max(leaks.values()):.3g}")} | ({"leakage_of": moved} if moved else {})
 
     def _reach(self, concept: Concept, guards: tuple[str, ...], null: Tensor) -> float:
         """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all."""

@@ -1,0 +1,101 @@
+"""The factors of many increments side by side, and the masks that pick some of them. Tensors in, tensors out.
+
+    change(e) = ((e Aᵀ) ⊙ mask) Fᵀ
+
+A mask holds the strengths of the active increments, in one row for a whole batch or one row a prompt. A mask of zeros
+changes nothing, exactly; the order in which increments were asked for cannot leave a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sepme_diffusers.increment import Increment
+
+# The key of a text-side increment's one factor B, which every module shares.
+SHARED = ""
+
+
+class Placed:
+    """A tensor, copied to another device once, when it is first used there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copies = {str(tensor.device): tensor}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on a device."""
+        if str(device) not in self._copies:
+            self._copies[str(device)] = next(iter(self._copies.values())).to(device)
+        return self._copies[str(device)]
+
+
+class Stack:
+    """Increments of one form, in the order given.
+
+    Args:
+        increments: By any key; all text-side or all per-module.
+        width: R, filled up with zeros. Default: the sum of the ranks.
+    """
+
+    def __init__(self, increments: Mapping[Hashable, Increment], width: int | None = None) -> None:
+        self.slices: dict[Hashable, slice] = {}
+        used = 0
+        for key, increment in increments.items():
+            self.slices[key] = slice(used, used + increment.rank)
+            used += increment.rank
+        self.width = max(width or 0, used)
+        found = list(increments.values())
+        self.A = Placed(pad(torch.cat([one.A.float() for one in found]), (0, 0, 0, self.width - used)))
+        outputs = [{SHARED: one.B.float()} if one.C is None else one.C for one in found]
+        self.outputs = {
+            name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
+            for name in outputs[0]
+        }
+
+    def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
+        """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
+        values = [0.0] * (self.width * len(rows))
+        for index, strengths in enumerate(rows):
+            offset = index * self.width
+            for key, strength in strengths.items():
+                if (where := self.slices.get(key)) is not None:
+                    values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
+        return torch.tensor(values, dtype=torch.float32).view(len(rows), 1, self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """A stack with the mask of what is active in it."""
+
+    stack: Stack
+    mask: Placed
+
+    def change(self, embedding: Tensor, name: str = SHARED) -> Tensor:
+        """((e Aᵀ) ⊙ mask) Fᵀ for token rows e of shape (batch, n_tokens, d), float32.
+
+        In float32 whatever the model's precision: a guarded token must meet A at full precision.
+
+        Raises:
+            ValueError: If the batch does not hold the mask's rows a whole number of times.
+        """
+        device = embedding.device
+        a, factor = self.stack.A.on(device), self.stack.outputs[name].on(device).float()
+        with torch.autocast(device.type, enabled=False):
+            read = embedding.float() @ a.T
+            return (read * _for_batch(self.mask.on(device), len(embedding))) @ factor.T
+
+
+def _for_batch(mask: Tensor, batch: int) -> Tensor:
+    """The mask (rows, 1, R) for a batch that holds the rows once or several times over (guidance)."""
+    if len(mask) in (1, batch):
+        return mask
+    if batch % len(mask):
+        raise ValueError(
+            f"the UNet was given a batch of {batch}, which is no multiple of the {len(mask)} erased sets asked for"
+        )
+    return mask.repeat(batch // len(mask), 1, 1)
