@@ -34,7 +34,7 @@ def refuse_foreign(pipe: Any, bank: ConceptBank) -> None:
 
 def _refuse_other_weights(pipe: Any, bank: ConceptBank, shapes: dict[str, int]) -> None:
     made_for = {name: d_out for name, (d_out, _) in bank.base.projections.items()}
-    norms = {name: float(weight.detach().float().norm()) for name, weight in projection_weights(pipe.unet).items()}
+    norms = {name: float(weight.float().norm()) for name, weight in projection_weights(pipe.unet).items()}
     differ = shapes != made_for or any(
         abs(norms[name] - norm) > _FOREIGN_NORM * norm for name, (_, norm) in bank.base.projections.items()
     )

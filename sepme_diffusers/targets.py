@@ -95,4 +95,4 @@ def _is_dense(linear: nn.Module) -> bool:
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    return linear.weight if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T
+    return linear.weight.detach() if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T

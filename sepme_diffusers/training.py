@@ -77,7 +77,7 @@ class SepMETrainer:
         self.pipe, self.config, self.on_step = pipe, config or SepMEConfig(), on_step
         self.guards = tuple(dict.fromkeys((BLANK, *guards)))
         self.soft_guards, self.others = soft_guards, tuple(others)
-        self._weights = {name: weight.detach() for name, weight in projection_weights(pipe.unet).items()}
+        self._weights = projection_weights(pipe.unet)
 
     def erase(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> ConceptBank:
         """A bank with an increment for each concept; the increments that the given bank holds are untouched.
