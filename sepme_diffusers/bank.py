@@ -147,10 +147,11 @@ class ConceptBank(Mapping[str, Entry]):
         """The bank with these concepts alone, in the bank's order.
 
         Raises:
+            TypeError: If a single string is given.
             KeyError: If one is not in the bank.
             ValueError: If it would leave out a concept that the policy always erases.
         """
-        wanted = {name: self[name] for name in names}
+        wanted = {name: self[name] for name in _listed(names)}
         if left_out := sorted(set(self.always) - set(wanted)):
             raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
@@ -191,14 +192,12 @@ class ConceptBank(Mapping[str, Entry]):
             KeyError: If the bank lacks one of `concepts`.
             ValueError: If `concepts` leaves out one that the bank's policy always erases.
         """
-        if isinstance(concepts, str):
-            raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
         if hub.pop("proxies", None):
             raise ValueError(
                 f"huggingface_hub {version('huggingface_hub')} takes no proxies=; set HTTPS_PROXY, or a client with "
                 "huggingface_hub.set_client_factory"
             )
-        wanted = None if concepts is None else list(concepts)
+        wanted = None if concepts is None else _listed(concepts)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
@@ -349,6 +348,12 @@ class _BankFolder:
         for folder in (*former, *self.folder.glob(".writing-*")):
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listed(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"give a list of concepts: [{names!r}], not {names!r}")
+    return list(names)
 
 
 def _download(repository: str, wanted: Sequence[str] | None, subfolder: str, hub: Mapping[str, Any]) -> Path:

@@ -241,12 +241,17 @@ class Erasures:
         hooks = (*linear._forward_pre_hooks.values(), *linear._forward_hooks.values())
         return sum(getattr(hook, "erasures", None) is self for hook in hooks) == 2
 
-    def extend(self, reader: nn.Module) -> None:
-        """Let text-side increments act on another module that reads the same text (a ControlNet) as well."""
+    def extend(self, reader: nn.Module) -> bool:
+        """Let text-side increments act on another module that reads the same text (a ControlNet) as well.
+
+        Returns:
+            Whether that is everything that is loaded.
+        """
         for name, module in text_projections(reader).items():
             linear = linear_of(module)
             if not any(getattr(hook, "erasures", None) is self for hook in linear._forward_pre_hooks.values()):
                 self._handles.append(linear.register_forward_pre_hook(_EditInput(self, name)))
+        return all(one.form == "text" for one in self._increments.values())
 
     def remove(self, denoiser: nn.Module) -> None:
         """Take every hook away: the denoiser is as it was before, bit for bit."""

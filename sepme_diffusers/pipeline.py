@@ -205,7 +205,10 @@ class SepMELoaderMixin:
         Raises:
             ErasureNotInForce: If an erasure that was asked for would not act.
             ValueError: As `set_erased`, or if there are not as many sets as prompts.
+            TypeError: On a misspelt `erased`, which the plain pipeline would ignore.
         """
+        if misspelt := [keyword for keyword in kwargs if keyword.lower().startswith("eras")]:
+            raise TypeError(f"unexpected keyword argument {misspelt[0]!r}; did you mean 'erased'?")
         erasures = self._erasures()
         sets = None if erased is None else self._rows(erased, args, kwargs)
         if erasures is None:
@@ -224,7 +227,12 @@ class SepMELoaderMixin:
         """
         erasures.check(self.unet)
         for reader in _other_readers(self):
-            erasures.extend(reader)
+            if not erasures.extend(reader):
+                logger.warning(
+                    "per-module increments act on the UNet alone: the %s goes on reading the unedited prompt. "
+                    "Text-side increments (solver='closed_form') act on both",
+                    type(reader).__name__,
+                )
         state = text_state(self)
         if state and state != self._sepme_text:
             try:

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLOSED, CONCEPTS, latents, random_pipeline
+from conftest import CLOSED, CONCEPTS, latents, random_pipeline, random_xl_pipeline
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -15,14 +15,16 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sepme_diffusers import (
+    BankError,
+    ConceptBank,
     ErasureNotInForce,
+    Increment,
     SepMEConfig,
     SepMEPipeline,
     SepMETrainer,
-    SepMEXLPipeline,
     attach,
     pocket,
 )
@@ -109,6 +111,9 @@ def test_strength_scales_the_increment(loaded):
 @pytest.mark.parametrize(
     ("concepts", "error", "message"),
     [
+        (["neon", "neon"], ValueError, r"given twice: \['neon'\]"),
+        ([""], ValueError, r"unknown concepts \[''\]"),
+        ([3], TypeError, "strings"),
         (["neon", "pencl"], ValueError, r"unknown concepts \['pencl'\]\. Did you mean 'pencil'"),
         ("neon", TypeError, r"\['neon'\]"),
         ({"neon": 0.0}, ValueError, "finite number above zero"),
@@ -144,6 +149,128 @@ def test_a_second_bank_under_the_same_name_is_refused_and_the_first_stays(loaded
     with pytest.raises(ValueError, match=r"another name=, or unload_sepme\('bank'\) first"):
         loaded.load_sepme(text_bank)
     assert loaded.erased == ("neon",)
+
+
+@pytest.fixture
+def two_banks(pipe, text_bank, mixed_bank):
+    """A bank of "neon" and "cat", and one of "cat", "pencil" and "woodcut"."""
+    pipe.load_sepme(text_bank, name="ours", concepts=["neon", "cat"])
+    pipe.load_sepme(mixed_bank, name="theirs", concepts=["pencil", "cat", "woodcut"])
+    return pipe
+
+
+def test_two_banks_erase_together_and_a_shared_name_must_be_qualified(two_banks):
+    assert two_banks.erasable == ("neon", "ours/cat", "theirs/cat", "pencil", "woodcut")
+    with pytest.raises(ValueError, match=r"say which: \{'cat': \['ours/cat', 'theirs/cat'\]\}"):
+        two_banks.set_erased(["neon", "cat"])
+    assert two_banks.erased == ()
+    two_banks.set_erased(["theirs/cat", "neon", "woodcut"])
+    assert two_banks.erased == ("neon", "theirs/cat", "woodcut")
+    one = random_pipeline()
+    one.load_sepme(two_banks.get_bank("theirs").with_entries([two_banks.get_bank("ours")["neon"]]))
+    one.set_erased(["neon", "cat", "woodcut"])
+    torch.testing.assert_close(latents(two_banks, "neon cat"), latents(one, "neon cat"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bank_is_unloaded_by_name_and_the_other_goes_on(two_banks):
+    two_banks.set_erased(["neon", "woodcut"])
+    two_banks.unload_sepme("theirs")
+    assert (two_banks.erasable, two_banks.erased) == (("neon", "cat"), ("neon",))
+    alone = latents(two_banks, "neon cat")
+    two_banks.set_erased(["neon"])
+    assert torch.equal(latents(two_banks, "neon cat"), alone)
+    with pytest.raises(ValueError, match=r"no bank 'theirs' is loaded; loaded: \['ours'\]"):
+        two_banks.unload_sepme("theirs")
+    two_banks.unload_sepme()
+    assert torch.equal(latents(two_banks, "neon cat"), latents(random_pipeline(), "neon cat"))
+
+
+def test_get_bank_asks_which_of_several(two_banks):
+    assert list(two_banks.get_bank("ours")) == ["neon", "cat"]
+    with pytest.raises(ValueError, match=r"say which of \['ours', 'theirs'\]"):
+        two_banks.get_bank()
+    with pytest.raises(ValueError, match="no bank 'mine'"):
+        two_banks.get_bank("mine")
+
+
+def test_a_second_banks_policy_joins_what_is_erased(pipe, text_bank, mixed_bank):
+    pipe.load_sepme(text_bank.subset(["neon"]), name="a")
+    pipe.set_erased(["neon"])
+    pipe.load_sepme(replace(mixed_bank.subset(["cat", "woodcut"]), always=("cat",)), name="b")
+    assert pipe.erased == ("neon", "cat")
+    with pytest.raises(ValueError, match=r"policy of bank 'b' always erases \['cat'\]"):
+        pipe.restore_all()
+    with pytest.raises(ValueError, match="cannot be unloaded"):
+        pipe.unload_sepme()
+    pipe.unload_sepme("a")
+    assert pipe.erased == ("cat",)
+
+
+def test_restore_all_is_bit_exact(loaded):
+    before = latents(loaded, "neon cat")
+    loaded.set_erased(loaded.erasable)
+    loaded.restore_all()
+    assert loaded.erased == ()
+    assert torch.equal(latents(loaded, "neon cat"), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_restores_and_passes_by_bit_for_bit(mixed_bank, dtype):
+    plain, pipe = random_pipeline().to(dtype), random_pipeline().to(dtype)
+    pipe.load_sepme(mixed_bank)
+    original = latents(plain, "neon cat")
+    assert torch.equal(latents(pipe, "neon cat"), original)
+    pipe.set_erased(["neon", "cat"])
+    erased = latents(pipe, "neon cat")
+    assert not torch.equal(erased, original)
+    pipe.set_erased(["cat", "woodcut"])
+    pipe.restore("woodcut")
+    pipe.erase("neon")
+    assert torch.equal(latents(pipe, "neon cat"), erased)
+    pipe.restore_all()
+    assert torch.equal(latents(pipe, "neon cat"), original)
+
+
+def strange_bank(bank, kind):
+    entry = bank["neon"]
+    if kind == "width":
+        narrow = replace(entry, increment=Increment(torch.randn(2, 8), B=torch.randn(8, 2)))
+        return ConceptBank(replace(bank.base, width=8), {"neon": narrow})
+    other = {f"other.{name}": c for name, c in bank["woodcut"].increment.C.items()}
+    return bank.with_entries([replace(bank["woodcut"], increment=Increment(bank["woodcut"].increment.A, C=other))])
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "message"),
+    [
+        (lambda pipe, bank: pipe.load_sepme("nowhere/at/all"), BankError, "neither a folder nor a repository id"),
+        (lambda pipe, bank: pipe.load_sepme(bank, name="more", concepts=["ghost"]), KeyError, "ghost"),
+        (lambda pipe, bank: pipe.load_sepme(bank, name="more", concepts="neon"), TypeError, r"\['neon'\]"),
+        (lambda pipe, bank: pipe.load_sepme(bank, name="more", revision="x"), TypeError, "revision"),
+        (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "width"), name="more"), ValueError, "width 8"),
+        (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "modules"), name="more"), ValueError, "another base"),
+    ],
+)
+def test_a_bank_that_cannot_be_loaded_changes_nothing(loaded, mixed_bank, load, error, message):
+    loaded.set_erased(["neon"])
+    before = latents(loaded, "neon cat")
+    with pytest.raises(error, match=message):
+        load(loaded, mixed_bank)
+    assert (loaded.erasable, loaded.erased) == (("neon", "cat", "pencil", "woodcut"), ("neon",))
+    assert torch.equal(latents(loaded, "neon cat"), before)
+
+
+def test_without_a_text_encoder_a_bank_is_not_trusted(pipe, text_bank):
+    embeds = {"prompt_embeds": encode(pipe, ["neon cat"]), "negative_prompt_embeds": encode(pipe, [""])}
+    encoder, pipe.text_encoder = pipe.text_encoder, None
+    with pytest.raises(ValueError, match="no text encoder"):
+        pipe.load_sepme(text_bank)
+    pipe.text_encoder = encoder
+    pipe.load_sepme(text_bank)
+    pipe.set_erased(["neon"])
+    expected = latents(pipe, "neon cat")
+    pipe.text_encoder = None
+    torch.testing.assert_close(latents(pipe, None, **embeds), expected)
 
 
 def test_a_bank_from_disk_erases_as_the_one_in_memory(loaded, mixed_bank, tmp_path):
@@ -307,6 +434,19 @@ def test_each_prompt_of_a_batch_has_its_own_erased_set(loaded):
     assert loaded.erased == ()
 
 
+def test_a_prompt_in_a_mixed_batch_is_what_it_is_alone(pocket_pipe):
+    """On the trained model over twenty steps: to 1e-5, as close as a plain batch comes to its prompts."""
+    prompts = ["a fox in the style of woodcut", "a neon owl", "a dog", "a neon pig"]
+    sets = [["woodcut"], ["neon", "pencil"], [], {"mosaic": 0.5}]
+    pocket_pipe.load_sepme(pocket.bank("styles"))
+    settings = {"num_inference_steps": 20}
+    together = mixed(pocket_pipe, prompts, range(4), erased=sets, **settings)
+    for row, (prompt, concepts) in enumerate(zip(prompts, sets, strict=True)):
+        alone = mixed(pocket_pipe, [prompt], [row], erased=concepts, **settings)[0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+    pocket_pipe.unload_sepme()
+
+
 @pytest.mark.parametrize("how", ["images_per_prompt", "prompt_embeds", "no_guidance"])
 def test_per_prompt_sets_reach_their_pictures_however_they_are_asked_for(loaded, how):
     sets, prompts = [["neon"], []], ["neon cat", "neon cat"]
@@ -335,31 +475,6 @@ def test_a_call_cannot_undercut_the_policy(pipe, text_bank):
     for erased in (["neon"], [], [["cat"], ["neon"]]):
         with pytest.raises(ValueError, match=r"always erases \['cat'\]"):
             mixed(pipe, ["a", "b"], [0, 1], erased=erased)
-
-
-def random_xl_pipeline() -> SepMEXLPipeline:
-    """An untrained Stable Diffusion XL with two text encoders, 32 + 32 wide."""
-    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=16, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4), norm_num_groups=4,
-        cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-    )  # fmt: skip
-    pipe = SepMEXLPipeline(
-        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=16).eval(),
-        text_encoder=CLIPTextModel(config).eval(), text_encoder_2=CLIPTextModelWithProjection(config).eval(),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_xl_guards_erases_per_prompt_and_restores():
