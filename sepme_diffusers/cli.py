@@ -76,6 +76,33 @@ def demo(
     console.print(f"Wrote {output / 'grid.png'} and {output / 'report.html'}")
 
 
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="Where: cpu, cuda, mps ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of timings for each ratio.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help="One measure; may be given several times.")] = None,
+) -> None:
+    """Measure speed and memory, as ratios against a stated baseline. On two cores: about 40 minutes for everything."""
+    _quieten()
+    import torch
+
+    from sepme_diffusers.evaluation import bench as benchmarks
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r} is none of float32, float16, bfloat16")
+    try:
+        with console.status("...") as status:
+            measured = benchmarks.run(
+                benchmarks.Bench(device, getattr(torch, dtype), repeats),
+                tuple(only or ()),
+                lambda name: status.update(name),
+            )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(_rich(measured))
+
+
 def _quieten() -> None:
     """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
     import diffusers.utils.logging

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sepme_diffusers.bank import ConceptBank, Entry
-from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.concepts import encode
 from sepme_diffusers.targets import projection_shapes, projection_weights
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
@@ -76,15 +76,13 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
     """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its guards, for each concept."""
-    asked = {name: list(dict.fromkeys((entry.guards[0], entry.guards[-1]))) for name, entry in bank.items()}
-    prompts = list(dict.fromkeys(prompt for guards in asked.values() for prompt in guards))
-    embedded = dict(zip(prompts, torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1), strict=True))
-    leaks = {}
-    for name, guards in asked.items():
-        a = bank[name].increment.A.float()
-        read = rows(torch.stack([embedded[prompt] for prompt in guards])) @ (a / a.norm()).T
-        leaks[name] = float(read.norm(dim=1).max())
-    return leaks
+    asked = {name: {entry.guards[0], entry.guards[-1]} for name, entry in bank.items()}
+    prompts = sorted(set().union(*asked.values()))
+    tokens = torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1)
+    bases = [entry.increment.A.float() for entry in bank.values()]
+    read = (tokens @ torch.cat([a / a.norm() for a in bases]).T).split([len(a) for a in bases], dim=-1)
+    shares = {name: part.norm(dim=-1).amax(dim=-1).tolist() for name, part in zip(bank, read, strict=True)}
+    return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
 
 
 def _encoders(pipe: Any) -> list[Any]:

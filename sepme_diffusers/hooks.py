@@ -166,6 +166,10 @@ class Erasures:
         now = getattr(self._local, "acting", None)
         return (self._standing if now is None else now).get(form)
 
+    def stacked(self) -> list[Tensor]:
+        """Every tensor that is held beside the banks' own, on every device."""
+        return [tensor for _, stack in self._stacks.values() for tensor in stack.tensors()]
+
     def note(self, name: str) -> None:
         """Remember that a projection read the embedding in this pass."""
         if not torch.compiler.is_compiling() and (seen := getattr(self._local, "seen", None)) is not None:

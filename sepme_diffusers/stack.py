@@ -33,6 +33,10 @@ class Placed:
             self._copies[str(device)] = next(iter(self._copies.values())).to(device)
         return self._copies[str(device)]
 
+    def copies(self) -> list[Tensor]:
+        """The tensor on every device where it was used."""
+        return list(self._copies.values())
+
 
 class Stack:
     """Increments of one form, in the order given.
@@ -56,6 +60,10 @@ class Stack:
             name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
             for name in outputs[0]
         }
+
+    def tensors(self) -> list[Tensor]:
+        """Every copy of every factor."""
+        return [copy for placed in (self.A, *self.outputs.values()) for copy in placed.copies()]
 
     def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
