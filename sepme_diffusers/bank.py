@@ -205,8 +205,8 @@ class ConceptBank(Mapping[str, Entry]):
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:
-        """What the bank promises for each prompt that one of its increments guards, whatever is erased."""
-        prompts = dict.fromkeys(prompt for entry in self.values() for prompt in entry.guards)
+        """What the bank promises for each guarded prompt and each concept's name, whatever else is erased."""
+        prompts = dict.fromkeys([*(prompt for entry in self.values() for prompt in entry.guards), *self])
         return {prompt: self._guarantee(prompt) for prompt in prompts}
 
     def _guarantee(self, prompt: str) -> Guarantee:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import latents
+from conftest import CLOSED, CONCEPTS, latents
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hub import serving
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 
-from sepme_diffusers import BankError, Concept, ConceptBank, Increment
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment, SepMETrainer
 from sepme_diffusers.bank import MANIFEST
+from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.subspace import leakage
+from sepme_diffusers.targets import projection_weights
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -115,6 +118,56 @@ def test_a_trained_concept_is_a_plain_lora(loader, pipe, mixed_bank, saved):
     ours = latents(pipe, "woodcut cat")
     assert (original - ours).abs().max() > 1e-3
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_some_concepts_of_a_folder(mixed_bank, saved):
+    """Damage elsewhere in the bank does not matter to them, and order stays the bank's."""
+    (saved / "cat" / "text_increment.safetensors").unlink()
+    some = ConceptBank.from_pretrained(saved, concepts=["woodcut", "neon"])
+    assert same(some, mixed_bank.subset(["neon", "woodcut"]))
+    with pytest.raises(KeyError, match=r"\['ghost'\].*'neon'"):
+        ConceptBank.from_pretrained(saved, concepts=["neon", "ghost"])
+    with pytest.raises(TypeError, match=r"\['neon'\]"):
+        ConceptBank.from_pretrained(saved, concepts="neon")
+
+
+def test_some_concepts_must_include_those_of_the_policy(text_bank, tmp_path):
+    replace(text_bank, always=("cat",)).save_pretrained(tmp_path / "bank")
+    with pytest.raises(ValueError, match=r"always erases \['cat'\]"):
+        ConceptBank.from_pretrained(tmp_path / "bank", concepts=["neon"])
+    assert list(ConceptBank.from_pretrained(tmp_path / "bank", concepts=["neon", "cat"])) == ["neon", "cat"]
+
+
+def test_a_bank_in_a_subfolder(mixed_bank, saved):
+    assert same(ConceptBank.from_pretrained(saved.parent, subfolder=saved.name), mixed_bank)
+
+
+def test_proxies_are_refused_with_the_way_to_set_them(saved):
+    with pytest.raises(ValueError, match="HTTPS_PROXY"):
+        ConceptBank.from_pretrained(saved, proxies={"https": "http://proxy"})
+
+
+def test_guarantees_say_what_holds_for_each_prompt(pipe, text_bank, mixed_bank):
+    promised = text_bank.guarantees
+    assert set(promised) == {"", "watermark", "neon", "cat", "pencil"}
+    assert all(promise.exact for promise in promised.values())
+    later = mixed_bank.guarantees
+    assert later["watermark"].exact
+    assert not later["woodcut"].exact
+    assert later["woodcut"].unaware == ("neon", "cat", "pencil")
+
+
+def test_a_loose_guard_promises_its_measured_leakage_and_no_more(pipe):
+    """A tolerance that leaves directions out: what the prompts then leak is measured, kept, and told."""
+    config = replace(CLOSED, guard_tolerance=0.1)
+    bank = SepMETrainer(pipe, config, guards=["watermark"]).erase(CONCEPTS[:1])
+    promise = bank.guarantees["watermark"]
+    assert not promise.exact
+    weights = projection_weights(pipe.unet)
+    deltas = bank["neon"].increment.delta_weights(weights)
+    tokens = rows(encode(pipe, ["watermark"]))
+    measured = max(float(leakage(tokens, delta, weights[name]).max()) for name, delta in deltas.items())
+    assert promise.leakage == pytest.approx(measured, rel=0.01)
 
 
 def test_damage_is_found_and_named(saved):
@@ -222,6 +275,14 @@ def test_a_bank_loads_from_a_hub_and_then_without_it(mixed_bank, saved, tmp_path
         assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", endpoint=endpoint, cache_dir=cache))
         assert MANIFEST in fetched
         assert "notes.bin" not in fetched
+        fetched.clear()
+        some = ConceptBank.from_pretrained(
+            "me/my-bank", concepts=["neon", "woodcut"], endpoint=endpoint, cache_dir=tmp_path / "new"
+        )
+        assert same(some, mixed_bank.subset(["neon", "woodcut"]))
+        assert sorted(fetched) == [
+            "neon/text_increment.safetensors", MANIFEST, "woodcut/adapter_model.safetensors",
+        ]  # fmt: skip
         with pytest.raises(RepositoryNotFoundError):
             ConceptBank.from_pretrained("me/other", endpoint=endpoint, cache_dir=cache)
     assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", cache_dir=cache, local_files_only=True))

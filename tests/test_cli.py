@@ -15,12 +15,23 @@ def test_help_names_the_commands():
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert "demo" in shown.output
+    assert "bench" in shown.output
 
 
 def test_bad_options_are_refused_before_any_work():
     shown = CliRunner().invoke(app, ["demo", "--objects", "0"])
     assert shown.exit_code == 2
     assert "--objects" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "valid"), [("--only", "speed", "switching"), ("--dtype", "int8", "float16")]
+)
+def test_bench_names_what_is_valid(option, value, valid):
+    shown = CliRunner().invoke(app, ["bench", option, value])
+    assert shown.exit_code == 2
+    assert value in shown.output
+    assert valid in shown.output
 
 
 def test_the_command_line_imports_nothing_heavy():

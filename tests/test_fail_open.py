@@ -264,6 +264,8 @@ ROWS = {
     "group offload by blocks": (lambda p: group_offload(p, "block_level"), HOLDS, HOLDS),
     "group offload, then a LoRA there and away": (offload_load_then_lora, HOLDS, HOLDS),
     "sequential offload": (lambda p: accelerate.cpu_offload(p.unet, torch.device("cpu")), HOLDS, HOLDS),
+    "model offload": (
+        lambda p: accelerate.cpu_offload_with_hook(p.unet, torch.device("cpu")), HOLDS, HOLDS),
     "UNet copied": (swap(copy.deepcopy), HOLDS, REPLACED),
     "UNet of the same shape": (
         swap(lambda unet: UNet2DConditionModel.from_pretrained(pocket.path("variant"))), HOLDS, REPLACED),

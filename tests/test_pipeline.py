@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import CLOSED, CONCEPTS, latents, random_pipeline, random_xl_pipeline
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
+    MotionAdapter,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -517,6 +519,34 @@ def test_attach_gives_another_pipeline_the_same_erasures(pipe, mixed_bank, tmp_p
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionImg2ImgPipeline
     attached.restore("neon", "woodcut")
     assert torch.equal(draw("neon cat"), original)
+
+
+def test_a_video_pipeline_has_one_set_for_all_its_prompts(pipe, text_bank):
+    """Which rows of a video batch belong to which prompt is not known; a guess would erase for the wrong one."""
+    adapter = MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2,
+        motion_max_seq_length=4,
+    )  # fmt: skip
+    video = attach(
+        AnimateDiffPipeline(
+            vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet,
+            motion_adapter=adapter, scheduler=pipe.scheduler,
+        )
+    )  # fmt: skip
+    video.set_progress_bar_config(disable=True)
+
+    def frames(**kwargs):
+        seed = torch.Generator().manual_seed(0)
+        settings = {"num_frames": 2, "num_inference_steps": 2, "generator": seed, "output_type": "latent"}
+        return video(**{"prompt": "neon cat"} | settings | kwargs).frames
+
+    original = frames()
+    video.load_sepme(text_bank)
+    assert torch.equal(frames(), original)
+    assert not torch.equal(frames(erased=["neon"]), original)
+    with pytest.raises(ValueError, match="needs a UNet2DConditionModel, not UNetMotionModel"):
+        frames(prompt=["neon cat", "neon cat"], erased=[["neon"], []])
+    assert torch.equal(frames(), original)
 
 
 def test_attach_refuses_what_it_cannot_erase_on(pipe):

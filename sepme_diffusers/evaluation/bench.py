@@ -165,7 +165,7 @@ class Bench:
         }  # fmt: skip
         plain, ours = [], []
         pipe(**settings)
-        for _ in range(self.repeats * more):
+        for _ in range(self.repeats * min(more, 4)):
             plain.append(self._seconds(lambda: pipe(**settings)))
             with self._loaded(pipe, bank):
                 pipe.set_erased([] if isinstance(erased[0], list) else erased)
