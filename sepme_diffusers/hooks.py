@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.names import Key, Names
-from sepme_diffusers.stack import SHARED, Acting, Placed, Stack
+from sepme_diffusers.stack import Acting, Placed, Stack
 from sepme_diffusers.targets import apply_linear, cross_attentions, linear_of, plain, text_projections
 
 if TYPE_CHECKING:
@@ -175,8 +175,22 @@ class Erasures:
         if not torch.compiler.is_compiling() and (seen := getattr(self._local, "seen", None)) is not None:
             seen.add(name)
 
+    def once(self, embedding: Tensor, acting: Acting, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of an embedding: computed once a pass, not once a projection.
+
+        Known by the tensor itself, which is kept, and its version, so that nothing stale can be taken for it.
+        """
+        known = None if torch.compiler.is_compiling() else getattr(self._local, "known", None)
+        if known is None:
+            return compute()
+        key = (id(embedding), id(acting), None if embedding.is_inference() else embedding._version)
+        if key not in known:
+            known[key] = (embedding, acting, compute())
+        return known[key][-1]
+
     def begin_pass(self) -> None:
         """Watch this pass of the denoiser if the modules are not those, with those processors, of the last watched."""
+        self._local.known = {}
         watch = self.acting("text") is not None or self.acting("module") is not None
         self._local.seen = set() if watch and not self.compiled and self._wiring() != self._verified else None
 
@@ -187,7 +201,7 @@ class Erasures:
             ErasureNotInForce: If a projection was bypassed.
         """
         seen = getattr(self._local, "seen", None)
-        self._local.seen = None
+        self._local.seen = self._local.known = None
         if seen is None:
             return
         if missing := [name for name in text_projections(denoiser) if name not in seen]:
@@ -288,9 +302,13 @@ class _EditInput(_Hook):
         if acting is None:
             return None
         embedding = inputs[0]
-        edited = embedding + acting.change(embedding, SHARED).to(embedding.dtype)
+        return (self.erasures.once(embedding, acting, lambda: self._edited(embedding, acting)), *inputs[1:])
+
+    @staticmethod
+    def _edited(embedding: Tensor, acting: Acting) -> Tensor:
+        edited = embedding + acting.change(acting.read(embedding)).to(embedding.dtype)
         setattr(edited, _UNEDITED, embedding)
-        return (edited, *inputs[1:])
+        return edited
 
 
 class _AddChange(_Hook):
@@ -303,7 +321,8 @@ class _AddChange(_Hook):
             embedding = getattr(embedding, _UNEDITED, None)
             if embedding is None:
                 raise ErasureNotInForce(f"another hook on {self.name} has replaced the edited embedding")
-        return output + acting.change(embedding, self.name).to(output.dtype)
+        read = self.erasures.once(embedding, acting, lambda: acting.read(embedding))
+        return output + acting.change(read, self.name).to(output.dtype)
 
 
 class _Begin(_Hook):

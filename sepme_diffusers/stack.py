@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from sepme_diffusers.increment import Increment
 
+_FLOAT32 = torch.finfo(torch.float32).eps
 # The key of a text-side increment's one factor B, which every module shares.
 SHARED = ""
 
@@ -54,7 +55,8 @@ class Stack:
             used += increment.rank
         self.width = max(width or 0, used)
         found = list(increments.values())
-        self.A = Placed(pad(torch.cat([one.A.float() for one in found]), (0, 0, 0, self.width - used)))
+        a = pad(torch.cat([one.A.float() for one in found]), (0, 0, 0, self.width - used))
+        self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
         outputs = [{SHARED: one.B.float()} if one.C is None else one.C for one in found]
         self.outputs = {
             name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
@@ -63,7 +65,7 @@ class Stack:
 
     def tensors(self) -> list[Tensor]:
         """Every copy of every factor."""
-        return [copy for placed in (self.A, *self.outputs.values()) for copy in placed.copies()]
+        return [copy for placed in (self.A, self.norms, *self.outputs.values()) for copy in placed.copies()]
 
     def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
@@ -83,19 +85,29 @@ class Acting:
     stack: Stack
     mask: Placed
 
-    def change(self, embedding: Tensor, name: str = SHARED) -> Tensor:
-        """((e Aᵀ) ⊙ mask) Fᵀ for token rows e of shape (batch, n_tokens, d), float32.
+    def read(self, embedding: Tensor) -> Tensor:
+        """(e Aᵀ) ⊙ mask for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float32.
 
-        In float32 whatever the model's precision: a guarded token must meet A at full precision.
+        In float32 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
+        of e · a = 0 is set to zero, so that a guarded token is not changed by a single bit.
 
         Raises:
             ValueError: If the batch does not hold the mask's rows a whole number of times.
         """
-        device = embedding.device
-        a, factor = self.stack.A.on(device), self.stack.outputs[name].on(device).float()
+        device, d = embedding.device, embedding.shape[-1]
+        a, norms, mask = (part.on(device) for part in (self.stack.A, self.stack.norms, self.mask))
+        # Of a dot product of d numbers, computed in float32 and from numbers rounded to the embedding's precision.
+        rounding = _FLOAT32 * d**0.5 + 3 * torch.finfo(embedding.dtype).eps / d**0.5
         with torch.autocast(device.type, enabled=False):
-            read = embedding.float() @ a.T
-            return (read * _for_batch(self.mask.on(device), len(embedding))) @ factor.T
+            e = embedding.float()
+            seen = e @ a.T
+            seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
+            return seen * _for_batch(mask, len(e))
+
+    def change(self, read: Tensor, name: str = SHARED) -> Tensor:
+        """((e Aᵀ) ⊙ mask) Fᵀ, float32, of what `read` gave."""
+        with torch.autocast(read.device.type, enabled=False):
+            return read @ self.stack.outputs[name].on(read.device).float().T
 
 
 def _for_batch(mask: Tensor, batch: int) -> Tensor:

@@ -154,6 +154,29 @@ def test_a_bank_that_cannot_be_loaded_leaves_the_others_in_force(unet):
     assert same(outputs(unet, e), before)
 
 
+def test_the_edit_is_computed_once_a_pass_and_never_stale(unet):
+    """What is remembered within a pass is known by tensor and version: new content or another set is seen at once."""
+    erasures, reads = with_bank(unet, increments(unet, "ab")), []
+    erasures.activate(keyed({"a": 1}))
+    for name, module in text_projections(unet).items():
+        module.register_forward_hook(lambda module, inputs, output, name=name: reads.append(inputs[0]))
+    run(unet)
+    assert len({id(read) for read in reads}) == 1
+    assert len(reads) == len(text_projections(unet))
+    e = torch.randn(1, 16, 384)
+    erasures.begin_pass()
+    first = outputs(unet, e)
+    e.mul_(2)
+    second = outputs(unet, e)
+    erasures.activate(keyed({"b": 1}))
+    third = outputs(unet, e)
+    erasures.end_pass(unet)
+    assert same(third, outputs(unet, e))
+    erasures.activate(keyed({"a": 1}))
+    assert same(second, outputs(unet, e))
+    assert not same(first, second)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["text", "module"])
 def test_low_precision_models_get_the_increment_in_full_precision(unet, dtype, form):

@@ -2,20 +2,41 @@ import pytest
 import torch
 
 from sepme_diffusers import Increment
-from sepme_diffusers.stack import Acting, Placed, Stack
+from sepme_diffusers.stack import SHARED, Acting, Placed, Stack
+from sepme_diffusers.subspace import null_space
 
 
 def text_side(rank, d=12):
     return Increment(torch.randn(rank, d), B=torch.randn(d, rank))
 
 
-def acting(stack, rows):
-    return Acting(stack, Placed(stack.mask(rows)))
+class Active:
+    def __init__(self, stack, rows):
+        self.acting = Acting(stack, Placed(stack.mask(rows)))
+
+    def change(self, e, name=SHARED):
+        return self.acting.change(self.acting.read(e), name)
+
+
+acting = Active
 
 
 def test_a_mask_of_zeros_changes_nothing_exactly():
     stack = Stack({"a": text_side(2), "b": text_side(3)})
     assert not acting(stack, [{}]).change(torch.randn(2, 5, 12)).any()
+
+
+def test_what_rounding_leaves_of_a_guarded_token_is_exactly_nothing():
+    """e · a = 0 in exact arithmetic, not in float32: the guard must hold to the bit, and no other token lose."""
+    d = 768
+    guard, concept = 30 * torch.randn(40, d), 30 * torch.randn(5, d)
+    null = null_space(guard)
+    a = (torch.randn(4, len(null)).double() @ null).float()
+    stack = Stack({"a": Increment(a, B=torch.randn(d, 4))})
+    assert (guard @ a.T).abs().max() > 0
+    assert not acting(stack, [{"a": 1.0}]).change(guard[None]).any()
+    seen = acting(stack, [{"a": 1.0}]).acting.read(concept[None])
+    torch.testing.assert_close(seen[0], concept @ a.T, rtol=1e-5, atol=0)
 
 
 def test_filling_up_does_not_change_what_is_computed():
