@@ -1,0 +1,23 @@
+import pytest
+from conftest import random_pipeline
+
+from sepme_diffusers.fit import guard_leakage, refuse_other_text_encoder, refuse_other_weights
+from sepme_diffusers.targets import projection_weights
+
+
+def test_a_bank_fits_its_own_base(pipe, mixed_bank):
+    refuse_other_weights(mixed_bank, projection_weights(pipe.unet))
+    refuse_other_text_encoder(mixed_bank, pipe)
+    assert max(guard_leakage(mixed_bank, pipe).values()) < 1e-5
+
+
+def test_text_side_increments_fit_every_unet_and_per_module_ones_do_not(text_bank, mixed_bank):
+    weights = {name: weight * 1.1 for name, weight in projection_weights(random_pipeline(seed=1).unet).items()}
+    refuse_other_weights(text_bank, weights)
+    with pytest.raises(ValueError, match=r"this UNet has other weights\. Text-side increments"):
+        refuse_other_weights(mixed_bank, weights)
+
+
+def test_another_text_encoder_is_seen_by_its_leakage(text_bank):
+    with pytest.raises(ValueError, match=r"another text encoder.*'neon'"):
+        refuse_other_text_encoder(text_bank, random_pipeline(text_seed=1))
