@@ -32,6 +32,7 @@ CheckpointFormat = Literal["diffusers", "single_file"]
 Erased = Iterable[str] | Mapping[str, float]
 
 NOTE = "sepme_export"
+_NOTE_FILE = f"{NOTE}.json"
 _IN_ONE_FILE = ("kohya", "single_file")
 _PEFT_PREFIX = "base_model.model."
 
@@ -328,7 +329,12 @@ def _note(bank: ConceptBank, format: str, strengths: Mapping[str, float]) -> dic
 
 def _leave_note(place: Path, note: Mapping[str, str]) -> None:
     if place.is_dir():
-        (place / f"{NOTE}.json").write_text(note[NOTE], "utf-8")
+        content = {**json.loads(note[NOTE]), "files": sorted(_files(place))}
+        (place / _NOTE_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+
+
+def _files(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
 
 
 def _checked_path(path: str | Path, format: str, formats: tuple[str, ...]) -> Path:
@@ -339,18 +345,26 @@ def _checked_path(path: str | Path, format: str, formats: tuple[str, ...]) -> Pa
         wanted = "one file, whose name ends in .safetensors" if format in _IN_ONE_FILE else "a folder"
         raise ValueError(f"format {format!r} is written as {wanted}, not as {path.name!r}")
     if path.exists() and not _replaceable(path, format):
-        raise FileExistsError(f"{path} is there and was not written by an export of this kind; choose another name")
+        raise FileExistsError(f"{path} is there and is not, or not only, what an export wrote; choose another name")
     return path
 
 
 def _replaceable(path: Path, format: str) -> bool:
     if format not in _IN_ONE_FILE:
-        return path.is_dir() and (not any(path.iterdir()) or (path / f"{NOTE}.json").is_file())
+        return path.is_dir() and _files(path) <= _exported_files(path)
     try:
         with safe_open(path, "pt") as file:
             return NOTE in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def _exported_files(folder: Path) -> set[str]:
+    """What the note in a folder says was exported into it; what somebody added later is not to be lost."""
+    try:
+        return {_NOTE_FILE, *json.loads((folder / _NOTE_FILE).read_text("utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 @contextmanager
@@ -363,8 +377,17 @@ def _replacing(path: Path, format: str) -> Iterator[Path]:
         if format not in _IN_ONE_FILE:
             place.mkdir()
         yield place
+        _usual_permissions(place, staging / "probe")
         if path.is_dir():
             os.replace(path, staging / "former")
         os.replace(place, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _usual_permissions(place: Path, probe: Path) -> None:
+    """safetensors writes files that only their owner can read; these are for others too, as far as the umask allows."""
+    probe.touch()
+    mode = probe.stat().st_mode
+    for file in [place] if place.is_file() else filter(Path.is_file, place.rglob("*")):
+        file.chmod(mode)

@@ -320,6 +320,16 @@ def test_what_is_active_is_not_exported_but_what_is_asked_for(pipe, text_bank, t
     assert all(torch.equal(active[key], idle[key]) for key in active)
 
 
+@pytest.mark.parametrize("format", ["peft", "kohya", "checkpoint", "single_file"])
+def test_files_can_be_read_by_whoever_may_read_new_files(format, pipe, text_bank, tmp_path):
+    """safetensors alone would write them for their owner only."""
+    path = tmp_path / ("m.safetensors" if format in ("kohya", "single_file") else "m")
+    export(format, text_bank, pipe, ["neon"], path)
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()} == {usual}
+
+
 def test_exports_replace_exports_and_nothing_else(pipe, text_bank, tmp_path):
     first = export_lora(text_bank, pipe, ["neon"], tmp_path / "lora")
     before = tree(first)
@@ -328,6 +338,10 @@ def test_exports_replace_exports_and_nothing_else(pipe, text_bank, tmp_path):
     file = export_lora(text_bank, pipe, ["neon"], tmp_path / "l.safetensors", format="kohya")
     export_lora(text_bank, pipe, ["cat", "neon"], file, format="kohya")
     assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "lora" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not only, what an export wrote"):
+        export_lora(text_bank, pipe, ["neon"], tmp_path / "lora")
+    assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "checkpoint", "single_file"])
@@ -340,7 +354,7 @@ def test_what_others_wrote_is_not_overwritten(format, pipe, text_bank, tmp_path)
         path.mkdir()
         (path / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=f"{path.name} is there and was not written by an export"):
+    with pytest.raises(FileExistsError, match=f"{path.name} is there and is not, or not only, what an export wrote"):
         export(format, text_bank, pipe, ["neon"], path)
     assert tree(tmp_path) == before
 
