@@ -72,7 +72,7 @@ def export_lora(
         'neon.safetensors'
     """
     path = _checked_path(path, format, get_args(LoraFormat))
-    unet = _refuse_other_base(bank, pipe_or_unet)
+    unet = _fitting_unet(bank, pipe_or_unet)
     strengths = strengths_of(bank, erased)
     increment = merged_increment(bank, projection_weights(unet), strengths)
     note = _note(bank, format, strengths)
@@ -108,7 +108,7 @@ def export_adapters(
         FileExistsError: If something that this module did not write is there. Nothing is written in either case.
     """
     path = _checked_path(folder, "peft", get_args(LoraFormat))
-    unet = _refuse_other_base(bank, pipe_or_unet)
+    unet = _fitting_unet(bank, pipe_or_unet)
     strengths = strengths_of(bank, list(bank))
     weights = projection_weights(unet)
     folders: dict[str, str] = {}
@@ -151,7 +151,7 @@ def export_checkpoint(
         TypeError, FileExistsError: As `export_lora`.
     """
     path = _checked_path(path, format, get_args(CheckpointFormat))
-    unet = _refuse_other_base(bank, pipe)
+    unet = _fitting_unet(bank, pipe)
     strengths = strengths_of(bank, erased)
     _refuse_unfusable(unet)
     note = _note(bank, format, strengths)
@@ -276,7 +276,8 @@ def _free_name(slug: str, taken: Collection[str]) -> str:
     return slug if slug not in taken else next(f"{slug}-{n}" for n in count(2) if f"{slug}-{n}" not in taken)
 
 
-def _refuse_other_base(bank: ConceptBank, pipe_or_unet: DiffusionPipeline | nn.Module) -> nn.Module:
+def _fitting_unet(bank: ConceptBank, pipe_or_unet: DiffusionPipeline | nn.Module) -> nn.Module:
+    """The UNet, if the bank was made for it, and for the text encoder where there is one to ask."""
     unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
     refuse_other_weights(bank, projection_weights(unet))
     if unet is not pipe_or_unet:
@@ -386,7 +387,7 @@ def _replacing(path: Path, format: str) -> Iterator[Path]:
 
 
 def _usual_permissions(place: Path, probe: Path) -> None:
-    """safetensors writes files that only their owner can read; these are for others too, as far as the umask allows."""
+    """safetensors writes files for their owner alone; these are for others too, as far as the umask allows."""
     probe.touch()
     mode = probe.stat().st_mode
     for file in [place] if place.is_file() else filter(Path.is_file, place.rglob("*")):

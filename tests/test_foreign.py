@@ -1,11 +1,16 @@
 """Every spelling of one and the same change is read alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import CLOSED, CONCEPTS
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_export import xl_pipeline
 
+from sepme_diffusers import SepMETrainer
 from sepme_diffusers.export import export_checkpoint, export_lora, merged_increment
 from sepme_diffusers.foreign import read_change
 from sepme_diffusers.targets import projection_weights
@@ -45,6 +50,15 @@ def test_the_old_diffusers_spelling(pipe, mixed_bank, deltas, tmp_path):
          for k, t in modern.items()},
     ):  # fmt: skip
         matches(read_change(old, pipe.unet), deltas)
+
+
+def test_sdxl_s_original_names_are_read(tmp_path):
+    pipe = xl_pipeline()
+    weights = projection_weights(pipe.unet)
+    bank = SepMETrainer(pipe, replace(CLOSED, rank=3)).erase(CONCEPTS[:1])
+    file = export_lora(bank, pipe, ["neon"], tmp_path / "l.safetensors", format="kohya")
+    assert any("input_blocks" in key for key in load_file(file))
+    matches(read_change(file, pipe.unet), bank["neon"].increment.delta_weights(weights))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
