@@ -59,8 +59,8 @@ def export_lora(
         The path that was written.
 
     Raises:
-        ValueError: On an unknown format or name, an empty set, a bad strength, a bank of another base, or a set that
-            leaves out what the bank's policy always erases.
+        ValueError: On an unknown format or name, an empty set, a bad strength, a bank of another base, weights that
+            are offloaded, or a set that leaves out what the bank's policy always erases.
         TypeError: If a single string is given for the erased set.
         FileExistsError: If something that this module did not write is there. Nothing is written in all these cases.
 
@@ -147,7 +147,7 @@ def export_checkpoint(
         The path that was written.
 
     Raises:
-        ValueError: As `export_lora`; or if the UNet has adapters loaded or its weights are offloaded.
+        ValueError: As `export_lora`; or if the UNet has adapters loaded.
         TypeError, FileExistsError: As `export_lora`.
     """
     path = _checked_path(path, format, get_args(CheckpointFormat))
@@ -279,6 +279,8 @@ def _free_name(slug: str, taken: Collection[str]) -> str:
 def _fitting_unet(bank: ConceptBank, pipe_or_unet: DiffusionPipeline | nn.Module) -> nn.Module:
     """The UNet, if the bank was made for it, and for the text encoder where there is one to ask."""
     unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
+    if any(weight.is_meta for weight in unet.parameters()):
+        raise ValueError("the UNet's weights are offloaded; load the pipeline without offloading to export from it")
     refuse_other_weights(bank, projection_weights(unet))
     if unet is not pipe_or_unet:
         refuse_other_text_encoder(bank, pipe_or_unet)
@@ -291,8 +293,6 @@ def _refuse_unfusable(unet: nn.Module) -> None:
             f"the UNet has the adapters {adapters} loaded; a checkpoint would be written without them. Call "
             "unload_lora_weights() first, after fuse_lora() if they are to be part of it"
         )
-    if any(weight.is_meta for weight in unet.parameters()):
-        raise ValueError("the UNet's weights are offloaded; load the pipeline without offloading to export it")
 
 
 def _fused_pipeline(pipe: DiffusionPipeline, increment: Increment, dtype: torch.dtype | None) -> DiffusionPipeline:

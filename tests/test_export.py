@@ -404,6 +404,13 @@ def test_another_base_is_refused(pipe, text_bank, mixed_bank, xl, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["peft", "checkpoint"])
+def test_offloaded_weights_are_refused(format, pipe, mixed_bank, tmp_path):
+    pipe.unet.to("meta")
+    with pytest.raises(ValueError, match="weights are offloaded; load the pipeline without offloading"):
+        export(format, mixed_bank, pipe, ["woodcut"], tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("format", "name", "message"),
     [
