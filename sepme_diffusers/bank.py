@@ -156,6 +156,20 @@ class ConceptBank(Mapping[str, Entry]):
             raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
 
+    def obey_policy(self, strengths: Mapping[str, float], name: str = "") -> None:
+        """Check an erased set, {concept: strength}, against the policy.
+
+        Args:
+            strengths: The set.
+            name: What the bank is called, for the message.
+
+        Raises:
+            ValueError: If it leaves out what the policy always erases, or weakens it.
+        """
+        if left_out := [concept for concept in self.always if strengths.get(concept, 0.0) < 1.0]:
+            bank = f"bank {name!r}" if name else "the bank"
+            raise ValueError(f"the policy of {bank} always erases {left_out} at full strength; include them")
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the bank into a folder: wholly, or not at all.
 
@@ -202,6 +216,13 @@ class ConceptBank(Mapping[str, Entry]):
         if not folder.is_dir():
             folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
         return _BankFolder(folder / subfolder).read(wanted)
+
+    @classmethod
+    def from_lora(cls, source: Any, pipe: Any, concepts: Iterable[Concept | str], **options: Any) -> ConceptBank:
+        """A bank from any other eraser's LoRA or edited weights, made separable; see `absorb.from_lora`."""
+        from sepme_diffusers.absorb import from_lora  # it makes banks, so it cannot be imported before this class
+
+        return from_lora(source, pipe, concepts, **options)
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,67 @@ console = Console()
 @app.callback()
 def main() -> None:
     """Separable concept erasure for diffusers."""
+
+
+class Format(str, Enum):
+    """What `export` writes."""
+
+    PEFT = "peft"
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+    CHECKPOINT = "checkpoint"
+    SINGLE_FILE = "single-file"
+
+
+class Precision(str, Enum):
+    """Precisions that `export` casts a checkpoint to."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@app.command()
+def export(
+    bank: Annotated[str, typer.Argument(help="Folder or Hub id of the bank.")],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
+    erased: Annotated[list[str], typer.Option(help="A concept, or concept=strength; give one option a concept.")],
+    output: Annotated[Path, typer.Option(help="What to write: a folder, or a file ending in .safetensors.")],
+    format: Annotated[
+        Format, typer.Option(help="peft, diffusers or kohya: a LoRA. checkpoint, single-file: the whole model, fused.")
+    ] = Format.KOHYA,
+    dtype: Annotated[Precision, typer.Option(help="Of a whole model; a LoRA is always float32.")] = Precision.FLOAT32,
+) -> None:
+    """Write an erased set for PEFT, diffusers, kohya's tools, ComfyUI and others."""
+    console.print("Loading torch and the base model ...")
+    _quieten()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from sepme_diffusers import ConceptBank
+    from sepme_diffusers import export as exporting
+
+    try:
+        loaded, strengths = ConceptBank.from_pretrained(bank), dict(map(_strength, erased))
+        pipe = DiffusionPipeline.from_pretrained(base)
+        if format in (Format.CHECKPOINT, Format.SINGLE_FILE):
+            kind = "single_file" if format is Format.SINGLE_FILE else "diffusers"
+            precision = getattr(torch, dtype.value)
+            written = exporting.export_checkpoint(loaded, pipe, strengths, output, kind, precision)
+        else:
+            written = exporting.export_lora(loaded, pipe, strengths, output, format.value)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(f"Wrote {written}, which erases {', '.join(strengths)}")
+
+
+def _strength(asked: str) -> tuple[str, float]:
+    """A concept, or concept=strength, as name and strength."""
+    name, sign, strength = asked.rpartition("=")
+    try:
+        return (name, float(strength)) if sign else (asked, 1.0)
+    except ValueError:
+        return asked, 1.0  # a name that has a "=" of its own
 
 
 @app.command()

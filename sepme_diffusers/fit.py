@@ -1,15 +1,15 @@
-"""Whether a bank's increments fit a pipeline: its UNet's shape and weights, and its text encoders."""
+"""Whether a bank's increments fit a base: the shape and weights of its text projections, and its text encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sepme_diffusers.bank import ConceptBank, Entry
+from sepme_diffusers.bank import BaseModel, ConceptBank
 from sepme_diffusers.concepts import encode
-from sepme_diffusers.targets import projection_shapes, projection_weights
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
 _FOREIGN_LEAKAGE = 1e-2
@@ -17,42 +17,38 @@ _FOREIGN_LEAKAGE = 1e-2
 _FOREIGN_NORM = 1e-2
 
 
-def refuse_foreign(pipe: Any, bank: ConceptBank) -> None:
-    """Check that a bank's increments fit a pipeline.
+def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> None:
+    """Check that a bank's increments fit the text projections of a base.
+
+    Args:
+        bank: The bank.
+        weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
 
     Raises:
-        ValueError: If they were made for another width, other weights (per-module increments) or another text encoder.
+        ValueError: If they were made for another width, other modules, or other weights (per-module increments).
     """
-    shapes = projection_shapes(pipe.unet)
-    width = next(iter(shapes.values()))[1]
+    width = next(iter(weights.values())).shape[1]
     if width != bank.base.width:
-        raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide")
-    if any(entry.increment.form == "module" for entry in bank.values()):
-        _refuse_other_weights(pipe, bank, {name: d_out for name, (d_out, _) in shapes.items()})
-    refuse_other_text(pipe, [bank])
-
-
-def _refuse_other_weights(pipe: Any, bank: ConceptBank, shapes: dict[str, int]) -> None:
-    made_for = {name: d_out for name, (d_out, _) in bank.base.projections.items()}
-    norms = {name: float(weight.float().norm()) for name, weight in projection_weights(pipe.unet).items()}
-    differ = shapes != made_for or any(
-        abs(norms[name] - norm) > _FOREIGN_NORM * norm for name, (_, norm) in bank.base.projections.items()
-    )
-    if differ:
+        raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this base's are {width} wide")
+    per_module = {name: entry for name, entry in bank.items() if entry.increment.form == "module"}
+    if per_module and not _same_weights(bank.base, weights):
         raise ValueError(
             f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
             "Text-side increments (solver='closed_form') serve every base with the same text encoder"
         )
-    for name, entry in bank.items():
-        if entry.increment.C is not None:
-            _refuse_other_modules(name, entry, shapes)
+    for name, entry in per_module.items():
+        try:
+            entry.increment.refuse_other_modules(weights)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
 
 
-def _refuse_other_modules(name: str, entry: Entry, shapes: dict[str, int]) -> None:
-    found = {module: len(c) for module, c in entry.increment.C.items()}
-    if found != shapes:
-        wrong = sorted({module for module, _ in found.items() ^ shapes.items()})
-        raise ValueError(f"the increment of {name!r} was made for another base: these modules differ: {wrong}")
+def _same_weights(base: BaseModel, weights: Mapping[str, Tensor]) -> bool:
+    shapes = {name: len(weight) for name, weight in weights.items()}
+    if shapes != {name: d_out for name, (d_out, _) in base.projections.items()}:
+        return False
+    norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
+    return all(abs(norms[name] - norm) <= _FOREIGN_NORM * norm for name, (_, norm) in base.projections.items())
 
 
 def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:

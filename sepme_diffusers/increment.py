@@ -76,13 +76,21 @@ class Increment:
                     f"the increment edits embeddings of width {len(self.B)}; these modules differ: {wrong}"
                 )
             return {name: weight.float() @ self.B.to(weight.device).float() for name, weight in weights.items()}
+        self.refuse_other_modules(weights)
+        return {name: self.C[name].to(weight.device).float() for name, weight in weights.items()}
+
+    def refuse_other_modules(self, weights: Mapping[str, Tensor]) -> None:
+        """Check that a per-module increment has the modules and shapes of a base.
+
+        Raises:
+            ValueError: If not, with what differs.
+        """
         if set(self.C) != set(weights):
             missing, unknown = sorted(set(weights) - set(self.C)), sorted(set(self.C) - set(weights))
             raise ValueError(f"the increment was made for another base: it lacks {missing} and has unknown {unknown}")
-        shapes = {name: (len(self.C[name]), self.A.shape[1]) for name in weights}
-        if wrong := {name: (shapes[name], tuple(w.shape)) for name, w in weights.items() if shapes[name] != w.shape}:
+        shapes = {module: (len(self.C[module]), self.A.shape[1]) for module in weights}
+        if wrong := {m: (shapes[m], tuple(w.shape)) for m, w in weights.items() if shapes[m] != w.shape}:
             raise ValueError(f"the increment was made for another base: shapes (increment, base) differ: {wrong}")
-        return {name: self.C[name].to(weight.device).float() for name, weight in weights.items()}
 
     def expand(self, weights: Mapping[str, Tensor]) -> Increment:
         """The same increment in per-module form."""

@@ -13,10 +13,10 @@ from diffusers.utils import logging
 from torch import nn
 
 from sepme_diffusers.bank import ConceptBank
-from sepme_diffusers.fit import refuse_foreign, refuse_other_text, text_state
+from sepme_diffusers.fit import refuse_other_text, refuse_other_weights, text_state
 from sepme_diffusers.hooks import ErasureNotInForce, Erasures, erasures_of
 from sepme_diffusers.names import Key
-from sepme_diffusers.targets import is_compiled, plain, text_projections
+from sepme_diffusers.targets import is_compiled, plain, projection_weights, text_projections
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +69,8 @@ class SepMELoaderMixin:
                 f"a bank named {name!r} is loaded already; load this one under another name=, or "
                 f"unload_sepme({name!r}) first"
             )
-        refuse_foreign(self, bank)
+        refuse_other_weights(bank, projection_weights(self.unet))
+        refuse_other_text(self, [bank])
         self._add(name, bank, erasures)
         self._sepme_text = text_state(self)
         logger.info("loaded %d erasable concepts as %r", len(bank), name)
@@ -263,8 +264,9 @@ class SepMELoaderMixin:
 
 def _obey_policies(erasures: Erasures, strengths: Mapping[Key, float]) -> None:
     for name, bank in erasures.banks.items():
-        if left_out := [concept for concept in bank.always if strengths.get((name, concept), 0.0) < 1.0]:
-            raise ValueError(f"the policy of bank {name!r} always erases {left_out} at full strength; include them")
+        bank.obey_policy(
+            {concept: strength for (owner, concept), strength in strengths.items() if owner == name}, name
+        )
 
 
 def _number_of_prompts(asked: Mapping[str, Any]) -> int:

@@ -1,9 +1,11 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from sepme_diffusers import pocket
@@ -38,6 +40,41 @@ def test_the_command_line_imports_nothing_heavy():
     """The first line appears at once: torch waits until a command runs."""
     check = "import sys, sepme_diffusers.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+BANK = str(Path(pocket.__file__).parent / "banks" / "styles")
+
+
+def exported(*options: str):
+    return CliRunner().invoke(app, ["export", BANK, "--base", str(pocket.path()), *options])
+
+
+@pytest.mark.parametrize(
+    ("format", "output", "file"),
+    [
+        ("kohya", "l.safetensors", "l.safetensors"),
+        ("peft", "l", "l/adapter_config.json"),
+        ("diffusers", "l", "l/pytorch_lora_weights.safetensors"),
+        ("checkpoint", "l", "l/model_index.json"),
+        ("single-file", "l.safetensors", "l.safetensors"),
+    ],
+)
+def test_export_writes_every_format(format, output, file, tmp_path):
+    options = ["--erased", "neon", "--erased", "woodcut=0.5", "--dtype", "float16"]
+    shown = exported(*options, "--format", format, "--output", str(tmp_path / output))
+    assert shown.exit_code == 0, shown.output
+    assert "erases neon, woodcut" in " ".join(shown.output.split())
+    assert (tmp_path / file).is_file()
+    if output.endswith(".safetensors"):
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert json.loads(opened.metadata()["sepme_export"])["erased"] == {"neon": 1.0, "woodcut": 0.5}
+
+
+def test_export_refuses_in_one_sentence(tmp_path):
+    shown = exported("--erased", "neno", "--output", str(tmp_path / "l.safetensors"))
+    assert shown.exit_code == 2
+    assert "Did you mean 'neon'" in " ".join(shown.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

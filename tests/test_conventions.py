@@ -19,8 +19,10 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from safetensors.torch import save_file
 
 from sepme_diffusers import SepMEPipeline, SepMETrainer, SepMEXLPipeline, attach
+from sepme_diffusers.export import single_file_tensors
 
 KINDS = {
     "SD": (random_pipeline, SepMEPipeline, StableDiffusionPipeline, StableDiffusionImg2ImgPipeline),
@@ -204,3 +206,22 @@ def test_the_progress_bar_can_be_silenced(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     draw(pipe)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_from_single_file_is_the_plain_one(tmp_path):
+    """A checkpoint in one file loads through our class as through the plain class, and erases."""
+    source = random_pipeline()
+    bank = SepMETrainer(source, replace(CLOSED, rank=3), guards=["watermark"]).erase(CONCEPTS[:2])
+    source.save_pretrained(tmp_path / "folder")
+    save_file(single_file_tensors(source), tmp_path / "model.safetensors", {"format": "pt"})
+    pipe = SepMEPipeline.from_single_file(
+        str(tmp_path / "model.safetensors"),
+        config=str(tmp_path / "folder"),
+        safety_checker=None,
+        local_files_only=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, SepMEPipeline)
+    torch.testing.assert_close(draw(pipe), draw(source), rtol=0, atol=1e-4)
+    pipe.load_sepme(bank)
+    assert not torch.equal(draw(pipe, erased=["neon"]), draw(pipe))

@@ -1,0 +1,72 @@
+"""Erase a style with UCE, which knows no guards, absorb its weights into a bank, and measure both.
+
+python examples/absorb/uce.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sepme_diffusers import SepMEPipeline, pocket
+from sepme_diffusers.absorb import from_lora
+from sepme_diffusers.concepts import Concept, encode, rows
+from sepme_diffusers.evaluation.metrics import generate, judged, largest_change, mean_change
+from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
+from sepme_diffusers.pocket.vocabulary import STYLES
+from sepme_diffusers.targets import projection_weights
+
+
+def uce(pipe: Any, concept: Concept, preserved: tuple[str, ...], ridge: float = 0.1) -> dict[str, Tensor]:
+    """Edited weights by unified concept editing (arXiv 2308.14761): anchors in place of the concept, the rest kept."""
+    edited = rows(encode(pipe, concept.prompts)).double()
+    anchors = rows(torch.stack([encode(pipe, prompts).mean(0) for prompts in concept.anchors])).double()
+    kept = rows(encode(pipe, preserved)).double()
+    still = len(edited) / len(kept) * kept.T @ kept + ridge * torch.eye(edited.shape[1])
+    operator = torch.linalg.solve(edited.T @ edited + still, edited.T @ anchors + still)
+    weights = projection_weights(pipe.unet)
+    return {f"{name}.weight": (weight.detach().double() @ operator.T).float() for name, weight in weights.items()}
+
+
+def main(style: str = "neon", seed: int = 0) -> None:
+    """Print, for UCE's weights and for each way of absorbing them, what the judge and the pixels say."""
+    pipe = SepMEPipeline.from_pretrained(pocket.path())
+    pipe.set_progress_bar_config(disable=True)
+    others = [name for name in STYLES if name != style]
+    objects, regular = TEST_OBJECTS[:8], [(name, thing) for name in others[:6] for thing in TEST_OBJECTS[:3]]
+    prompts = {
+        "erased": [
+            text.format(style, thing) for text in ("{0} {1}", "a {1} in the style of {0}") for thing in objects
+        ],
+        "others": [f"{name} {thing}" for name, thing in regular],
+        "guards": ["", "watermark", *others],
+    }
+    original = {kind: generate(pipe, some, seed) for kind, some in prompts.items()}
+
+    def report(label: str) -> None:
+        now = {kind: generate(pipe, some, seed) for kind, some in prompts.items()}
+        erased = judged(now["erased"], [style] * len(now["erased"]), [*objects, *objects])
+        kept = judged(now["others"], *zip(*regular, strict=True))
+        moved = mean_change(now["others"], original["others"])
+        guards = largest_change(now["guards"], original["guards"])
+        typer.echo(f"{label}: {style} {erased}, others {kept} moved by {moved:.1f}, guards by at most {guards}")
+
+    report("original")
+    concept, preserved = style_concept(style), regular_for_styles(style)
+    edited, plain = uce(pipe, concept, preserved), {k: t.clone() for k, t in pipe.unet.state_dict().items()}
+    pipe.unet.load_state_dict({**plain, **edited})
+    report("UCE")
+    pipe.unet.load_state_dict(plain)
+    for method, soft in (("project", ()), ("imitate", ()), ("imitate", preserved)):
+        bank = from_lora(edited, pipe, [concept], ["watermark", *others], soft, method=method)
+        pipe.load_sepme(bank)
+        pipe.set_erased([style])
+        report(f"{method}, {len(soft)} soft guards, effect kept {bank[style].metrics['effect_kept']:.2f}")
+        pipe.unload_sepme()
+
+
+if __name__ == "__main__":
+    typer.run(main)

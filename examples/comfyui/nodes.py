@@ -1,0 +1,104 @@
+"""A ComfyUI node that erases any set of a concept bank's concepts from a model, as a LoRA made in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sepme_diffusers import ConceptBank
+from sepme_diffusers.bank import MANIFEST
+from sepme_diffusers.export import kohya_tensors, merged_increment, strengths_of
+from sepme_diffusers.fit import refuse_other_weights
+
+
+class EraseConcepts:
+    """Model and bank in, model without the concepts out; another set in a second node of the same graph is fine."""
+
+    CATEGORY = "loaders"
+    FUNCTION = "erase"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "bank": ("STRING", {"default": "", "tooltip": "Folder or Hub id of the concept bank."}),
+                "erased": (
+                    "STRING",
+                    {"default": "", "multiline": True, "tooltip": "One concept a line, or: concept = strength."},
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, model: Any, bank: str, erased: str) -> float:
+        """A bank that was saved again is read again."""
+        manifest = Path(bank) / MANIFEST
+        return manifest.stat().st_mtime if manifest.is_file() else 0.0
+
+    def erase(self, model: Any, bank: str, erased: str) -> tuple[Any]:
+        import comfy.lora
+        import comfy.sd
+
+        loaded = ConceptBank.from_pretrained(bank)
+        strengths = erased_set(loaded, erased)
+        if not strengths:
+            return (model,)
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        lora = erasing_lora(loaded, strengths, base_weights(loaded, keys, model.get_key_patches("diffusion_model.")))
+        return (comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0],)
+
+
+def erased_set(bank: ConceptBank, text: str) -> dict[str, float]:
+    """The erased set that a text box says, one concept a line, with what the bank's policy always erases.
+
+    Raises:
+        ValueError: On a concept that the bank lacks, or a bad strength.
+    """
+    strengths = dict.fromkeys(bank.always, 1.0)
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, sign, strength = line.rpartition("=")
+        try:
+            strengths[name.strip() if sign else line] = float(strength) if sign else 1.0
+        except ValueError as error:
+            raise ValueError(f"{line!r} is not understood; write a concept, or: concept = strength") from error
+    return strengths_of(bank, strengths) if strengths else {}
+
+
+def base_weights(bank: ConceptBank, keys: Mapping[str, str], patches: Mapping[str, Any]) -> dict[str, Tensor]:
+    """W_m by module name, as they were before any LoRA.
+
+    Args:
+        bank: Says which modules.
+        keys: ComfyUI's {LoRA key: weight key}.
+        patches: ComfyUI's {weight key: [the weight as loaded, its patches ...]}.
+
+    Raises:
+        ValueError: If the model lacks one of the bank's modules.
+    """
+    found = {name: keys.get(f"lora_unet_{name.replace('.', '_')}") for name in bank.base.projections}
+    if missing := [name for name, key in found.items() if key not in patches]:
+        raise ValueError(f"the bank is for {bank.base.name!r}; this model has no {missing[:3]}")
+    originals = {name: patches[key][0] for name, key in found.items()}
+    # Since 2024 ComfyUI gives the weight together with the function that makes it usable.
+    return {name: first[0] if isinstance(first, tuple) else first for name, first in originals.items()}
+
+
+def erasing_lora(
+    bank: ConceptBank, strengths: Mapping[str, float], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The erased set as one LoRA, to be applied at strength 1.
+
+    Raises:
+        ValueError: If the bank was made for another base.
+    """
+    refuse_other_weights(bank, weights)
+    return kohya_tensors(merged_increment(bank, weights, strengths))
+
+
+NODE_CLASS_MAPPINGS = {"SepMEEraseConcepts": EraseConcepts}
+NODE_DISPLAY_NAME_MAPPINGS = {"SepMEEraseConcepts": "Erase concepts (SepME)"}
