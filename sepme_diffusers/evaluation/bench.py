@@ -95,7 +95,8 @@ class Bench:
         """Eight prompts, each with an erased set of its own."""
         bank = synthetic_bank(self.large, 50, "text")
         sets = [list(bank)[6 * index : 6 * index + 6] for index in range(8)]
-        yield self._loop(self.large, bank, sets, "8 prompts, 8 erased sets, of 50 loaded", "<= 1.02", prompts=8)
+        what = "8 prompts, 8 erased sets, of 50 loaded"
+        yield self._loop(self.large, bank, sets, what, "<= 1.02", prompts=8, steps=1)
 
     def switching(self) -> Iterator[Result]:
         """Another erased set, against another set of PEFT adapters."""
@@ -156,12 +157,12 @@ class Bench:
 
     def _loop(
         self, pipe: SepMEPipeline, bank: ConceptBank, erased: list[Any], what: str, bar: str, prompts: int = 1,
-        more: int = 1,
+        steps: int = 0, more: int = 1,
     ) -> Result:  # fmt: skip
         embeds = encode(pipe, ["a cat in the style of c0"] * prompts).to(self.dtype)
         settings = {
             "prompt_embeds": embeds, "negative_prompt_embeds": encode(pipe, [""] * prompts).to(self.dtype),
-            "num_inference_steps": self.steps * more, "guidance_scale": 4.0, "output_type": "latent",
+            "num_inference_steps": (steps or self.steps) * more, "guidance_scale": 4.0, "output_type": "latent",
         }  # fmt: skip
         plain, ours = [], []
         pipe(**settings)
