@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 _PREFIX = "base_model.model."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Increment:
         C: Per-module form, {module name: (d_out, r)}.
 
     Raises:
-        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite.
+        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite or of an
+            unusual type.
     """
 
     A: Tensor
@@ -37,6 +39,8 @@ class Increment:
         faults = [f"{name} {tuple(t.shape)}" for name, t in self.tensors().items() if not self._fits(name, t)]
         if faults:
             raise ValueError(f"an increment with A of shape {tuple(self.A.shape)} cannot hold: {', '.join(faults)}")
+        if strange := {name: str(t.dtype) for name, t in self.tensors().items() if t.dtype not in _DTYPES}:
+            raise ValueError(f"an increment is of 16, 32 or 64 bit floating point numbers, not {strange}")
         if infinite := [name for name, tensor in self.tensors().items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"an increment must be finite; NaN or Inf in {infinite}")
 
