@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -118,11 +118,13 @@ class BankFolder:
             most: The most bytes that it may have; a larger one is not read.
 
         Raises:
-            BankError: If it is missing, a link, no plain file, or larger.
+            BankError: If it is missing, a link, no plain file, larger, or outside of the folder.
         """
-        file = self.folder / path
+        file, parts = self.folder / path, PurePosixPath(path).parts
+        if ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path or not path.isprintable():
+            raise BankError(f"{path!r} is not a file of {self.folder}")
         try:
-            if self._is_link(file):
+            if self.is_link(file):
                 raise BankError(f"{file} is a symbolic link; a bank's files are plain files")
             status = file.stat()
             if not stat.S_ISREG(status.st_mode):
@@ -135,7 +137,7 @@ class BankFolder:
         except OSError as error:
             raise BankError(f"{file} cannot be read: {error}") from error
 
-    def _is_link(self, file: Path) -> bool:
+    def is_link(self, file: Path) -> bool:
         """Whether the file or its folder is a link, other than those of huggingface_hub's cache to its own blobs."""
         steps = [file, *file.parents][: len(file.relative_to(self.folder).parts)]
         if not any(step.is_symlink() for step in steps):

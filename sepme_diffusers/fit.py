@@ -23,13 +23,22 @@ def refuse_foreign(pipe: Any, bank: ConceptBank) -> None:
     Raises:
         ValueError: If they were made for another width, other weights (per-module increments) or another text encoder.
     """
+    refuse_other_base(pipe, bank)
+    refuse_other_text(pipe, [bank])
+
+
+def refuse_other_base(pipe: Any, bank: ConceptBank) -> None:
+    """Check that a pipeline's UNet is one that a bank's increments were made for.
+
+    Raises:
+        ValueError: If they were made for another width, or other weights (per-module increments).
+    """
     shapes = projection_shapes(pipe.unet)
     width = next(iter(shapes.values()))[1]
     if width != bank.base.width:
         raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this pipeline's are {width} wide")
     if any(entry.increment.form == "module" for entry in bank.values()):
         _refuse_other_weights(pipe, bank, {name: d_out for name, (d_out, _) in shapes.items()})
-    refuse_other_text(pipe, [bank])
 
 
 def _refuse_other_weights(pipe: Any, bank: ConceptBank, shapes: dict[str, int]) -> None:

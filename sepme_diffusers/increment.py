@@ -96,6 +96,21 @@ class Increment:
         """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
         return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}
 
+    def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
+
+        Args:
+            tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
+            weights: W_m (d_out, d) by module name.
+        """
+        largest = torch.zeros(len(tokens), dtype=torch.float64)
+        flat = tokens.double().flatten(0, -2)
+        read = flat @ self.A.double().to(flat.device).T
+        for name, c in self.coefficients(weights).items():
+            moved = (read @ c.double().T).norm(dim=1) / (flat @ weights[name].double().T).norm(dim=1)
+            largest = largest.maximum(moved.view(len(tokens), -1).amax(dim=1).cpu())
+        return largest
+
     def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
         """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
 

@@ -41,9 +41,10 @@ def parse(data: bytes, file: Path) -> dict[str, Any]:
     Raises:
         BankError: Naming the file and what is wrong with it.
     """
-    if found := faults(data):
+    manifest, found = examine(data)
+    if manifest is None or found:
         raise BankError(f"{file} is not a valid bank manifest: {listed(found)}")
-    return _load(data)
+    return manifest
 
 
 def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
@@ -63,21 +64,21 @@ def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
     return data
 
 
-def faults(data: bytes) -> list[str]:
-    """Everything that is wrong with a manifest; of what depends on a fault, only the fault."""
+def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a manifest says, if it has the form of one, and everything that is wrong with it."""
     if len(data) > MAX_BYTES:
-        return [f"it has {len(data)} bytes; {MAX_BYTES} are the most"]
+        return None, [f"it has {len(data)} bytes; {MAX_BYTES} are the most"]
     try:
         manifest = _load(data)
     except (ValueError, RecursionError) as error:
-        return [f"it is not JSON as the format wants it: {_short(error)}"]
+        return None, [f"it is not JSON as the format wants it: {_short(error)}"]
     if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
-        return ["it is not the manifest of a concept bank"]
+        return None, ["it is not the manifest of a concept bank"]
     if fault := _newer(manifest.get("version")):
-        return [fault]
+        return None, [fault]
     if found := [_said(error) for error in _validator().iter_errors(manifest)]:
-        return found
-    return [*_digest_faults(manifest, data), *_name_faults(manifest), *_file_faults(manifest)]
+        return None, found
+    return manifest, [*_digest_faults(manifest, data), *_name_faults(manifest), *_file_faults(manifest)]
 
 
 def listed(found: Iterable[str]) -> str:

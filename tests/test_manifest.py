@@ -8,7 +8,7 @@ from tiny import tiny_bank
 
 import sepme_diffusers
 from sepme_diffusers import BankError
-from sepme_diffusers.manifest import MANIFEST, MAX_BYTES, faults, parse, seal
+from sepme_diffusers.manifest import MANIFEST, MAX_BYTES, examine, parse, seal
 
 
 @pytest.fixture
@@ -19,6 +19,10 @@ def manifest(tmp_path) -> dict:
 
 def resealed(manifest: dict) -> bytes:
     return seal({key: value for key, value in manifest.items() if key != "digest"}, Path(MANIFEST))
+
+
+def faults(data: bytes) -> list[str]:
+    return examine(data)[1]
 
 
 def refused(manifest: dict) -> str:
