@@ -142,8 +142,9 @@ class BankFolder:
         steps = [file, *file.parents][: len(file.relative_to(self.folder).parts)]
         if not any(step.is_symlink() for step in steps):
             return False
-        blobs = [p.parent / "blobs" for p in self.folder.resolve().parents if p.name == "snapshots"]
-        return any(step.is_symlink() for step in steps[1:]) or file.resolve().parent not in blobs
+        here, target = (Path(os.path.realpath(path)) for path in (self.folder, file))
+        blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
+        return any(step.is_symlink() for step in steps[1:]) or target.parent not in blobs
 
     def write(
         self, head: Mapping[str, Any], concepts: Iterable[ConceptFiles], card: Callable[[Mapping[str, Any]], str]
