@@ -193,6 +193,8 @@ class BankFolder:
             lock.release()
 
     def _refuse_other_content(self) -> None:
+        if (self.folder / CARD).is_dir():
+            raise BankError(f"{self.folder / CARD} is a folder; the model card goes there")
         if os.path.lexists(self.folder / MANIFEST):
             return
         if any(file.name != LOCK for file in self.folder.iterdir()):

@@ -7,15 +7,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import cache
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator, ValidationError
-from jsonschema.validators import extend
+from jsonschema_rs import Draft202012Validator, ValidationError
 
 from sepme_diffusers.concepts import look_alikes, slug
+from sepme_diffusers.config import SepMEConfig
 
 MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 2
@@ -29,6 +30,8 @@ _MAX_DEPTH = 16
 _MAX_INTEGER = 2**53
 _NO_DIGEST = "0" * 64
 _SHOWN = 20
+# Listing the faults of more values than this takes seconds: then the first has to do.
+_MANY = 30_000
 
 
 class BankError(ValueError):
@@ -70,15 +73,22 @@ def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"it has {len(data)} bytes; {MAX_BYTES} are the most"]
     try:
         manifest = _load(data)
+        size = _size(manifest)
     except (ValueError, RecursionError) as error:
         return None, [f"it is not JSON as the format wants it: {_short(error)}"]
     if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
         return None, ["it is not the manifest of a concept bank"]
     if fault := _newer(manifest.get("version")):
         return None, [fault]
-    if found := [_said(error) for error in _validator().iter_errors(manifest)]:
+    if found := _schema_faults(manifest, all_of_them=size <= _MANY):
         return None, found
-    return manifest, [*_digest_faults(manifest, data), *_name_faults(manifest), *_file_faults(manifest)]
+    checks = (
+        _digest_faults(manifest, data),
+        _fraction_faults(manifest),
+        _name_faults(manifest),
+        _file_faults(manifest),
+    )
+    return manifest, [fault for found in checks for fault in found]
 
 
 def listed(found: Iterable[str]) -> str:
@@ -89,15 +99,13 @@ def listed(found: Iterable[str]) -> str:
 
 
 def _load(data: bytes) -> Any:
-    manifest = json.loads(
+    return json.loads(
         data.decode("utf-8"),
         object_pairs_hook=_no_twins,
         parse_constant=_no_constant,
         parse_float=_finite,
         parse_int=_modest,
     )
-    _refuse_deep(manifest)
-    return manifest
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,15 +132,16 @@ def _modest(text: str) -> int:
     return value
 
 
-def _refuse_deep(manifest: Any) -> None:
-    """Also refuses text that no file can hold (lone surrogates)."""
-    level = [manifest]
+def _size(manifest: Any) -> int:
+    """How many values there are. Refuses depth, and text that no file can hold (lone surrogates)."""
+    size, level = 0, [manifest]
     for _ in range(_MAX_DEPTH):
-        texts = [text for value in level for text in _texts(value)]
-        "".join(texts).encode()
+        size += len(level)
+        "".join(text for value in level for text in _texts(value)).encode()
         level = [child for value in level for child in _children(value)]
     if level:
         raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
+    return size
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -158,14 +167,22 @@ def _newer(version: Any) -> str | None:
 
 @cache
 def _validator() -> Draft202012Validator:
-    schema = json.loads(files("sepme_diffusers").joinpath("schema", "sepme_bank.schema.json").read_text("utf-8"))
-    # JSON Schema calls 16.0 an integer; a rank of 16.0 is none to Python.
-    checker = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return extend(Draft202012Validator, type_checker=checker)(schema)
+    schema = resources.files("sepme_diffusers").joinpath("schema", "sepme_bank.schema.json").read_text("utf-8")
+    return Draft202012Validator(json.loads(schema))
+
+
+def _schema_faults(manifest: Any, all_of_them: bool) -> list[str]:
+    if all_of_them:
+        return [_said(error) for error in _validator().iter_errors(manifest)]
+    try:
+        _validator().validate(manifest)
+    except ValidationError as error:
+        return [_said(error)]
+    return []
 
 
 def _said(error: ValidationError) -> str:
-    return f"{_short(error.json_path)}: {_short(error.message)}"
+    return f"{_short('.'.join(map(str, ['$', *error.instance_path])))}: {_short(error.message)}"
 
 
 def _short(text: object) -> str:
@@ -180,6 +197,18 @@ def _digest_faults(manifest: Mapping[str, Any], data: bytes) -> Iterator[str]:
     blank = data.replace(digest, _NO_DIGEST.encode())
     if data.count(digest) != 1 or hashlib.sha256(blank).hexdigest().encode() != digest:
         yield "it is damaged or was changed (its SHA-256 is not its digest)"
+
+
+def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """JSON Schema takes 16.0 for an integer; Python does not."""
+    whole = {field.name for field in fields(SepMEConfig) if type(field.default) is int}
+    base = manifest["base"]
+    numbers = {"base.width": base["width"], "base.n_tokens": base["n_tokens"]}
+    numbers |= {f"base.projections.{name}": d_out for name, (d_out, _) in base["projections"].items()}
+    for name, record in manifest["concepts"].items():
+        numbers[f"concepts.{name}.rank"] = record["rank"]
+        numbers |= {f"concepts.{name}.config.{key}": record["config"][key] for key in whole & record["config"].keys()}
+    yield from (f"$.{where}: {n} is not written as an integer" for where, n in numbers.items() if type(n) is not int)
 
 
 def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from sepme_diffusers.bank_folder import sha256
 from sepme_diffusers.manifest import MANIFEST
 from sepme_diffusers.verify import verify
 
-BANK = tiny_bank()
+BANK, OTHER = tiny_bank(), tiny_bank(1)
 WEIGHTS = ["neon/text_increment.safetensors", "van-gogh/adapter_model.safetensors"]
 FILES = [MANIFEST, *WEIGHTS, "van-gogh/adapter_config.json", "README.md"]
 SECONDS, MEGABYTES = 5, 500
@@ -194,6 +194,21 @@ def assert_untouched_weights(bank: ConceptBank) -> None:
         assert numbers in known, name
 
 
+def assert_saving_is_safe(folder: Path) -> None:
+    """Another bank saved over this one is there whole, or refused with nothing lost."""
+    before = sorted(str(path) for path in folder.rglob("*"))
+    refused = ""
+    try:
+        OTHER.save_pretrained(folder)
+    except BankError as error:
+        refused = str(error)
+    if not refused:
+        assert same(ConceptBank.from_pretrained(folder), OTHER)
+        return
+    assert str(folder) in refused
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "count", [pytest.param(500, id="500"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
 )
@@ -229,5 +244,8 @@ def test_a_mutated_bank_loads_as_it_was_or_is_refused(count, tmp_path, monkeypat
         elif mutation is not mutate_header:
             assert same(bank, BANK), i
             assert (bank.base, bank.always) == (BANK.base, BANK.always), i
+        if i % 7 == 0:
+            assert_saving_is_safe(folder)
+            assert sorted(os.listdir(tmp_path)) == ["bank", "sound", "work"], i
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
     assert all(refused > count / len(MUTATIONS) / 4 for refused in seen.values()), seen

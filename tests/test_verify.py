@@ -204,6 +204,13 @@ def test_every_fault_is_listed_at_once(saved, pipe):
         ConceptBank.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("name", ["styles", "objects"])
+def test_the_shipped_banks_are_sound(name, pocket_pipe):
+    report = verify(Path(pocket.__file__).parent / "banks" / name, pocket_pipe)
+    assert report.ok, report.faults
+    assert not report.notes
+
+
 def test_a_bank_of_version_1_is_checked_as_far_as_it_goes():
     report = verify(Path(__file__).parent / "fixtures" / "bank-version-1")
     assert report.ok
