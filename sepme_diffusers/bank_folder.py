@@ -30,8 +30,8 @@ LOCK = ".sepme_bank.lock"
 _STAGING = ".sepme_bank.writing"
 _FORMER = "former.json"
 
-# What a safetensors header takes for one tensor, generously.
-_HEADER = 1024
+# What a safetensors header takes for the two tensors of a module, generously.
+_HEADER = 2048
 _MAX_BYTES = 4 * 2**30
 
 
@@ -303,7 +303,7 @@ def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
     rank, width = record["rank"], base["width"]
     heights = [width] if record["form"] == "text" else [d_out for d_out, _ in base["projections"].values()]
     numbers = sum(rank * (width + height) for height in heights)
-    return min(8 * numbers + 2 * _HEADER * (len(heights) + 1), _MAX_BYTES)
+    return min(8 * numbers + _HEADER * (len(heights) + 1), _MAX_BYTES)
 
 
 def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, Any]) -> str:

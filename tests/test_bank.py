@@ -202,6 +202,16 @@ def test_unknown_concept_is_named_with_what_there_is(text_bank):
         text_bank["noen"]
 
 
+def test_a_bank_refuses_names_that_look_alike_and_increments_of_other_modules(text_bank, mixed_bank):
+    entry = text_bank["neon"]
+    with pytest.raises(ValueError, match=r"tell apart.*'Neon'"):
+        text_bank.with_entries([replace(entry, concept=Concept("Neon", entry.concept.pairs))])
+    trained = mixed_bank["woodcut"]
+    part = Increment(trained.increment.A, C=dict(list(trained.increment.C.items())[:-1]))
+    with pytest.raises(ValueError, match=r"other modules than the base's.*'woodcut'"):
+        mixed_bank.with_entries([replace(trained, increment=part)])
+
+
 def test_a_policy_cannot_name_what_is_not_there_nor_be_cut_away(text_bank):
     with pytest.raises(ValueError, match="ghost"):
         replace(text_bank, always=("ghost",))
