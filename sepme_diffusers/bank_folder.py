@@ -254,8 +254,8 @@ class BankFolder:
         if staging.is_symlink():
             staging.unlink()
         for folder in (self._folders(staging) | self._folders(staging, _FORMER)) - kept:
-            shutil.rmtree(self.folder / folder, ignore_errors=True)
-        shutil.rmtree(staging, ignore_errors=True)
+            _remove(self.folder / folder)
+        _remove(staging)
 
     def _folders(self, where: Path, file: str = MANIFEST) -> set[str]:
         """The concepts' folders that a manifest names.
@@ -337,6 +337,12 @@ def _write(file: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is one: what else has the name is not ours (and opening a pipe would wait for ever)."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _persist(folder: Path) -> None:

@@ -183,6 +183,18 @@ def test_saving_writes_through_no_link(saved, tmp_path):
     assert same(ConceptBank.from_pretrained(saved), tiny_bank(1))
 
 
+def test_saving_neither_opens_nor_removes_what_stands_in_the_way(saved):
+    """A pipe, which would be waited for, and a file, in the places of concepts' folders."""
+    shutil.rmtree(saved / "neon")
+    os.mkfifo(saved / "neon")
+    shutil.rmtree(saved / "van-gogh")
+    (saved / "van-gogh").write_text("mine")
+    tiny_bank(1).save_pretrained(saved)
+    assert same(ConceptBank.from_pretrained(saved), tiny_bank(1))
+    assert (saved / "neon").is_fifo()
+    assert (saved / "van-gogh").read_text() == "mine"
+
+
 def test_damaged_files_are_mended_by_saving_again(saved):
     bank = ConceptBank.from_pretrained(saved)
     for pattern in ("neon*/*", "van-gogh*/*.safetensors", "van-gogh*/*.json", "README.md"):
