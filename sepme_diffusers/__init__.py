@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sepme_diffusers.bank import BankError, BaseModel, ConceptBank, Entry
+    from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
     from sepme_diffusers.concepts import Concept
     from sepme_diffusers.config import SepMEConfig
     from sepme_diffusers.hooks import ErasureNotInForce
     from sepme_diffusers.increment import Increment
+    from sepme_diffusers.manifest import BankError
     from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline, SepMEXLPipeline, attach
     from sepme_diffusers.training import SepMETrainer, Step
 
 # Imported when first used, so that the command line answers before torch is loaded.
 _WHERE = {
-    "BankError": "bank",
+    "BankError": "manifest",
     "BaseModel": "bank",
     "ConceptBank": "bank",
     "Entry": "bank",

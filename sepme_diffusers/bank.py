@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
+from sepme_diffusers.bank_folder import BankFolder, ConceptFiles, increment_files
 from sepme_diffusers.card import model_card
-from sepme_diffusers.concepts import Concept
+from sepme_diffusers.concepts import Concept, look_alikes
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.increment import Increment
-
-MANIFEST = "sepme_bank.json"
-FORMAT_VERSION = 1
-LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
-
-
-class BankError(ValueError):
-    """A bank on disk cannot be trusted or understood; the message names the file."""
+from sepme_diffusers.manifest import MANIFEST, BankError
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,8 @@ class ConceptBank(Mapping[str, Entry]):
         always: Names that may never be restored while the bank is loaded.
 
     Raises:
-        ValueError: If an entry's key is not its concept's name, widths differ, or `always` names none of them.
+        ValueError: If an entry's key is not its concept's name, two names look alike, widths or edited modules are
+            not the base's, or `always` names none of them.
 
     Example:
         >>> from sepme_diffusers import pocket
@@ -117,11 +103,16 @@ class ConceptBank(Mapping[str, Entry]):
         object.__setattr__(self, "entries", dict(self.entries))
         if wrong := {key: e.concept.name for key, e in self.entries.items() if key != e.concept.name}:
             raise ValueError(f"entries under another name than their concept's: {wrong}")
+        if alike := look_alikes(self.entries):
+            raise ValueError(f"concepts that nobody can tell apart: {alike}; give them other names")
         widths = {key: e.increment.A.shape[1] for key, e in self.entries.items()}
         if wrong := {key: width for key, width in widths.items() if width != self.base.width}:
             raise ValueError(
                 f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}"
             )
+        heights = {module: d_out for module, (d_out, _) in self.base.projections.items()}
+        if wrong := [key for key, e in self.entries.items() if not _fits(e.increment, heights)]:
+            raise ValueError(f"these increments edit other modules than the base's, or of other heights: {wrong}")
         if unknown := sorted(set(self.always) - set(self.entries)):
             raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
 
@@ -171,19 +162,25 @@ class ConceptBank(Mapping[str, Entry]):
             raise ValueError(f"the policy of {bank} always erases {left_out} at full strength; include them")
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the bank into a folder: wholly, or not at all.
+        """Write the bank into a folder: wholly, or not at all, whenever the process dies.
 
-        Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
-        step that makes them the bank. Files that do not change are left alone.
+        Files that do not change are left alone.
 
         Args:
             folder: Made if missing. Concepts there that are not in this bank are removed.
             dtype: Of B or C. A stays in float32: it carries the separability.
 
         Raises:
-            BankError: If the folder holds something else than a bank.
+            BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
+                down (metrics that are no JSON, say), or another process is saving there.
         """
-        _BankFolder(Path(folder)).write(self, dtype)
+        head = {
+            "libraries": libraries(),
+            "base": vars(self.base),
+            "policy": {"always": list(self.always)},
+        }
+        files = (_files(entry, dtype) for entry in self.values())
+        BankFolder(Path(folder)).write(head, files, lambda manifest: model_card(self.base.name, manifest))
 
     @classmethod
     def from_pretrained(
@@ -215,7 +212,7 @@ class ConceptBank(Mapping[str, Entry]):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
-        return _BankFolder(folder / subfolder).read(wanted)
+        return _read(BankFolder(folder / subfolder), wanted)
 
     @classmethod
     def from_lora(cls, source: Any, pipe: Any, concepts: Iterable[Concept | str], **options: Any) -> ConceptBank:
@@ -236,139 +233,53 @@ class ConceptBank(Mapping[str, Entry]):
         return Guarantee(not any(leaks) and not unaware, max(leaks), unaware)
 
 
-class _BankFolder:
-    """A bank's folder; the manifest alone says what belongs to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def read(self, wanted: Sequence[str] | None = None) -> ConceptBank:
-        """The bank, or the part of it with the wanted concepts."""
-        manifest = self.manifest(wanted)
-        try:
-            base = BaseModel(**manifest["base"])
-            base = replace(base, projections={name: tuple(value) for name, value in base.projections.items()})
-            entries = {name: self._entry(name, record) for name, record in manifest["concepts"].items()}
-            return ConceptBank(base, entries, tuple(manifest["policy"]["always"]))
-        except BankError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BankError(f"{self.folder / MANIFEST} is not a valid bank manifest: {error!r}") from error
-
-    def manifest(self, wanted: Sequence[str] | None = None) -> dict[str, Any]:
-        """The manifest, with no concepts but the wanted ones."""
-        manifest = self._manifest()
-        if wanted is None:
-            return manifest
-        concepts, always = manifest.get("concepts", {}), manifest.get("policy", {}).get("always", ())
-        if unknown := [name for name in wanted if name not in concepts]:
-            raise KeyError(f"no concepts {unknown} in this bank; it has {list(concepts)}")
-        if left_out := sorted(set(always) - set(wanted)):
-            raise ValueError(f"the bank's policy always erases {left_out}; load them as well")
-        return {**manifest, "concepts": {name: record for name, record in concepts.items() if name in wanted}}
-
-    def _manifest(self) -> dict[str, Any]:
-        file = self.folder / MANIFEST
-        if not file.is_file():
-            raise BankError(f"{self.folder} is no concept bank: it has no {MANIFEST}")
-        try:
-            manifest = json.loads(file.read_text("utf-8"), object_pairs_hook=_no_twins)
-        except (ValueError, RecursionError) as error:
-            raise BankError(f"{file} is not JSON: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
-            raise BankError(f"{file} is not the manifest of a concept bank")
-        if manifest.get("version") != FORMAT_VERSION:
-            raise BankError(
-                f"{file} is of format version {manifest.get('version')!r}; this release reads {FORMAT_VERSION}. "
-                "Upgrade sepme_diffusers to read newer banks"
-            )
-        return manifest
-
-    def _entry(self, name: str, record: Mapping[str, Any]) -> Entry:
-        file = self._inside(record["file"])
-        if not file.is_file():
-            raise BankError(f"concept {name!r}: {file} is missing")
-        data = file.read_bytes()
-        if _sha256(data) != record["sha256"]:
-            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
-        try:
-            tensors = load_tensors(data)
-            increment = Increment(**tensors) if record["form"] == "text" else Increment.from_lora(tensors)
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
-        config = SepMEConfig.from_dict(record["config"])
-        concept = Concept.from_dict({"name": name, **record["concept"]})
-        return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
-
-    def _inside(self, path: str) -> Path:
-        """A manifest's path as a file of this folder, refusing any that leads elsewhere."""
-        pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or len(pure.parts) != 2 or "\\" in path:
-            raise BankError(f"{self.folder / MANIFEST} names {path!r}, which is not a file of a concept's folder")
-        return self.folder / pure
-
-    def write(self, bank: ConceptBank, dtype: torch.dtype) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        old = self._manifest() if (self.folder / MANIFEST).exists() else None
-        if old is None and any(self.folder.iterdir()):
-            raise BankError(f"{self.folder} is not empty and holds no concept bank; choose another folder")
-        concepts: dict[str, Any] = {}
-        for name, entry in bank.items():
-            concepts[name] = self._write_entry(
-                entry, dtype, {record["file"].split("/")[0] for record in concepts.values()}
-            )
-        manifest = {
-            "format": "sepme_bank",
-            "version": FORMAT_VERSION,
-            "libraries": libraries(),
-            "base": vars(bank.base),
-            "policy": {"always": list(bank.always)},
-            "concepts": concepts,
+def _read(folder: BankFolder, wanted: Sequence[str] | None) -> ConceptBank:
+    """The bank in a folder, or the part of it with the wanted concepts."""
+    manifest = folder.manifest(wanted)
+    base = base_model(manifest)
+    increments = {
+        name: folder.increment(name, record, manifest["base"]) for name, record in manifest["concepts"].items()
+    }
+    try:
+        entries = {
+            name: entry_of(name, manifest["concepts"][name], increment) for name, increment in increments.items()
         }
-        _replace(self.folder / "README.md", model_card(bank.base.name, manifest).encode())
-        _replace(self.folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
-        if old is not None:
-            self._sweep(old, concepts)
+        return ConceptBank(base, entries, tuple(manifest["policy"]["always"]))
+    except (TypeError, ValueError) as error:
+        raise BankError(f"{folder.folder / MANIFEST} is not a valid bank manifest: {error}") from error
 
-    def _write_entry(self, entry: Entry, dtype: torch.dtype, taken: set[str]) -> dict[str, Any]:
-        files = _files(entry, dtype)
-        weights, data = next(iter(files.items()))
-        digest = _sha256(data)
-        target = self._target(entry.concept, weights, digest, taken)
-        if not (self.folder / target / weights).exists():
-            staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
-            staging.chmod(0o755)
-            for file, content in files.items():
-                (staging / file).write_bytes(content)
-            os.replace(staging, self.folder / target)
-        return {
-            "file": f"{target}/{weights}",
-            "sha256": digest,
-            "form": entry.increment.form,
-            "rank": entry.increment.rank,
-            "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},
-            "guards": list(entry.guards),
-            "config": entry.config.to_dict(),
-            "metrics": dict(entry.metrics),
-        }
 
-    def _target(self, concept: Concept, weights: str, digest: str, taken: set[str]) -> str:
-        """The concept's folder name: its slug, or with a hash where that name holds something else."""
-        other = _sha256(f"{concept.name}\0{digest}".encode())[:12]
-        for name in (concept.slug, f"{concept.slug}-{other}"):
-            file = self.folder / name / weights
-            same = file.is_file() and _sha256(file.read_bytes()) == digest
-            if name not in taken and (same or not (self.folder / name).exists()):
-                return name
-        raise BankError(f"{self.folder / concept.slug} holds other files than the bank's; remove them and save again")
+def _fits(increment: Increment, heights: Mapping[str, int]) -> bool:
+    return increment.C is None or {module: len(c) for module, c in increment.C.items()} == heights
 
-    def _sweep(self, old: Mapping[str, Any], concepts: Mapping[str, Any]) -> None:
-        """Remove what the former manifest named and this one does not, and what an interrupted save left."""
-        kept = {record["file"].split("/")[0] for record in concepts.values()}
-        former = {self._inside(record["file"]).parent for record in old["concepts"].values()}
-        for folder in (*former, *self.folder.glob(".writing-*")):
-            if folder.name not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+
+def base_model(manifest: Mapping[str, Any]) -> BaseModel:
+    """What a manifest says of the base."""
+    projections = {name: (d_out, norm) for name, (d_out, norm) in manifest["base"]["projections"].items()}
+    return BaseModel(**{**manifest["base"], "projections": projections})
+
+
+def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entry:
+    """A concept's entry, from its record in the manifest and its increment.
+
+    Raises:
+        ValueError: If the record's settings or prompts are not usable.
+    """
+    concept = Concept.from_dict({"name": name, **record["concept"]})
+    config = SepMEConfig.from_dict(record["config"])
+    return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
+
+
+def _files(entry: Entry, dtype: torch.dtype) -> ConceptFiles:
+    record = {
+        "form": entry.increment.form,
+        "rank": entry.increment.rank,
+        "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},
+        "guards": list(entry.guards),
+        "config": entry.config.to_dict(),
+        "metrics": dict(entry.metrics),
+    }
+    return ConceptFiles(entry.concept.name, entry.concept.slug, increment_files(entry.increment, dtype), record)
 
 
 def _listed(names: Iterable[str]) -> list[str]:
@@ -384,52 +295,13 @@ def _download(repository: str, wanted: Sequence[str] | None, subfolder: str, hub
         folder = Path(snapshot_download(repository, allow_patterns=[prefix + MANIFEST], **hub))
     except HFValidationError as error:
         raise BankError(f"{repository!r} is neither a folder nor a repository id: {error}") from error
-    concepts = _BankFolder(folder / subfolder).manifest(wanted)["concepts"]
+    concepts = BankFolder(folder / subfolder).manifest(wanted)["concepts"]
     files = [prefix + glob.escape(str(record["file"])) for record in concepts.values()]
     # The snapshot's folder is named by its commit: a push in between must not mix two banks.
     return Path(snapshot_download(repository, allow_patterns=files, **{**hub, "revision": folder.name}))
-
-
-def _files(entry: Entry, dtype: torch.dtype) -> dict[str, bytes]:
-    """The files of a concept's folder, the weights first."""
-    increment = entry.increment
-    if increment.form == "text":
-        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype)}
-        return {TEXT_FILE: save_tensors(_contiguous(tensors), {"format": "pt"})}
-    tensors, config = increment.lora()
-    tensors = {key: tensor.float() if ".lora_A." in key else tensor.to(dtype) for key, tensor in tensors.items()}
-    settings = {key: value for key, value in config.to_dict().items() if value is not None}
-    settings["target_modules"] = sorted(settings["target_modules"])
-    plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
-    return {LORA_FILE: save_tensors(_contiguous(tensors), {"format": "pt"}), LORA_CONFIG: plain}
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def libraries() -> dict[str, str]:
     """Versions of what made a bank."""
     names = ("sepme_diffusers", "torch", "diffusers", "transformers", "peft", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _replace(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".writing-{file.name}")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
-    return values

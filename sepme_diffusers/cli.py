@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
@@ -163,6 +164,41 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(_rich(measured))
+
+
+@app.command()
+def verify(
+    bank: Annotated[Path, typer.Argument(help="Folder of a concept bank.", exists=True, file_okay=False)],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its base model: also check the guards.", exists=True, file_okay=False),
+    ] = None,
+) -> None:
+    """Check a bank's files, increments and guards, and list everything that is wrong; exit status 1 if anything is."""
+    _quieten()
+    from diffusers import DiffusionPipeline
+
+    from sepme_diffusers.verify import verify as check
+
+    pipe = None if base is None else DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    report = check(bank, pipe)
+    table = RichTable(title=escape(str(bank)))
+    for column in ("concept", "form", "rank", "norm", "leakage", "verdict"):
+        table.add_column(column)
+    table.add_row("(bank)", "", "", "", "", _verdict(report.folder))
+    for name, found in report.concepts.items():
+        figures = ("" if value is None else f"{value:.3g}" for value in (found.rank, found.norm, found.leakage))
+        table.add_row(escape(name), found.form or "", *figures, _verdict(found.faults))
+    console.print(table)
+    for note in report.notes:
+        console.print(f"Note: {note}")
+    console.print(f"{len(report.faults)} faults" if report.faults else "No faults")
+    raise typer.Exit(not report.ok)
+
+
+def _verdict(faults: tuple[str, ...]) -> str:
+    # What a bank says is nobody's markup, and no command to a terminal.
+    return "\n".join(escape("".join(c if c.isprintable() else "?" for c in fault)) for fault in faults) or "ok"
 
 
 def _quieten() -> None:

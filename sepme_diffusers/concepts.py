@@ -76,8 +76,7 @@ class Concept:
     @property
     def slug(self) -> str:
         """The name as a folder: lower-case ASCII letters, digits and hyphens."""
-        ascii_name = unicodedata.normalize("NFKD", self.name).encode("ascii", "ignore").decode().lower()
-        return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
+        return slug(self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values that `from_dict` reads back; anchors only where they are not the pairs' own."""
@@ -91,6 +90,41 @@ class Concept:
         """The concept that `to_dict` wrote."""
         anchors = tuple(map(tuple, values.get("anchors", ())))
         return cls(values["name"], tuple(map(tuple, values["pairs"])), anchors)
+
+
+def slug(name: str) -> str:
+    """A name as a folder: lower-case ASCII letters, digits and hyphens."""
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
+
+
+# Letters of other scripts that are drawn like a Latin one: the part of Unicode's confusables (UTS 39) in common use.
+_TWINS = {
+    "a": "аɑα", "c": "сϲ", "d": "ԁ", "e": "еҽ", "g": "ɡ", "h": "һ", "i": "іιı", "j": "јϳ", "k": "кκ", "n": "ո",
+    "o": "оοօ", "p": "рρ", "q": "ԛ", "s": "ѕ", "u": "υս", "v": "νѵ", "w": "ԝ", "x": "хχ", "y": "уγ",
+    "A": "АΑ", "B": "ВΒ", "C": "СϹ", "E": "ЕΕ", "H": "НΗ", "I": "ІΙӀ", "J": "Ј", "K": "КΚ", "M": "МΜ", "N": "Ν",
+    "O": "ОΟՕ", "P": "РΡ", "S": "ЅՏ", "T": "ТΤ", "V": "Ѵ", "X": "ХΧ", "Y": "УΥҮ", "Z": "Ζ",
+}  # fmt: skip
+_LATIN = str.maketrans({twin: letter for letter, twins in _TWINS.items() for twin in twins})
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of names that a reader would take for one: other case, width, accents' encoding, spacing or script.
+
+    Example:
+        >>> look_alikes(["Monet", "monet ", "Manet"])
+        [('Monet', 'monet ')]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_seen(name), []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _seen(name: str) -> str:
+    """What is seen of a name: equal for names that look alike."""
+    folded = unicodedata.normalize("NFKC", name).translate(_LATIN).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:

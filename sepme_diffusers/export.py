@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sepme_diffusers import ldm
-from sepme_diffusers.bank import LORA_FILE, ConceptBank, libraries
+from sepme_diffusers.bank import ConceptBank, libraries
 from sepme_diffusers.fit import refuse_other_text, refuse_other_weights
 from sepme_diffusers.increment import Increment
+from sepme_diffusers.manifest import LORA_FILE
 from sepme_diffusers.names import Names
 from sepme_diffusers.targets import projection_weights
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 _PREFIX = "base_model.model."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Increment:
         C: Per-module form, {module name: (d_out, r)}.
 
     Raises:
-        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite.
+        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite or of an
+            unusual type.
     """
 
     A: Tensor
@@ -37,6 +39,8 @@ class Increment:
         faults = [f"{name} {tuple(t.shape)}" for name, t in self.tensors().items() if not self._fits(name, t)]
         if faults:
             raise ValueError(f"an increment with A of shape {tuple(self.A.shape)} cannot hold: {', '.join(faults)}")
+        if strange := {name: str(t.dtype) for name, t in self.tensors().items() if t.dtype not in _DTYPES}:
+            raise ValueError(f"an increment is of 16, 32 or 64 bit floating point numbers, not {strange}")
         if infinite := [name for name, tensor in self.tensors().items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"an increment must be finite; NaN or Inf in {infinite}")
 
@@ -99,6 +103,21 @@ class Increment:
     def delta_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
         return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}
+
+    def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
+
+        Args:
+            tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
+            weights: W_m (d_out, d) by module name.
+        """
+        largest = torch.zeros(len(tokens), dtype=torch.float64)
+        flat = tokens.double().flatten(0, -2)
+        read = flat @ self.A.double().to(flat.device).T
+        for name, c in self.coefficients(weights).items():
+            moved = (read @ c.double().T).norm(dim=1) / (flat @ weights[name].double().T).norm(dim=1)
+            largest = largest.maximum(moved.view(len(tokens), -1).amax(dim=1).cpu())
+        return largest
 
     def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
         """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).

@@ -130,12 +130,7 @@ class SepMETrainer:
 
     def _leakage(self, guards: Sequence[str], increment: Increment) -> dict[str, Any]:
         """The largest leakage, and that of each guard that the increment does not leave exactly alone."""
-        tokens = encode(self.pipe, guards).double()
-        each = torch.zeros(len(guards), dtype=torch.float64)
-        read = rows(tokens) @ increment.A.double().to(tokens.device).T
-        for name, c in increment.coefficients(self._weights).items():
-            moved = (read @ c.double().T).norm(dim=1) / (rows(tokens) @ self._weights[name].double().T).norm(dim=1)
-            each = each.maximum(moved.view(len(guards), -1).amax(dim=1).cpu())
+        each = increment.leakage(encode(self.pipe, guards), self._weights)
         leaks = dict(zip(guards, each.tolist(), strict=True))
         moved = {prompt: float(f"{leak:.3g}") for prompt, leak in leaks.items() if leak > _EXACT}
         return {"leakage": float(f"{max(leaks.values()):.3g}")} | ({"leakage_of": moved} if moved else {})

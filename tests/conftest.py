@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -103,6 +108,18 @@ def pocket_pipe() -> SepMEPipeline:
     loaded = SepMEPipeline.from_pretrained(pocket.path())
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def reseal(folder: Path, edit: Callable[[dict], object]) -> None:
+    """Edit a bank's manifest and give it the digest that docs/format.md asks for, as a knowing tamperer would."""
+    manifest = json.loads((folder / "sepme_bank.json").read_text("utf-8"))
+    zeros = "0" * 64
+    if "digest" in manifest:
+        manifest["digest"] = zeros
+    edit(manifest)
+    data = json.dumps(manifest).encode()
+    sealed = data.replace(zeros.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    (folder / "sepme_bank.json").write_bytes(sealed)
 
 
 def latents(pipe: SepMEPipeline, prompt: str | list[str], seed: int = 0, **kwargs: object) -> torch.Tensor:

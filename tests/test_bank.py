@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -8,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLOSED, CONCEPTS, latents
+from conftest import CLOSED, CONCEPTS, latents, reseal
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hub import serving
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, SepMETrainer
-from sepme_diffusers.bank import MANIFEST
 from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.manifest import MANIFEST
 from sepme_diffusers.subspace import leakage
 from sepme_diffusers.targets import projection_weights
 
@@ -117,7 +116,8 @@ def test_a_trained_concept_is_a_plain_lora(loader, pipe, mixed_bank, saved):
     pipe.set_erased(["woodcut"])
     ours = latents(pipe, "woodcut cat")
     assert (original - ours).abs().max() > 1e-3
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    # Untrained latents grow to thirty or more; float32 rounding grows with them.
+    assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
 def test_some_concepts_of_a_folder(mixed_bank, saved):
@@ -181,15 +181,13 @@ def test_damage_is_found_and_named(saved):
 
 def test_missing_file_is_named(saved):
     shutil.rmtree(saved / "cat")
-    with pytest.raises(BankError, match=r"'cat': .*missing"):
+    with pytest.raises(BankError, match=r"cat.text_increment.safetensors is missing"):
         ConceptBank.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x/y.safetensors", "neon/../../y", "a/b/c", "neon\\x/y", "neon"])
 def test_a_manifest_cannot_lead_out_of_the_folder(saved, path):
-    manifest = json.loads((saved / MANIFEST).read_text())
-    manifest["concepts"]["neon"]["file"] = path
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    reseal(saved, lambda m: m["concepts"]["neon"].update(file=path))
     with pytest.raises(BankError, match="not a file of a concept's folder"):
         ConceptBank.from_pretrained(saved)
 
@@ -206,9 +204,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(saved, path):
     ],
 )
 def test_bad_manifests_are_refused(saved, edit, message):
-    manifest = json.loads((saved / MANIFEST).read_text())
-    edit(manifest)
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    reseal(saved, edit)
     with pytest.raises(BankError, match=message):
         ConceptBank.from_pretrained(saved)
 
@@ -244,20 +240,30 @@ def test_a_killed_save_leaves_the_old_bank_or_the_new_one(text_bank, mixed_bank,
         "from sepme_diffusers import ConceptBank\n"
         "ConceptBank.from_pretrained(sys.argv[1] + '/new').save_pretrained(sys.argv[1] + '/bank')\n"
     )
-    for stop, survivor in ((1, text_bank), (3, text_bank), (4, mixed_bank)):
+    for stop, survivor in ((1, text_bank), (2, text_bank), (3, mixed_bank), (4, mixed_bank)):
         shutil.rmtree(tmp_path / "bank", ignore_errors=True)
         text_bank.save_pretrained(tmp_path / "bank")
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(stop)], check=False)
         assert done.returncode == (0 if stop == 4 else -9)
         assert same(ConceptBank.from_pretrained(tmp_path / "bank"), survivor)
         mixed_bank.save_pretrained(tmp_path / "bank")
-        assert not list((tmp_path / "bank").glob(".writing-*"))
+        assert not list((tmp_path / "bank").glob(".*"))
         assert same(ConceptBank.from_pretrained(tmp_path / "bank"), mixed_bank)
 
 
 def test_unknown_concept_is_named_with_what_there_is(text_bank):
     with pytest.raises(KeyError, match=r"'noen'.*'neon'"):
         text_bank["noen"]
+
+
+def test_a_bank_refuses_names_that_look_alike_and_increments_of_other_modules(text_bank, mixed_bank):
+    entry = text_bank["neon"]
+    with pytest.raises(ValueError, match=r"tell apart.*'Neon'"):
+        text_bank.with_entries([replace(entry, concept=Concept("Neon", entry.concept.pairs))])
+    trained = mixed_bank["woodcut"]
+    part = Increment(trained.increment.A, C=dict(list(trained.increment.C.items())[:-1]))
+    with pytest.raises(ValueError, match=r"other modules than the base's.*'woodcut'"):
+        mixed_bank.with_entries([replace(trained, increment=part)])
 
 
 def test_a_policy_cannot_name_what_is_not_there_nor_be_cut_away(text_bank):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sepme_diffusers import Concept
-from sepme_diffusers.concepts import as_concepts, encode, rows
+from sepme_diffusers.concepts import as_concepts, encode, look_alikes, rows
 
 
 def test_bare_name_is_the_papers_choice():
@@ -60,3 +60,23 @@ def test_encode_gives_what_the_unet_reads(pipe):
         expected = pipe.text_encoder(ids).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert rows(found).shape == (3 * 16, 384)
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("neon", "Neon"),
+        ("neon", "ｎｅｏｎ"),
+        ("neon", "nеon"),  # Cyrillic е
+        ("Van Gogh", "Van  Gogh"),
+        ("Café", "Cafe\u0301"),
+        ("Straße", "STRASSE"),
+        ("KATE", "КАТЕ"),  # Cyrillic throughout
+    ],
+)
+def test_look_alikes_are_found(name, twin):
+    assert look_alikes([name, "other", twin]) == [(name, twin)]
+
+
+def test_names_that_differ_to_the_eye_are_no_look_alikes():
+    assert not look_alikes(["neon", "neon!", "noen", "Monet", "Manet", "猫", "犬", "café", "cafe", "hot", "нот"])

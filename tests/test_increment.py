@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from sepme_diffusers import Increment
+from sepme_diffusers.subspace import leakage
 from sepme_diffusers.targets import projection_weights
 
 
@@ -79,3 +80,21 @@ def test_foreign_loras_are_refused_with_every_bad_key():
     tensors["base_model.model.x.to_v.lora_A.weight"] = torch.zeros(3, 6)
     with pytest.raises(ValueError, match="share one lora_A"):
         Increment.from_lora(tensors)
+
+
+def test_leakage_is_the_largest_over_tokens_and_modules():
+    torch.manual_seed(0)
+    weights = {"k": torch.randn(6, 8), "v": torch.randn(4, 8)}
+    increment = Increment(torch.randn(2, 8), B=torch.randn(8, 2))
+    tokens = torch.randn(3, 5, 8)
+    deltas = increment.delta_weights(weights)
+    each = torch.stack(
+        [leakage(tokens.flatten(0, 1), deltas[name], w).view(3, 5).amax(1) for name, w in weights.items()]
+    )
+    torch.testing.assert_close(increment.leakage(tokens, weights), each.amax(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_unusual_numbers_are_refused(dtype):
+    with pytest.raises(ValueError, match="floating point"):
+        Increment(torch.ones(2, 8).to(dtype), B=torch.ones(8, 2))
