@@ -279,7 +279,11 @@ def _files(entry: Entry, dtype: torch.dtype) -> ConceptFiles:
         "config": entry.config.to_dict(),
         "metrics": dict(entry.metrics),
     }
-    return ConceptFiles(entry.concept.name, entry.concept.slug, increment_files(entry.increment, dtype), record)
+    try:
+        files = increment_files(entry.increment, dtype)
+    except ValueError as error:
+        raise BankError(f"concept {entry.concept.name!r} cannot be saved as {dtype}: {error}") from error
+    return ConceptFiles(entry.concept.name, entry.concept.slug, files, record)
 
 
 def _listed(names: Iterable[str]) -> list[str]:

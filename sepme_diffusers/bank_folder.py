@@ -275,18 +275,23 @@ class BankFolder:
         return {record["file"].split("/")[0] for record in manifest["concepts"].values()}
 
 
-def increment_files(increment: Increment, dtype: torch.dtype) -> dict[str, bytes]:
+def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The files of a concept's folder, the weights first.
 
     Args:
         increment: What they hold.
-        dtype: Of B or C. A stays in float32: it carries the separability.
+        dtype: Of B or C; None leaves each as it is. A is always in float32: it carries the separability.
+
+    Raises:
+        ValueError: If a number is too large for the dtype.
     """
-    if increment.form == "text":
-        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype)}
-        return {TEXT_FILE: save_tensors(_contiguous(tensors), {"format": "pt"})}
-    tensors, config = increment.lora()
-    tensors = {key: tensor.float() if ".lora_A." in key else tensor.to(dtype) for key, tensor in tensors.items()}
+    b, c = increment.B, increment.C
+    b = None if b is None else b.to(dtype or b.dtype)
+    c = None if c is None else {name: tensor.to(dtype or tensor.dtype) for name, tensor in c.items()}
+    stored = Increment(increment.A.float(), b, c)
+    if stored.form == "text":
+        return {TEXT_FILE: save_tensors(_contiguous(stored.tensors()), {"format": "pt"})}
+    tensors, config = stored.lora()
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()

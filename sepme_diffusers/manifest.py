@@ -228,7 +228,7 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder (folder/{weights})"
             continue
         folder = path.split("/")[0]
-        if not re.fullmatch(rf"{re.escape(slug(name))}(-[0-9a-f]{{12}})?", folder):
+        if not re.fullmatch(rf"{re.escape(slug(name))}(-[0-9a-f]{{12}})*", folder):
             yield f"concept {name!r}: the folder {folder!r} is not named after it"
         if folder in holders:
             yield f"concept {name!r}: its folder {folder!r} is that of {holders[folder]!r}"

@@ -27,7 +27,17 @@ _HUGE = 300.0
 _EXACT, _STEPS = 1e-4, 16
 _MAX_CONFIG = 2**20
 # Beside a bank there may stand what people and repositories need, and no loader reads.
-_HARMLESS = {MANIFEST, CARD, LOCK, "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore"}
+_HARMLESS = {
+    MANIFEST,
+    f"{MANIFEST}.sig",
+    CARD,
+    LOCK,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    ".gitattributes",
+    ".gitignore",
+}
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 _TOOLS = {".git", ".cache"}
 

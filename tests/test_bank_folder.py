@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_bank import same, tree
 from tiny import tiny_bank
 
-from sepme_diffusers import BankError, ConceptBank, pocket
+from sepme_diffusers import BankError, ConceptBank, Increment, pocket
 from sepme_diffusers.bank_folder import sha256
 from sepme_diffusers.manifest import MANIFEST
 
@@ -163,10 +164,15 @@ def test_what_cannot_be_read_back_is_not_written(saved):
     before = tree(saved)
     bank = tiny_bank(1)
     for metrics in ({"loss": float("nan")}, {"loss": object()}, {"seconds": -1}):
-        entry = bank["neon"].__class__(**{**vars(bank["neon"]), "metrics": metrics})
+        entry = replace(bank["neon"], metrics=metrics)
         with pytest.raises(BankError, match=MANIFEST):
             bank.with_entries([entry]).save_pretrained(saved)
         assert tree(saved) == before
+    increment = Increment(bank["neon"].increment.A, B=torch.full((8, 2), 1e5))
+    large = replace(bank["neon"], increment=increment)
+    with pytest.raises(BankError, match=r"'neon' cannot be saved as torch\.float16"):
+        bank.with_entries([large]).save_pretrained(saved, torch.float16)
+    assert tree(saved) == before
 
 
 def test_saving_writes_through_no_link(saved, tmp_path):
