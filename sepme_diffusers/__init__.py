@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sepme_diffusers.bank import BankError, BaseModel, ConceptBank, Entry
+    from sepme_diffusers.card import Picture, card_pictures
     from sepme_diffusers.concepts import Concept
     from sepme_diffusers.config import SepMEConfig
     from sepme_diffusers.hooks import ErasureNotInForce
+    from sepme_diffusers.hub import PushConflict
     from sepme_diffusers.increment import Increment
     from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline, SepMEXLPipeline, attach
     from sepme_diffusers.training import SepMETrainer, Step
@@ -18,9 +20,12 @@ _WHERE = {
     "BaseModel": "bank",
     "ConceptBank": "bank",
     "Entry": "bank",
+    "Picture": "card",
+    "card_pictures": "card",
     "Concept": "concepts",
     "SepMEConfig": "config",
     "ErasureNotInForce": "hooks",
+    "PushConflict": "hub",
     "Increment": "increment",
     "SepMELoaderMixin": "pipeline",
     "SepMEPipeline": "pipeline",
@@ -38,6 +43,8 @@ __all__ = [
     "Entry",
     "ErasureNotInForce",
     "Increment",
+    "Picture",
+    "PushConflict",
     "SepMEConfig",
     "SepMELoaderMixin",
     "SepMEPipeline",
@@ -45,6 +52,7 @@ __all__ = [
     "SepMEXLPipeline",
     "Step",
     "attach",
+    "card_pictures",
 ]
 
 

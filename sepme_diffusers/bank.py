@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -13,20 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sepme_diffusers.card import model_card
+from sepme_diffusers.card import ASSETS, CARD, Picture, model_card, write_pictures
 from sepme_diffusers.concepts import Concept
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.increment import Increment
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 1
@@ -91,6 +91,23 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the holder of a bank knows of the Hub repository that it came from, to notice what others push meanwhile.
+
+    Args:
+        repository: Its id.
+        always: The policy as it was pulled.
+        entries: The entries as they were pulled. One that is another object now was changed since.
+        records: {concept name: its record in the manifest on the Hub}, as last seen.
+    """
+
+    repository: str
+    always: tuple[str, ...]
+    entries: dict[str, Entry]
+    records: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ConceptBank(Mapping[str, Entry]):
     """Erasures by concept name, in the order in which they are always added up. Immutable.
 
@@ -98,6 +115,7 @@ class ConceptBank(Mapping[str, Entry]):
         base: What the increments were made on.
         entries: {concept name: entry}.
         always: Names that may never be restored while the bank is loaded.
+        origin: Where it was pulled from; set by `from_pretrained`, used by `push_to_hub`.
 
     Raises:
         ValueError: If an entry's key is not its concept's name, widths differ, or `always` names none of them.
@@ -112,6 +130,7 @@ class ConceptBank(Mapping[str, Entry]):
     base: BaseModel
     entries: Mapping[str, Entry] = field(default_factory=dict)
     always: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", dict(self.entries))
@@ -155,7 +174,13 @@ class ConceptBank(Mapping[str, Entry]):
             raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        license: str | None = None,
+        pictures: Iterable[Picture] = (),
+    ) -> None:
         """Write the bank into a folder: wholly, or not at all.
 
         Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
@@ -163,12 +188,56 @@ class ConceptBank(Mapping[str, Entry]):
 
         Args:
             folder: Made if missing. Concepts there that are not in this bank are removed.
-            dtype: Of B or C. A stays in float32: it carries the separability.
+            dtype: Of B or C; None leaves each as it is. A stays in float32: it carries the separability.
+            license: Of the bank, for its card. Default: what the card there says.
+            pictures: Shown by the card, beside those it has, see `card_pictures`.
 
         Raises:
             BankError: If the folder holds something else than a bank.
         """
-        _BankFolder(Path(folder)).write(self, dtype)
+        _BankFolder(Path(folder)).write(self, dtype, license, tuple(pictures))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        concepts: Iterable[str] | None = None,
+        remove: Iterable[str] = (),
+        **options: Any,
+    ) -> CommitInfo:
+        """Publish the bank on the Hugging Face Hub, in one commit that uploads only what is new there.
+
+        Concepts on the Hub that this bank lacks stay. What others pushed since this bank was pulled stays as well: the
+        push is made again on top of theirs, unless both changed the same concept.
+
+        Args:
+            repo_id: The repository; made if missing.
+            private: Whether a repository that is made is private. True refuses a public one that exists.
+            token: As for every function of huggingface_hub. Default: the one that was logged in with.
+            revision: The branch; made if missing. Default: "main".
+            create_pr: Open a pull request instead of committing to the branch.
+            commit_message: Default: it names the concepts.
+            concepts: Push these alone. Naming one that the Hub has allows a bank that was not pulled to replace it.
+            remove: Concepts to take off the Hub.
+            options: `license`, `pictures`, `dtype`, `signing_key`, `endpoint` of `sepme_diffusers.hub.push`.
+
+        Raises:
+            PushConflict: If the Hub holds another version of a concept than this bank knows. Nothing is published.
+            BankError: If the repository holds something else than a bank, or a bank for another base.
+            KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
+            ValueError: If it would leave out or remove a concept that a policy always erases, or `private` is not so.
+            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
+        """
+        from sepme_diffusers.hub import push
+
+        return push(
+            self, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, concepts=concepts, remove=remove, **options,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -176,6 +245,7 @@ class ConceptBank(Mapping[str, Entry]):
         pretrained_model_name_or_path: str | Path,
         concepts: Iterable[str] | None = None,
         subfolder: str = "",
+        require_signature: str | Path | None = None,
         **hub: Any,
     ) -> ConceptBank:
         """The bank in a folder or a Hub repository, every hash checked.
@@ -184,10 +254,13 @@ class ConceptBank(Mapping[str, Entry]):
             pretrained_model_name_or_path: A folder, or a repository id.
             concepts: Load (and download) these alone. Default: all.
             subfolder: Where in the folder or repository the bank is.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of `snapshot_download`.
+            require_signature: A public key (PEM file): refuse a bank that its owner did not sign, see `signing`.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, ... of `snapshot_download`.
 
         Raises:
-            BankError: If anything is missing, damaged, unsafe or of a newer format; nothing is loaded then.
+            BankError: If anything is missing, damaged, unsafe, not signed as required or of a newer format, or the
+                download broke off; nothing is loaded then.
+            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
             KeyError: If the bank lacks one of `concepts`.
             ValueError: If `concepts` leaves out one that the bank's policy always erases.
         """
@@ -200,9 +273,23 @@ class ConceptBank(Mapping[str, Entry]):
             )
         wanted = None if concepts is None else list(concepts)
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
-        return _BankFolder(folder / subfolder).read(wanted)
+        if folder.is_dir():
+            return cls._from_folder(folder / subfolder, wanted, require_signature)
+        from sepme_diffusers.hub import pull
+
+        signed = require_signature is not None
+        return pull(
+            str(pretrained_model_name_or_path), wanted, subfolder, signed, hub,
+            lambda folder: cls._from_folder(folder, wanted, require_signature),
+        )  # fmt: skip
+
+    @classmethod
+    def _from_folder(cls, folder: Path, wanted: list[str] | None, public_key: str | Path | None) -> ConceptBank:
+        if public_key is not None:
+            from sepme_diffusers.signing import verify_signature
+
+            verify_signature(folder, public_key)
+        return _BankFolder(folder).read(wanted)
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:
@@ -287,7 +374,9 @@ class _BankFolder:
             raise BankError(f"{self.folder / MANIFEST} names {path!r}, which is not a file of a concept's folder")
         return self.folder / pure
 
-    def write(self, bank: ConceptBank, dtype: torch.dtype) -> None:
+    def write(
+        self, bank: ConceptBank, dtype: torch.dtype | None, license: str | None, pictures: tuple[Picture, ...]
+    ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         old = self._manifest() if (self.folder / MANIFEST).exists() else None
         if old is None and any(self.folder.iterdir()):
@@ -295,7 +384,7 @@ class _BankFolder:
         concepts: dict[str, Any] = {}
         for name, entry in bank.items():
             concepts[name] = self._write_entry(
-                entry, dtype, {record["file"].split("/")[0] for record in concepts.values()}
+                entry, dtype, {ASSETS, *(record["file"].split("/")[0] for record in concepts.values())}
             )
         manifest = {
             "format": "sepme_bank",
@@ -305,12 +394,15 @@ class _BankFolder:
             "policy": {"always": list(bank.always)},
             "concepts": concepts,
         }
-        _replace(self.folder / "README.md", model_card(bank.base.name, manifest).encode())
+        card = self.folder / CARD
+        previous = card.read_text("utf-8") if card.is_file() else None
+        write_pictures(self.folder, pictures)
+        _replace(card, model_card(manifest, None, license, pictures, previous).encode())
         _replace(self.folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
         if old is not None:
             self._sweep(old, concepts)
 
-    def _write_entry(self, entry: Entry, dtype: torch.dtype, taken: set[str]) -> dict[str, Any]:
+    def _write_entry(self, entry: Entry, dtype: torch.dtype | None, taken: set[str]) -> dict[str, Any]:
         files = _files(entry, dtype)
         weights, data = next(iter(files.items()))
         digest = _sha256(data)
@@ -351,27 +443,15 @@ class _BankFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(repository: str, wanted: Sequence[str] | None, subfolder: str, hub: Mapping[str, Any]) -> Path:
-    """A folder with a repository's manifest and the files of the wanted concepts, all of one commit."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=[prefix + MANIFEST], **hub))
-    except HFValidationError as error:
-        raise BankError(f"{repository!r} is neither a folder nor a repository id: {error}") from error
-    concepts = _BankFolder(folder / subfolder).manifest(wanted)["concepts"]
-    files = [prefix + glob.escape(str(record["file"])) for record in concepts.values()]
-    # The snapshot's folder is named by its commit: a push in between must not mix two banks.
-    return Path(snapshot_download(repository, allow_patterns=files, **{**hub, "revision": folder.name}))
-
-
-def _files(entry: Entry, dtype: torch.dtype) -> dict[str, bytes]:
+def _files(entry: Entry, dtype: torch.dtype | None) -> dict[str, bytes]:
     """The files of a concept's folder, the weights first."""
     increment = entry.increment
     if increment.form == "text":
-        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype)}
+        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype or increment.B.dtype)}
         return {TEXT_FILE: save_tensors(_contiguous(tensors), {"format": "pt"})}
     tensors, config = increment.lora()
-    tensors = {key: tensor.float() if ".lora_A." in key else tensor.to(dtype) for key, tensor in tensors.items()}
+    dtypes = {key: torch.float32 if ".lora_A." in key else dtype or tensor.dtype for key, tensor in tensors.items()}
+    tensors = {key: tensor.to(dtypes[key]) for key, tensor in tensors.items()}
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()

@@ -76,6 +76,23 @@ def demo(
     console.print(f"Wrote {output / 'grid.png'} and {output / 'report.html'}")
 
 
+@app.command()
+def sign(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    key: Annotated[Path, typer.Option(help="Private key: PEM file, elliptic curve.")],
+    password: Annotated[str | None, typer.Option(envvar="SEPME_KEY_PASSWORD", help="Of the key.")] = None,
+) -> None:
+    """Sign a bank, so that load_sepme(..., require_signature=PUBLIC_KEY) accepts it. Needs sepme-diffusers[sign]."""
+    from sepme_diffusers import signing
+
+    try:
+        signature = signing.sign(bank, key, password)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        console.print(f"Not signed: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"Wrote {signature}", soft_wrap=True)
+
+
 def _quieten() -> None:
     """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
     import diffusers.utils.logging

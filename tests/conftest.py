@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Read when huggingface_hub is imported: the Hub on loopback (hub.py) stores files by LFS.
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
