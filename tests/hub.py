@@ -63,6 +63,7 @@ class Asked:
 class Repository:
     owner: str
     private: bool = False
+    gated: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -209,6 +210,8 @@ def _tree(hub: Hub, asked: Asked, name: str, revision: str) -> Answer:
 
 def _resolve(hub: Hub, asked: Asked, name: str, revision: str, path: str) -> Answer:
     repository = hub.readable(name, asked.token)
+    if repository.gated and hub.tokens.get(asked.token, ("",))[0] != repository.owner:
+        raise Refused(403 if asked.token else 401, "GatedRepo", "Access to this model is restricted")
     sha = repository.sha(revision)
     if path not in repository.commits[sha]:
         raise Refused(404, "EntryNotFound")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hub import NARROW, STRANGER, WRITER, Fault
 from huggingface_hub import ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 from test_bank import same, tree
 
@@ -316,6 +316,15 @@ class TestAccess:
         with pytest.raises(RepositoryNotFoundError) as raised:
             pull(cache="other", token=STRANGER)
         assert raised.value.response.status_code == 404
+
+    @pytest.mark.parametrize(("token", "status"), [(STRANGER, 403), (False, 401)])
+    def test_a_gated_repository_is_for_whom_it_lets_in(self, token, status, text_bank, push, pull, server):
+        push(text_bank)
+        server.repositories[REPOSITORY].gated = True
+        with pytest.raises(GatedRepoError) as raised:
+            pull(token=token)
+        assert raised.value.response.status_code == status
+        assert same(text_bank, pull(token=WRITER))
 
     @pytest.mark.parametrize(("token", "status"), [(STRANGER, 403), (NARROW, 403), (False, 401)])
     def test_who_may_not_write_changes_nothing(self, token, status, text_bank, push, server):
