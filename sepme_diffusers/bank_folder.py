@@ -21,10 +21,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sepme_diffusers import manifest as manifests
+from sepme_diffusers.card import ASSETS, CARD
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, TEXT_FILE, BankError
 
-CARD = "README.md"
 LOCK = ".sepme_bank.lock"
 # Everything that a save prepares stands here until it is moved into place.
 _STAGING = ".sepme_bank.writing"
@@ -204,7 +204,7 @@ class BankFolder:
         """Write the files of new or changed concepts aside; the records of all, and the folders to move."""
         (self.folder / _STAGING).mkdir()
         records: dict[str, Any] = {}
-        taken: dict[str, bool] = {}
+        taken = {ASSETS: True}
         for concept in concepts:
             target, there = self._target(concept, taken)
             taken[target] = there
@@ -275,18 +275,19 @@ class BankFolder:
         return {record["file"].split("/")[0] for record in manifest["concepts"].values()}
 
 
-def increment_files(increment: Increment, dtype: torch.dtype) -> dict[str, bytes]:
+def increment_files(increment: Increment, dtype: torch.dtype | None) -> dict[str, bytes]:
     """The files of a concept's folder, the weights first.
 
     Args:
         increment: What they hold.
-        dtype: Of B or C. A stays in float32: it carries the separability.
+        dtype: Of B or C; None leaves them as they are. A stays in float32: it carries the separability.
     """
     if increment.form == "text":
-        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype)}
+        tensors = {"A": increment.A.float(), "B": increment.B.to(dtype or increment.B.dtype)}
         return {TEXT_FILE: save_tensors(_contiguous(tensors), {"format": "pt"})}
     tensors, config = increment.lora()
-    tensors = {key: tensor.float() if ".lora_A." in key else tensor.to(dtype) for key, tensor in tensors.items()}
+    dtypes = {key: torch.float32 if ".lora_A." in key else dtype or tensor.dtype for key, tensor in tensors.items()}
+    tensors = {key: tensor.to(dtypes[key]) for key, tensor in tensors.items()}
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
