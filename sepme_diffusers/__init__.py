@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
+    from sepme_diffusers.card import Picture, card_pictures
     from sepme_diffusers.concepts import Concept
     from sepme_diffusers.config import SepMEConfig
     from sepme_diffusers.hooks import ErasureNotInForce
+    from sepme_diffusers.hub import PushConflict
     from sepme_diffusers.increment import Increment
     from sepme_diffusers.manifest import BankError
     from sepme_diffusers.pipeline import SepMELoaderMixin, SepMEPipeline, SepMEXLPipeline, attach
@@ -19,9 +21,12 @@ _WHERE = {
     "BaseModel": "bank",
     "ConceptBank": "bank",
     "Entry": "bank",
+    "Picture": "card",
+    "card_pictures": "card",
     "Concept": "concepts",
     "SepMEConfig": "config",
     "ErasureNotInForce": "hooks",
+    "PushConflict": "hub",
     "Increment": "increment",
     "SepMELoaderMixin": "pipeline",
     "SepMEPipeline": "pipeline",
@@ -39,6 +44,8 @@ __all__ = [
     "Entry",
     "ErasureNotInForce",
     "Increment",
+    "Picture",
+    "PushConflict",
     "SepMEConfig",
     "SepMELoaderMixin",
     "SepMEPipeline",
@@ -46,6 +53,7 @@ __all__ = [
     "SepMEXLPipeline",
     "Step",
     "attach",
+    "card_pictures",
 ]
 
 

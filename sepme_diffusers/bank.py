@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from sepme_diffusers.bank_folder import BankFolder, ConceptFiles, increment_files
-from sepme_diffusers.card import model_card
+from sepme_diffusers.card import CARD, Picture, model_card, write_pictures
 from sepme_diffusers.concepts import Concept, look_alikes
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import MANIFEST, BankError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,23 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the holder of a bank knows of the Hub repository that it came from, to notice what others push meanwhile.
+
+    Args:
+        repository: Its id.
+        always: The policy as it was pulled.
+        entries: The entries as they were pulled. One that is another object now was changed since.
+        records: {concept name: its record in the manifest on the Hub}, as last seen.
+    """
+
+    repository: str
+    always: tuple[str, ...]
+    entries: dict[str, Entry]
+    records: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ConceptBank(Mapping[str, Entry]):
     """Erasures by concept name, in the order in which they are always added up. Immutable.
 
@@ -83,6 +100,7 @@ class ConceptBank(Mapping[str, Entry]):
         base: What the increments were made on.
         entries: {concept name: entry}.
         always: Names that may never be restored while the bank is loaded.
+        origin: Where it was pulled from; set by `from_pretrained`, used by `push_to_hub`.
 
     Raises:
         ValueError: If an entry's key is not its concept's name, two names look alike, widths or edited modules are
@@ -98,6 +116,7 @@ class ConceptBank(Mapping[str, Entry]):
     base: BaseModel
     entries: Mapping[str, Entry] = field(default_factory=dict)
     always: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", dict(self.entries))
@@ -161,14 +180,23 @@ class ConceptBank(Mapping[str, Entry]):
             bank = f"bank {name!r}" if name else "the bank"
             raise ValueError(f"the policy of {bank} always erases {left_out} at full strength; include them")
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        license: str | None = None,
+        pictures: Iterable[Picture] = (),
+    ) -> None:
         """Write the bank into a folder: wholly, or not at all, whenever the process dies.
 
-        Files that do not change are left alone.
+        Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
+        step that makes them the bank. Files that do not change are left alone.
 
         Args:
             folder: Made if missing. Concepts there that are not in this bank are removed.
-            dtype: Of B or C. A stays in float32: it carries the separability.
+            dtype: Of B or C; None leaves each as it is. A stays in float32: it carries the separability.
+            license: Of the bank, for its card. Default: what the card there says.
+            pictures: Shown by the card, beside those it has, see `card_pictures`.
 
         Raises:
             BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
@@ -179,8 +207,56 @@ class ConceptBank(Mapping[str, Entry]):
             "base": vars(self.base),
             "policy": {"always": list(self.always)},
         }
-        files = (_files(entry, dtype) for entry in self.values())
-        BankFolder(Path(folder)).write(head, files, lambda manifest: model_card(self.base.name, manifest))
+        folder, pictures = Path(folder), tuple(pictures)
+        previous = (folder / CARD).read_text("utf-8", errors="replace") if (folder / CARD).is_file() else None
+        BankFolder(folder).write(
+            head,
+            (_files(entry, dtype) for entry in self.values()),
+            lambda manifest: model_card(manifest, None, license, pictures, previous),
+        )
+        write_pictures(folder, pictures)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        concepts: Iterable[str] | None = None,
+        remove: Iterable[str] = (),
+        **options: Any,
+    ) -> CommitInfo:
+        """Publish the bank on the Hugging Face Hub, in one commit that uploads only what is new there.
+
+        Concepts on the Hub that this bank lacks stay. What others pushed since this bank was pulled stays as well: the
+        push is made again on top of theirs, unless both changed the same concept.
+
+        Args:
+            repo_id: The repository; made if missing.
+            private: Whether a repository that is made is private. True refuses a public one that exists.
+            token: As for every function of huggingface_hub. Default: the one that was logged in with.
+            revision: The branch; made if missing. Default: "main".
+            create_pr: Open a pull request instead of committing to the branch.
+            commit_message: Default: it names the concepts.
+            concepts: Push these alone. Naming one that the Hub has allows a bank that was not pulled to replace it.
+            remove: Concepts to take off the Hub.
+            options: `license`, `pictures`, `dtype`, `signing_key`, `endpoint` of `sepme_diffusers.hub.push`.
+
+        Raises:
+            PushConflict: If the Hub holds another version of a concept than this bank knows. Nothing is published.
+            BankError: If the repository holds something else than a bank, or a bank for another base.
+            KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
+            ValueError: If it would leave out or remove a concept that a policy always erases, or `private` is not so.
+            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
+        """
+        from sepme_diffusers.hub import push
+
+        return push(
+            self, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, concepts=concepts, remove=remove, **options,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -188,6 +264,7 @@ class ConceptBank(Mapping[str, Entry]):
         pretrained_model_name_or_path: str | Path,
         concepts: Iterable[str] | None = None,
         subfolder: str = "",
+        require_signature: str | Path | None = None,
         **hub: Any,
     ) -> ConceptBank:
         """The bank in a folder or a Hub repository, every hash checked.
@@ -196,10 +273,13 @@ class ConceptBank(Mapping[str, Entry]):
             pretrained_model_name_or_path: A folder, or a repository id.
             concepts: Load (and download) these alone. Default: all.
             subfolder: Where in the folder or repository the bank is.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of `snapshot_download`.
+            require_signature: A public key (PEM file): refuse a bank that its owner did not sign, see `signing`.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, ... of `snapshot_download`.
 
         Raises:
-            BankError: If anything is missing, damaged, unsafe or of a newer format; nothing is loaded then.
+            BankError: If anything is missing, damaged, unsafe, not signed as required or of a newer format, or the
+                download broke off; nothing is loaded then.
+            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
             KeyError: If the bank lacks one of `concepts`.
             ValueError: If `concepts` leaves out one that the bank's policy always erases.
         """
@@ -210,9 +290,23 @@ class ConceptBank(Mapping[str, Entry]):
             )
         wanted = None if concepts is None else _listed(concepts)
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = _download(str(pretrained_model_name_or_path), wanted, subfolder, hub)
-        return _read(BankFolder(folder / subfolder), wanted)
+        if folder.is_dir():
+            return cls._from_folder(folder / subfolder, wanted, require_signature)
+        from sepme_diffusers.hub import pull
+
+        signed = require_signature is not None
+        return pull(
+            str(pretrained_model_name_or_path), wanted, subfolder, signed, hub,
+            lambda folder: cls._from_folder(folder, wanted, require_signature),
+        )  # fmt: skip
+
+    @classmethod
+    def _from_folder(cls, folder: Path, wanted: list[str] | None, public_key: str | Path | None) -> ConceptBank:
+        if public_key is not None:
+            from sepme_diffusers.signing import verify_signature
+
+            verify_signature(folder, public_key)
+        return _read(BankFolder(folder), wanted)
 
     @classmethod
     def from_lora(cls, source: Any, pipe: Any, concepts: Iterable[Concept | str], **options: Any) -> ConceptBank:
@@ -270,7 +364,7 @@ def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entr
     return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
 
 
-def _files(entry: Entry, dtype: torch.dtype) -> ConceptFiles:
+def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
     record = {
         "form": entry.increment.form,
         "rank": entry.increment.rank,
@@ -290,19 +384,6 @@ def _listed(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"give a list of concepts: [{names!r}], not {names!r}")
     return list(names)
-
-
-def _download(repository: str, wanted: Sequence[str] | None, subfolder: str, hub: Mapping[str, Any]) -> Path:
-    """A folder with a repository's manifest and the files of the wanted concepts, all of one commit."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=[prefix + MANIFEST], **hub))
-    except HFValidationError as error:
-        raise BankError(f"{repository!r} is neither a folder nor a repository id: {error}") from error
-    concepts = BankFolder(folder / subfolder).manifest(wanted)["concepts"]
-    files = [prefix + glob.escape(str(record["file"])) for record in concepts.values()]
-    # The snapshot's folder is named by its commit: a push in between must not mix two banks.
-    return Path(snapshot_download(repository, allow_patterns=files, **{**hub, "revision": folder.name}))
 
 
 def libraries() -> dict[str, str]:

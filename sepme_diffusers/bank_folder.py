@@ -21,10 +21,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sepme_diffusers import manifest as manifests
+from sepme_diffusers.card import ASSETS, CARD
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, TEXT_FILE, BankError
 
-CARD = "README.md"
 LOCK = ".sepme_bank.lock"
 # Everything that a save prepares stands here until it is moved into place.
 _STAGING = ".sepme_bank.writing"
@@ -204,7 +204,7 @@ class BankFolder:
         """Write the files of new or changed concepts aside; the records of all, and the folders to move."""
         (self.folder / _STAGING).mkdir()
         records: dict[str, Any] = {}
-        taken: dict[str, bool] = {}
+        taken = {ASSETS: True}
         for concept in concepts:
             target, there = self._target(concept, taken)
             taken[target] = there

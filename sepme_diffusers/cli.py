@@ -167,6 +167,23 @@ def bench(
 
 
 @app.command()
+def sign(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    key: Annotated[Path, typer.Option(help="Private key: PEM file, elliptic curve.")],
+    password: Annotated[str | None, typer.Option(envvar="SEPME_KEY_PASSWORD", help="Of the key.")] = None,
+) -> None:
+    """Sign a bank, so that load_sepme(..., require_signature=PUBLIC_KEY) accepts it. Needs sepme-diffusers[sign]."""
+    from sepme_diffusers import signing
+
+    try:
+        signature = signing.sign(bank, key, password)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        console.print(f"Not signed: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"Wrote {signature}", soft_wrap=True)
+
+
+@app.command()
 def verify(
     bank: Annotated[Path, typer.Argument(help="Folder of a concept bank.", exists=True, file_okay=False)],
     base: Annotated[

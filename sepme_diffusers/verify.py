@@ -19,6 +19,7 @@ from sepme_diffusers.concepts import encode
 from sepme_diffusers.fit import refuse_other_weights
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import LORA_CONFIG, MANIFEST, BankError, examine
+from sepme_diffusers.signing import SIGNATURE
 from sepme_diffusers.targets import projection_weights
 
 # Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
@@ -27,17 +28,7 @@ _HUGE = 300.0
 _EXACT, _STEPS = 1e-4, 16
 _MAX_CONFIG = 2**20
 # Beside a bank there may stand what people and repositories need, and no loader reads.
-_HARMLESS = {
-    MANIFEST,
-    f"{MANIFEST}.sig",
-    CARD,
-    LOCK,
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    ".gitattributes",
-    ".gitignore",
-}
+_HARMLESS = {MANIFEST, SIGNATURE, CARD, LOCK, "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore"}
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 _TOOLS = {".git", ".cache"}
 

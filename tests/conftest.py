@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+# Read when huggingface_hub is imported: the Hub on loopback (hub.py) stores files by LFS.
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 import hashlib
 import json
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import hub
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,10 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    for code in blocks(page, "python"):
-        exec(compile(code, str(page), "exec"), namespace)
+    with hub.running() as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        for code in blocks(page, "python"):
+            exec(compile(code, str(page), "exec"), namespace)
 
 
 def test_readme_commands_are_what_ci_runs():

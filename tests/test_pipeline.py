@@ -261,7 +261,11 @@ def strange_bank(bank, kind):
         (lambda pipe, bank: pipe.load_sepme(bank, name="more", concepts="neon"), TypeError, r"\['neon'\]"),
         (lambda pipe, bank: pipe.load_sepme(bank, name="more", revision="x"), TypeError, "revision"),
         (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "width"), name="more"), ValueError, "width 8"),
-        (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "modules"), name="more"), ValueError, "other modules than the base"),
+        (
+            lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "modules"), name="more"),
+            ValueError,
+            "other modules than the base",
+        ),
     ],
 )
 def test_a_bank_that_cannot_be_loaded_changes_nothing(loaded, mixed_bank, load, error, message):

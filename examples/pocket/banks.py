@@ -51,7 +51,7 @@ def main(target: Path = Path(pocket.__file__).parent / "banks") -> None:
     pipe = SepMEPipeline.from_pretrained(pocket.path())
     for name, bank in (("styles", styles(pipe)), ("objects", objects(pipe))):
         named = replace(bank, base=replace(bank.base, name="sepme_diffusers/pocket"))
-        named.save_pretrained(target / name, torch.float16)
+        named.save_pretrained(target / name, torch.float16, license="apache-2.0")
 
 
 if __name__ == "__main__":
