@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
+    from sepme_diffusers.bank import BaseModel, ConceptBank, Entry, Guarantee
     from sepme_diffusers.card import Picture, card_pictures
     from sepme_diffusers.concepts import Concept
     from sepme_diffusers.config import SepMEConfig
+    from sepme_diffusers.export import export_adapters, export_checkpoint, export_lora
     from sepme_diffusers.hooks import ErasureNotInForce
     from sepme_diffusers.hub import PushConflict
     from sepme_diffusers.increment import Increment
@@ -21,6 +22,10 @@ _WHERE = {
     "BaseModel": "bank",
     "ConceptBank": "bank",
     "Entry": "bank",
+    "Guarantee": "bank",
+    "export_adapters": "export",
+    "export_checkpoint": "export",
+    "export_lora": "export",
     "Picture": "card",
     "card_pictures": "card",
     "Concept": "concepts",
@@ -43,6 +48,7 @@ __all__ = [
     "ConceptBank",
     "Entry",
     "ErasureNotInForce",
+    "Guarantee",
     "Increment",
     "Picture",
     "PushConflict",
@@ -54,6 +60,9 @@ __all__ = [
     "Step",
     "attach",
     "card_pictures",
+    "export_adapters",
+    "export_checkpoint",
+    "export_lora",
 ]
 
 

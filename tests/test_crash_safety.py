@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hub import serving
 from test_bank import same, tree
 from tiny import tiny_bank
 
@@ -96,6 +97,32 @@ def test_killed_at_any_moment(kills, tmp_path):
         assert_nothing_left_over(folder, OLD)
     # So few do not tell: they may all come early, or late.
     assert kills < 100 or min(seen.values()) > kills // 20, seen
+
+
+@pytest.mark.parametrize("kills", [pytest.param(10, id="10"), pytest.param(200, id="200", marks=pytest.mark.slow)])
+def test_a_pull_killed_at_any_moment(kills, tmp_path):
+    """Whatever a dead pull left in the cache: without the network a whole bank or an error, with it the whole bank."""
+    bank, rng = grown(OLD), random.Random(1)
+    bank.save_pretrained(tmp_path / "bank")
+    whole = 0
+    with serving(tmp_path / "bank", "me/bank") as (endpoint, _):
+
+        def pull(cache: Path, **options: object) -> ConceptBank:
+            return ConceptBank.from_pretrained("me/bank", cache_dir=cache, endpoint=endpoint, **options)
+
+        began = time.perf_counter()
+        pull(tmp_path / "timed")
+        duration = time.perf_counter() - began
+        for i in range(kills):
+            cache = tmp_path / str(i)
+            kill_at(rng.uniform(0, 1.2 * duration), lambda cache=cache: pull(cache))
+            try:
+                assert same(pull(cache, local_files_only=True), bank)
+                whole += 1
+            except (BankError, FileNotFoundError):
+                pass
+            assert same(pull(cache), bank)
+    assert kills < 100 or kills // 20 < whole < kills
 
 
 @pytest.mark.parametrize("rounds", [pytest.param(10, id="10"), pytest.param(100, id="100", marks=pytest.mark.slow)])

@@ -6,6 +6,9 @@ from pathlib import Path
 import hub
 import pytest
 
+import sepme_diffusers
+from sepme_diffusers.cli import app
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -33,6 +36,13 @@ def test_readme_commands_are_what_ci_runs():
         'pip install -c constraints.txt ".[test]" && pytest',
     ]
     assert all(f"\n{command}\n" in ci for command in commands)
+
+
+def test_the_reference_names_everything_that_is_public():
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert [name for name in sepme_diffusers.__all__ if f"`{name}" not in text] == []
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert [name for name in commands if f"`sepme {name}" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
