@@ -315,6 +315,12 @@ class ConceptBank(Mapping[str, Entry]):
 
         return from_lora(source, pipe, concepts, **options)
 
+    def decouple(self, pipe: Any) -> ConceptBank:
+        """This bank with every increment guarded on every other concept, also later ones; see `decouple.decouple`."""
+        from sepme_diffusers.decouple import decouple  # it makes entries, so it cannot be imported before this class
+
+        return decouple(self, pipe)
+
     @property
     def guarantees(self) -> dict[str, Guarantee]:
         """What the bank promises for each guarded prompt and each concept's name, whatever else is erased."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 _PREFIX = "base_model.model."
+# Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
+_EXACT = 1e-5
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -119,6 +121,20 @@ class Increment:
             largest = largest.maximum(moved.view(len(tokens), -1).amax(dim=1).cpu())
         return largest
 
+    def measured_leakage(
+        self, guards: Sequence[str], tokens: Tensor, weights: Mapping[str, Tensor]
+    ) -> dict[str, float | dict[str, float]]:
+        """The metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
+
+        Args:
+            guards: The prompts.
+            tokens: Their embeddings, (n_prompts, n_tokens, d).
+            weights: W_m (d_out, d) by module name.
+        """
+        leaks = dict(zip(guards, self.leakage(tokens, weights).tolist(), strict=True))
+        moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT}
+        return {"leakage": _short(max(leaks.values()))} | ({"leakage_of": moved} if moved else {})
+
     def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
         """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
 
@@ -155,3 +171,7 @@ class Increment:
         if different := [name for name, a in down.items() if not torch.equal(a, first)]:
             raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
         return cls(first, C=up)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

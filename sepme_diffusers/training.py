@@ -21,8 +21,6 @@ from sepme_diffusers.objective import MomentumStop, concept_representation, corr
 from sepme_diffusers.subspace import null_space, project
 from sepme_diffusers.targets import projection_weights
 
-# Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
-_EXACT = 1e-5
 # Below this share of its embedding, what the guards leave of a concept is rounding.
 _LEAST_REACH = 1e-4
 
@@ -124,16 +122,9 @@ class SepMETrainer:
         else:
             increment, trained = self._train(concept, null, soft)
             metrics |= trained
-        metrics |= self._leakage(guards, increment)
+        metrics |= increment.measured_leakage(guards, encode(self.pipe, guards), self._weights)
         metrics["seconds"] = round(time.perf_counter() - started, 3)
         return Entry(concept, increment, self.config, guards, metrics)
-
-    def _leakage(self, guards: Sequence[str], increment: Increment) -> dict[str, Any]:
-        """The largest leakage, and that of each guard that the increment does not leave exactly alone."""
-        each = increment.leakage(encode(self.pipe, guards), self._weights)
-        leaks = dict(zip(guards, each.tolist(), strict=True))
-        moved = {prompt: float(f"{leak:.3g}") for prompt, leak in leaks.items() if leak > _EXACT}
-        return {"leakage": float(f"{max(leaks.values()):.3g}")} | ({"leakage_of": moved} if moved else {})
 
     def _reach(self, concept: Concept, guards: tuple[str, ...], null: Tensor) -> float:
         """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all."""
