@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -164,15 +164,20 @@ class Bench:
             "prompt_embeds": embeds, "negative_prompt_embeds": encode(pipe, [""] * prompts).to(self.dtype),
             "num_inference_steps": (steps or self.steps) * more, "guidance_scale": 4.0, "output_type": "latent",
         }  # fmt: skip
-        plain, ours = [], []
-        pipe(**settings)
-        for _ in range(self.repeats * min(more, 4)):
-            plain.append(self._seconds(lambda: pipe(**settings)))
-            with self._loaded(pipe, bank):
-                pipe.set_erased([] if isinstance(erased[0], list) else erased)
-                chosen = {"erased": erased} if isinstance(erased[0], list) else {}
-                ours.append(self._seconds(lambda chosen=chosen: pipe(**settings, **chosen)))
-        ratios = sorted(b / a for a, b in zip(plain, ours, strict=True))
+        chosen = {"erased": erased} if isinstance(erased[0], list) else {}
+        bare, ratios, plain = bare_twin(pipe), [], []
+        turns = {"plain": lambda: bare(**settings), "ours": lambda: pipe(**settings, **chosen)}
+        with self._loaded(pipe, bank):
+            pipe.set_erased([] if chosen else erased)
+            for turn in turns.values():
+                turn()
+            for index in range(self.repeats * min(more, 4)):
+                # Each goes first as often as second.
+                order = list(turns) if index % 2 == 0 else list(reversed(turns))
+                taken = {name: self._seconds(turns[name]) for name in order}
+                plain.append(taken["plain"])
+                ratios.append(taken["ours"] / taken["plain"])
+        ratios.sort()
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         detail = f"quartiles {low:.3f} to {high:.3f} of {len(ratios)} pairs; plain {statistics.median(plain):.2f} s"
         return Result(f"denoising: {what}", bar, f"{statistics.median(ratios):.3f} x", detail)
@@ -238,6 +243,16 @@ def sd15_shape() -> SepMEPipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def bare_twin(pipe: SepMEPipeline) -> StableDiffusionPipeline:
+    """The plain pipeline with the same weights in memory, on modules without hooks."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    unet.load_state_dict(pipe.unet.state_dict(), assign=True)
+    twin = StableDiffusionPipeline(**{**pipe.components, "unet": unet.eval()}, requires_safety_checker=False)
+    twin.set_progress_bar_config(disable=True)
+    return twin
 
 
 def synthetic_bank(pipe: SepMEPipeline, size: int, form: str) -> ConceptBank:
