@@ -465,7 +465,7 @@ def test_offline_the_cache_is_used(text_bank, push, pull, server):
         pull(local_files_only=True)
     assert server.fetched == []
     pull()
-    assert server.fetched == ["cat/text_increment.safetensors", "pencil/text_increment.safetensors"]
+    assert sorted(server.fetched) == ["cat/text_increment.safetensors", "pencil/text_increment.safetensors"]
 
 
 def test_a_pipeline_pulls_by_name(pipe, mixed_bank, push, server, tmp_path):
