@@ -57,7 +57,7 @@ class Bench:
     """
 
     def __init__(
-        self, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 5, steps: int = 2
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 5, steps: int = 1
     ) -> None:
         self.device, self.dtype, self.repeats, self.steps = torch.device(device), dtype, repeats, steps
 
@@ -96,7 +96,7 @@ class Bench:
         bank = synthetic_bank(self.large, 50, "text")
         sets = [list(bank)[6 * index : 6 * index + 6] for index in range(8)]
         what = "8 prompts, 8 erased sets, of 50 loaded"
-        yield self._loop(self.large, bank, sets, what, "<= 1.02", prompts=8, steps=1)
+        yield self._loop(self.large, bank, sets, what, "<= 1.02", prompts=8)
 
     def switching(self) -> Iterator[Result]:
         """Another erased set, against another set of PEFT adapters."""
@@ -157,12 +157,12 @@ class Bench:
 
     def _loop(
         self, pipe: SepMEPipeline, bank: ConceptBank, erased: list[Any], what: str, bar: str, prompts: int = 1,
-        steps: int = 0, more: int = 1,
+        more: int = 1,
     ) -> Result:  # fmt: skip
         embeds = encode(pipe, ["a cat in the style of c0"] * prompts).to(self.dtype)
         settings = {
             "prompt_embeds": embeds, "negative_prompt_embeds": encode(pipe, [""] * prompts).to(self.dtype),
-            "num_inference_steps": (steps or self.steps) * more, "guidance_scale": 4.0, "output_type": "latent",
+            "num_inference_steps": self.steps * more, "guidance_scale": 4.0, "output_type": "latent",
         }  # fmt: skip
         chosen = {"erased": erased} if isinstance(erased[0], list) else {}
         bare, ratios, plain = bare_twin(pipe), [], []
