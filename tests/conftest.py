@@ -53,23 +53,30 @@ def random_pipeline(seed: int = 0, text_seed: int = 0) -> SepMEPipeline:
 
 
 def random_xl_pipeline() -> SepMEXLPipeline:
-    """An untrained Stable Diffusion XL with two text encoders, 32 + 32 wide."""
+    """An untrained SDXL whose text encoders differ in width, by which single-file readers tell them apart."""
     tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=16, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
     torch.manual_seed(0)
+    first, second = (
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=37, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=16, projection_dim=width, bos_token_id=0, eos_token_id=1,
+            pad_token_id=1,
+        )
+        for width in (32, 64)
+    )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4), norm_num_groups=4,
-        cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=96, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 32,
+        projection_class_embeddings_input_dim=6 * 8 + 64,
     )  # fmt: skip
     pipe = SepMEXLPipeline(
-        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=16).eval(),
-        text_encoder=CLIPTextModel(config).eval(), text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ).eval(),
+        text_encoder=CLIPTextModel(first).eval(), text_encoder_2=CLIPTextModelWithProjection(second).eval(),
         tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
     )  # fmt: skip

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLOSED, CONCEPTS, random_pipeline
+from conftest import CLOSED, CONCEPTS, random_pipeline, random_xl_pipeline
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -18,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bank import tree
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer, SepMEXLPipeline, pocket
+from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer
 from sepme_diffusers.export import export_adapters, export_checkpoint, export_lora
 from sepme_diffusers.targets import projection_weights
 
@@ -58,38 +56,6 @@ def agree(theirs, expected):
     torch.testing.assert_close(draw(theirs), expected, rtol=0, atol=1e-5)
 
 
-def xl_pipeline():
-    """An untrained SDXL whose text encoders differ in width, by which single-file readers tell them apart."""
-    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
-    torch.manual_seed(0)
-    first, second = (
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=37, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=16, projection_dim=width, bos_token_id=0, eos_token_id=1,
-            pad_token_id=1,
-        )
-        for width in (32, 64)
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4), norm_num_groups=4,
-        cross_attention_dim=96, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 64,
-    )  # fmt: skip
-    pipe = SepMEXLPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ).eval(),
-        text_encoder=CLIPTextModel(first).eval(), text_encoder_2=CLIPTextModelWithProjection(second).eval(),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def expected(mixed_bank):
     return ours(random_pipeline(), mixed_bank, ERASED)
@@ -98,7 +64,7 @@ def expected(mixed_bank):
 @pytest.fixture(scope="module")
 def xl():
     """The small SDXL with a bank, and the latents that its erasure gives."""
-    pipe = xl_pipeline()
+    pipe = random_xl_pipeline()
     bank = SepMETrainer(pipe, replace(CLOSED, rank=3), guards=["watermark"]).erase(CONCEPTS[:2])
     erased = {"neon": 20.0, "cat": 10.0}
     return pipe, bank, erased, ours(pipe, bank, erased)
