@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLOSED, CONCEPTS
+from conftest import CLOSED, CONCEPTS, random_xl_pipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_export import xl_pipeline
 
 from sepme_diffusers import SepMETrainer
 from sepme_diffusers.export import export_checkpoint, export_lora, merged_increment
@@ -53,7 +52,7 @@ def test_the_old_diffusers_spelling(pipe, mixed_bank, deltas, tmp_path):
 
 
 def test_sdxl_s_original_names_are_read(tmp_path):
-    pipe = xl_pipeline()
+    pipe = random_xl_pipeline()
     weights = projection_weights(pipe.unet)
     bank = SepMETrainer(pipe, replace(CLOSED, rank=3)).erase(CONCEPTS[:1])
     file = export_lora(bank, pipe, ["neon"], tmp_path / "l.safetensors", format="kohya")
