@@ -101,7 +101,7 @@ def test_somebodys_own_card_is_no_obstacle(card, text_bank, tmp_path):
     text_bank.save_pretrained(tmp_path / "bank")
     for text in ("no metadata", "---\n- a\n---\n", "---\n: [\n---\n", "---\nwidget: 3\n---\n"):
         (tmp_path / "bank" / "README.md").write_text(text)
-        assert card(text_bank).data.library_name == "diffusers"
+        assert card(text_bank).data.to_dict()["library_name"] == "diffusers"
 
 
 def test_pictures_show_a_concept_before_erased_and_restored(pocket_pipe):
