@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,13 @@ from sepme_diffusers.concepts import Concept, look_alikes
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import MANIFEST, BankError
+from sepme_diffusers.names import listed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+# A cast or a fused LoRA changes a weight's norm by less than this share, another checkpoint by more.
+_SAME_NORM = 1e-2
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,20 @@ class BaseModel:
     n_tokens: int
     projections: Mapping[str, tuple[int, float]]
 
+    def has_projections(self, others: Mapping[str, tuple[int, float]]) -> bool:
+        """Whether these are the same modules with the same weights, as far as their norms tell."""
+        return self.projections.keys() == others.keys() and all(
+            d_out == others[name][0] and math.isclose(norm, others[name][1], rel_tol=_SAME_NORM)
+            for name, (d_out, norm) in self.projections.items()
+        )
+
 
 @dataclass(frozen=True)
 class Guarantee:
     """What a bank promises for a guarded prompt.
 
     Args:
-        exact: Its picture stays as it was, up to rounding, whatever is erased.
+        exact: Its picture stays as it was whatever is erased; to the bit where guards were made at 1e-6.
         leakage: If not exact: the largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which one increment moves it, measured when the
             increment was made.
         unaware: Concepts of the bank whose increments do not guard the prompt (made before it was known, say):
@@ -161,7 +173,7 @@ class ConceptBank(Mapping[str, Entry]):
             KeyError: If one is not in the bank.
             ValueError: If it would leave out a concept that the policy always erases.
         """
-        wanted = {name: self[name] for name in _listed(names)}
+        wanted = {name: self[name] for name in listed(names)}
         if left_out := sorted(set(self.always) - set(wanted)):
             raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
@@ -288,7 +300,7 @@ class ConceptBank(Mapping[str, Entry]):
                 f"huggingface_hub {version('huggingface_hub')} takes no proxies=; set HTTPS_PROXY, or a client with "
                 "huggingface_hub.set_client_factory"
             )
-        wanted = None if concepts is None else _listed(concepts)
+        wanted = None if concepts is None else listed(concepts)
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
             return cls._from_folder(folder / subfolder, wanted, require_signature)
@@ -384,12 +396,6 @@ def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
     except ValueError as error:
         raise BankError(f"concept {entry.concept.name!r} cannot be saved as {dtype}: {error}") from error
     return ConceptFiles(entry.concept.name, entry.concept.slug, files, record)
-
-
-def _listed(names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"give a list of concepts: [{names!r}], not {names!r}")
-    return list(names)
 
 
 def libraries() -> dict[str, str]:

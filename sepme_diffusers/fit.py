@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepme_diffusers.bank import BaseModel, ConceptBank
+from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.concepts import encode
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
 _FOREIGN_LEAKAGE = 1e-2
-# A cast or a fused LoRA changes a weight's norm by less than this share.
-_FOREIGN_NORM = 1e-2
 
 
 def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> None:
@@ -31,7 +29,9 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
     if width != bank.base.width:
         raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this base's are {width} wide")
     per_module = {name: entry for name, entry in bank.items() if entry.increment.form == "module"}
-    if per_module and not _same_weights(bank.base, weights):
+    if per_module and not bank.base.has_projections(
+        {n: (len(w), float(w.float().norm())) for n, w in weights.items()}
+    ):
         raise ValueError(
             f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
             "Text-side increments (solver='closed_form') serve every base with the same text encoder"
@@ -41,14 +41,6 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
             entry.increment.refuse_other_modules(weights)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
-
-
-def _same_weights(base: BaseModel, weights: Mapping[str, Tensor]) -> bool:
-    shapes = {name: len(weight) for name, weight in weights.items()}
-    if shapes != {name: d_out for name, (d_out, _) in base.projections.items()}:
-        return False
-    norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
-    return all(abs(norms[name] - norm) <= _FOREIGN_NORM * norm for name, (_, norm) in base.projections.items())
 
 
 def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:

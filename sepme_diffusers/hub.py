@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,10 +21,11 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from sepme_diffusers.bank import ConceptBank, Origin
+from sepme_diffusers.bank import ConceptBank, Origin, base_model
 from sepme_diffusers.bank_folder import BankFolder
 from sepme_diffusers.card import ASSETS, CARD, Picture, model_card, write_pictures
 from sepme_diffusers.manifest import MANIFEST, BankError, seal
+from sepme_diffusers.names import listed
 from sepme_diffusers.signing import SIGNATURE, sign
 
 # What a repository may hold before the first push: the Hub makes the one, people write the other.
@@ -33,8 +33,6 @@ _EMPTY = {".gitattributes", CARD}
 # As often as others push in between before this gives up.
 _ATTEMPTS = 5
 _MOVED_ON = 412
-# Norms of one base's weights differ by less, however they were computed.
-_SAME_NORM = 1e-2
 # huggingface_hub lets its HTTP library's errors through when a transfer breaks off; which library that is, depends on
 # its version.
 _BROKEN_OFF: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -153,7 +151,7 @@ def push(
     Raises:
         PushConflict: See there, as the others.
     """
-    named = None if concepts is None else _names(bank, concepts)
+    named = None if concepts is None else tuple(bank[name].concept.name for name in dict.fromkeys(listed(concepts)))
     api = HfApi(
         endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
     )
@@ -184,12 +182,6 @@ def push(
                 change.remember(manifest)
             return info
     raise PushConflict(f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published")
-
-
-def _names(bank: ConceptBank, concepts: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(concepts, str):
-        raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
-    return tuple(bank[name].concept.name for name in dict.fromkeys(concepts))
 
 
 def _prepare(api: HfApi, repository: str, private: bool | None, branch: str | None) -> str:
@@ -354,14 +346,8 @@ def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any])
 
 
 def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    def differ(projections: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-        return projections.keys() != others.keys() or any(
-            d_out != others[name][0] or not math.isclose(norm, others[name][1], rel_tol=_SAME_NORM)
-            for name, (d_out, norm) in projections.items()
-        )
-
-    shape = ("width", "n_tokens")
-    if any(theirs[key] != mine[key] for key in shape) or differ(theirs["projections"], mine["projections"]):
+    same = all(theirs[key] == mine[key] for key in ("width", "n_tokens"))
+    if not (same and base_model({"base": theirs}).has_projections(mine["projections"])):
         raise BankError(
             f"the bank on the Hub is for {theirs['name']!r} and this one for {mine['name']!r}, another base; push it "
             "to a repository of its own"

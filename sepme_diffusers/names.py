@@ -70,14 +70,23 @@ class Names:
             TypeError: If a single string is given, or a name is no string.
             ValueError: As `keys`, or if a strength is not a finite number above zero.
         """
-        if isinstance(concepts, str):
-            raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
         if not isinstance(concepts, Mapping):
-            return dict.fromkeys(self.keys(concepts), 1.0)
+            return dict.fromkeys(self.keys(listed(concepts)), 1.0)
         keys = self.keys(concepts)
         if bad := {name: strength for name, strength in concepts.items() if not _is_strength(strength)}:
             raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
         return {key: float(strength) for key, strength in zip(keys, concepts.values(), strict=True)}
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """Names as a list.
+
+    Raises:
+        TypeError: If a single string is given, whose letters would be taken for names.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"give a list of concepts: [{names!r}], not {names!r}")
+    return list(names)
 
 
 def _is_strength(value: Any) -> bool:

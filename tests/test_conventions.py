@@ -179,7 +179,7 @@ def test_callbacks_see_every_step_and_may_stop(pipe):
 
     draw(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
          num_inference_steps=4)  # fmt: skip
-    assert seen[0] == (0, ("latents", "prompt_embeds"))
+    assert seen == [(step, ("latents", "prompt_embeds")) for step in (0, 1)]
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
         draw(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=["nothing"])
 
