@@ -5,30 +5,14 @@ python examples/absorb/uce.py
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import typer
-from torch import Tensor
 
 from sepme_diffusers import SepMEPipeline, pocket
 from sepme_diffusers.absorb import from_lora
-from sepme_diffusers.concepts import Concept, encode, rows
+from sepme_diffusers.evaluation.baselines import uce
 from sepme_diffusers.evaluation.metrics import generate, judged, largest_change, mean_change
 from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
 from sepme_diffusers.pocket.vocabulary import STYLES
-from sepme_diffusers.targets import projection_weights
-
-
-def uce(pipe: Any, concept: Concept, preserved: tuple[str, ...], ridge: float = 0.1) -> dict[str, Tensor]:
-    """Edited weights by unified concept editing (arXiv 2308.14761): anchors in place of the concept, the rest kept."""
-    edited = rows(encode(pipe, concept.prompts)).double()
-    anchors = rows(torch.stack([encode(pipe, prompts).mean(0) for prompts in concept.anchors])).double()
-    kept = rows(encode(pipe, preserved)).double()
-    still = len(edited) / len(kept) * kept.T @ kept + ridge * torch.eye(edited.shape[1])
-    operator = torch.linalg.solve(edited.T @ edited + still, edited.T @ anchors + still)
-    weights = projection_weights(pipe.unet)
-    return {f"{name}.weight": (weight.detach().double() @ operator.T).float() for name, weight in weights.items()}
 
 
 def main(style: str = "neon", seed: int = 0) -> None:
@@ -56,7 +40,7 @@ def main(style: str = "neon", seed: int = 0) -> None:
 
     report("original")
     concept, preserved = style_concept(style), regular_for_styles(style)
-    edited, plain = uce(pipe, concept, preserved), {k: t.clone() for k, t in pipe.unet.state_dict().items()}
+    edited, plain = uce(pipe, [concept], preserved), {k: t.clone() for k, t in pipe.unet.state_dict().items()}
     pipe.unet.load_state_dict({**plain, **edited})
     report("UCE")
     pipe.unet.load_state_dict(plain)

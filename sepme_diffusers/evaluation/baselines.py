@@ -1,0 +1,49 @@
+"""Other erasers, as small as they can be said: what an erasure is compared with in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepme_diffusers.concepts import Concept, encode, rows
+from sepme_diffusers.targets import projection_weights
+
+
+def uce(
+    pipe: Any, concepts: Sequence[Concept], preserved: Sequence[str], ridge: float = 0.1, preserve: float = 1.0
+) -> dict[str, Tensor]:
+    """Weights edited by unified concept editing, all concepts in one fused edit: {parameter name: weight}.
+
+    Anchors in place of the concepts, the preserved prompts as they were:
+
+        W ← W (Σ e* eᵀ + λ_p Σ p pᵀ + ε I) (Σ e eᵀ + λ_p Σ p pᵀ + ε I)⁻¹
+
+    Args:
+        pipe: The pipeline; only read.
+        concepts: What to erase.
+        preserved: Prompts p to keep. Their total weight is `preserve` times that of the concepts' prompts.
+        ridge: ε.
+        preserve: λ_p, before it is divided by the numbers of rows.
+
+    Source: arXiv 2308.14761.
+    """
+    edited = rows(encode(pipe, [prompt for concept in concepts for prompt in concept.prompts])).double()
+    anchors = rows(_anchors(pipe, concepts)).double()
+    still = ridge * torch.eye(edited.shape[1], dtype=torch.float64, device=edited.device)
+    if preserved:
+        kept = rows(encode(pipe, preserved)).double()
+        still = still + preserve * len(edited) / len(kept) * kept.T @ kept
+    operator = torch.linalg.solve(edited.T @ edited + still, edited.T @ anchors + still)
+    weights = projection_weights(pipe.unet)
+    return {f"{name}.weight": (weight.double() @ operator.T).float() for name, weight in weights.items()}
+
+
+def _anchors(pipe: Any, concepts: Sequence[Concept]) -> Tensor:
+    """The mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
+    groups = [prompts for concept in concepts for prompts in concept.anchors]
+    unique = list(dict.fromkeys(prompt for prompts in groups for prompt in prompts))
+    encoded = dict(zip(unique, encode(pipe, unique), strict=True))
+    return torch.stack([sum(encoded[prompt] for prompt in prompts) / len(prompts) for prompts in groups])
