@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,29 +19,28 @@ def reduced_rank_edit(
     change: Tensor,
     null: Tensor,
     rank: int,
-    soft: Tensor | None = None,
-    soft_weight: float = 0.0,
+    penalty: Tensor | None = None,
     ridge: float = 1e-5,
-    output_metric: Tensor | None = None,
+    output_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Factors A (r, d) and B (d, r), float64: the operator e <- e + (e Aᵀ) Bᵀ that changes the concept's tokens.
 
     With X = E Nᵀ it minimises, over all D of rank r in the null space's coordinates,
 
-        ‖(X D − T) Ω^½‖² / n + tr(Dᵀ (λ N S Nᵀ + ε s I) D Ω),    s = ‖X‖² / (n k)
+        tr((X D − T) Ω (X D − T)ᵀ) / n + tr(Dᵀ (N P Nᵀ + ε s I) D Ω),    s = ‖X‖² / (n k)
 
-    whose solution is D_r = M^-½ [M^-½ XᵀT Ω^½]_r Ω^-½ with M = XᵀX/n + penalty (Eckart–Young): the rank is cut by
-    effect on the concept, not by the basis's own singular values.
+    With M = XᵀX/n + N P Nᵀ + ε s I = R Rᵀ the solution is D_r = R⁻ᵀ [R⁻¹ XᵀT Fₒ / n]_r Fₒ⁻¹, Ω = Fₒ Fₒᵀ (Eckart–Young):
+    the rank is cut by effect on the concept, not by the basis's own singular values.
 
     Args:
         concept: E, the concept's token rows, (n, d).
         change: T, the change of each of these rows that is wanted, (n, d): e(anchor) − e(c).
         null: N, orthonormal rows of the guard's null space, (k, d).
         rank: r; fewer where fewer directions have an effect on the concept.
-        soft: Mean outer product of the regular prompts' token rows, (d, d), see `covariance`.
-        soft_weight: λ, what moving regular prompts costs, relative to the concept's own.
+        penalty: P, what moving other tokens costs: the weighted sum of their mean outer products, (d, d), see
+            `covariance`.
         ridge: ε, what the norm of the increment costs.
-        output_metric: Ω = Σ_m W_mᵀ W_m over the edited modules, (d, d). Default: the identity.
+        output_factor: Fₒ (d, p), of Ω = Σ_m W_mᵀ W_m over the edited modules. Default: the identity.
 
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
@@ -52,27 +53,25 @@ def reduced_rank_edit(
             "must agree: (n, d), (n, d), (k, d)"
         )
     n, k = len(concept), len(null)
-    inside, change = concept.double() @ null.T, change.double()
-    gram = inside.T @ inside / n
-    scale = gram.trace() / k
-    metric = gram + ridge * scale * torch.eye(k, dtype=torch.float64, device=gram.device)
-    if soft is not None:
-        metric = metric + soft_weight * null @ soft.double() @ null.T
-    root = _inverse_root(metric)
-    wanted = root @ (inside.T @ change / n)
-    seen = wanted if output_metric is None else wanted @ _root(output_metric.double())
+    inside, change = concept.double() @ null.T, change.double() / n**0.5
+    metric = inside.T @ inside / n
+    metric.diagonal().add_(ridge * float(metric.trace()) / k)
+    if penalty is not None:
+        metric += null @ penalty.double() @ null.T
+    root = torch.linalg.cholesky(metric)
+    # With fewer rows than directions everything happens in the span of the rows.
+    span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
+    wanted = felt @ change
+    seen = wanted if output_factor is None else wanted @ output_factor.double()
     directions, effects, _ = torch.linalg.svd(seen, full_matrices=False)
     if not effects[0] > 0:
         raise ValueError("the wanted change is zero: the concept's prompts and their anchors are read the same")
     leading = directions[:, :rank][:, effects[:rank] > 1e-9 * effects[0]]
-    return leading.T @ root @ null, wanted.T @ leading
+    a = torch.linalg.solve_triangular(root.T, span @ leading, upper=True)
+    return a.T @ null, wanted.T @ leading
 
 
-def _inverse_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=values.max() * 1e-14).rsqrt()) @ vectors.T
-
-
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def output_factor(weights: Iterable[Tensor]) -> Tensor:
+    """Fₒ (d, d), float64, with Fₒ Fₒᵀ = Σ_m W_mᵀ W_m over weights W_m (d_out, d): how much outputs feel a change."""
+    values, vectors = torch.linalg.eigh(sum(weight.double().T @ weight.double() for weight in weights))
+    return vectors * values.clamp(min=0).sqrt()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
-from sepme_diffusers.closed_form import covariance, reduced_rank_edit
+from sepme_diffusers.closed_form import covariance, output_factor, reduced_rank_edit
 from sepme_diffusers.concepts import BLANK, Concept, as_concepts, encode, rows
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.hooks import erasures_of
@@ -147,10 +147,9 @@ class SepMETrainer:
             rows(anchors - embeddings),
             null,
             self.config.rank,
-            soft,
-            self.config.soft_guard_weight,
+            None if soft is None else self.config.soft_guard_weight * soft,
             self.config.ridge,
-            sum(w.double().T @ w.double() for w in self._weights.values()),
+            output_factor(self._weights.values()),
         )
         return Increment(a.float().cpu(), B=b.float().cpu())
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sepme_diffusers.closed_form import covariance, reduced_rank_edit
+from sepme_diffusers.closed_form import covariance, output_factor, reduced_rank_edit
 from sepme_diffusers.subspace import null_space
 
 
@@ -44,9 +44,9 @@ def test_no_other_edit_of_that_rank_is_better(problem, rank):
     """Eckart-Young: perturbing the factors anywhere in the null space never lowers the objective."""
     soft, w = covariance(torch.randn(100, 40)), torch.randn(60, 40).double()
     metric = w.T @ w
-    a, b = reduced_rank_edit(
-        problem["concept"], problem["change"], problem["null"], rank, soft, 0.5, 1e-3, output_metric=metric
-    )
+    factor = output_factor([w])
+    torch.testing.assert_close(factor @ factor.T, metric)
+    a, b = reduced_rank_edit(problem["concept"], problem["change"], problem["null"], rank, 0.5 * soft, 1e-3, factor)
     best = objective(a, b, problem, 1e-3, soft, 0.5, metric)
     for scale in (1e-3, 1e-2, 1e-1, 1.0):
         for _ in range(10):
@@ -59,9 +59,8 @@ def test_soft_guards_are_moved_less(problem):
     regular = torch.randn(4, 40)
     moved = []
     for weight in (0.0, 10.0):
-        a, b = reduced_rank_edit(
-            problem["concept"], problem["change"], problem["null"], 8, covariance(regular), soft_weight=weight
-        )
+        penalty = weight * covariance(regular)
+        a, b = reduced_rank_edit(problem["concept"], problem["change"], problem["null"], 8, penalty)
         moved.append((regular.double() @ a.T @ b.T).norm())
     assert moved[1] < 0.3 * moved[0]
 
