@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
 from sepme_diffusers.concepts import Concept, encode, rows
 from sepme_diffusers.config import SepMEConfig
+from sepme_diffusers.evaluation.bench_base import Result
+from sepme_diffusers.evaluation.bench_making import Making
 from sepme_diffusers.evaluation.report import Table
 from sepme_diffusers.hooks import erasures_of
 from sepme_diffusers.increment import Increment
@@ -36,42 +34,8 @@ from sepme_diffusers.targets import projection_shapes, projection_weights
 RANK = 8
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row: what was measured, the bar, the figure with its unit, and what it is made of."""
-
-    measure: str
-    bar: str
-    figure: str
-    detail: str
-
-
-class Bench:
-    """The measurements, each a method; a pipeline is built when the first that needs it runs.
-
-    Args:
-        device: Where the pipelines are.
-        dtype: Of their weights.
-        repeats: Pairs of timings for each ratio.
-        steps: Denoising steps a timing.
-    """
-
-    def __init__(
-        self, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 5, steps: int = 1
-    ) -> None:
-        self.device, self.dtype, self.repeats, self.steps = torch.device(device), dtype, repeats, steps
-
-    @cached_property
-    def large(self) -> SepMEPipeline:
-        """A pipeline of Stable Diffusion 1.5's true shape."""
-        return sd15_shape().to(self.device, self.dtype)
-
-    @cached_property
-    def small(self) -> SepMEPipeline:
-        """The built-in model."""
-        pipe = SepMEPipeline.from_pretrained(pocket.path()).to(self.device, self.dtype)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+class Bench(Making):
+    """The measurements, each a method: those at inference, and those of `Making`."""
 
     def loop_50_of_50(self) -> Iterator[Result]:
         """The denoising loop with 50 concepts active of 50 loaded."""
@@ -190,19 +154,8 @@ class Bench:
         finally:
             pipe.unload_sepme()
 
-    def _seconds(self, act: Callable[[], Any]) -> float:
-        self._wait()
-        started = time.perf_counter()
-        act()
-        self._wait()
-        return time.perf_counter() - started
 
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-
-MEASURES = tuple(name for name in vars(Bench) if not name.startswith("_") and name not in ("large", "small"))
+MEASURES = tuple(name for kind in (Bench, Making) for name in vars(kind) if not name.startswith("_"))
 
 
 def run(bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], None] | None = None) -> Table:
@@ -225,24 +178,6 @@ def run(bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], No
         results += getattr(bench, name)()
     cells = tuple((one.measure, one.bar, one.figure, one.detail) for one in results)
     return Table(f"Speed and memory on {bench.device}, {bench.dtype}", ("", "bar", "measured", "detail"), cells)
-
-
-def sd15_shape() -> SepMEPipeline:
-    """A pipeline of Stable Diffusion 1.5's true architecture with random weights and the built-in tokenizer."""
-    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer", model_max_length=77)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    pipe = SepMEPipeline(
-        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32)).eval(), text_encoder=CLIPTextModel(config).eval(),
-        tokenizer=tokenizer, unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def bare_twin(pipe: SepMEPipeline) -> StableDiffusionPipeline:
