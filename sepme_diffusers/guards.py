@@ -65,7 +65,7 @@ class Guards:
         self.width = encoded(self.hard).shape[-1]
         room = int((1 - config.reserve) * self.width)
         everything = row_space(rows(encoded((*self.hard, *self.names))), config.guard_tolerance)
-        self.exact = len(everything) <= room
+        self.exact = not self.names or len(everything) <= room
         if not self.exact:
             logger.warning(
                 f"guards and the names of {len(self.names)} concepts take {len(everything)} of {self.width} "

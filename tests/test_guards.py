@@ -104,7 +104,7 @@ def test_a_prompt_that_is_a_guard_is_refused_by_name(pipe, text_bank):
 
 def test_hard_guards_that_fill_everything_are_refused(pipe):
     words = list(pipe.tokenizer.get_vocab())[100:600]
-    guards = [word.removesuffix("</w>") for word in words if word.endswith("</w>")]
+    guards = [word.removesuffix("</w>") for word in words if word.endswith("</w>") and word != "neon</w>"]
     with pytest.raises(ValueError, match=r"fill the space that 'neon' lives in|fills all 384"):
         SepMETrainer(pipe, CLOSED, guards=guards).erase(["neon"])
 
