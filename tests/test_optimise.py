@@ -84,7 +84,7 @@ def test_a_warm_start_is_the_closed_form(pipe):
 
 
 def test_joint_gradients_of_mutually_guarded_concepts_are_the_separate_ones(pipe):
-    """Decoupled increments do not meet: L_i does not depend on ΔW_k, so only the weights η tell joint from separate."""
+    """Decoupled increments do not meet: L_i does not depend on ΔW_k, so only the weights η tell them apart."""
     woodcut, neon = learner(pipe, WOODCUT, guards=("", "neon")), learner(pipe, NEON, guards=("", "woodcut"))
     with torch.no_grad():
         for factor in (*woodcut.factors.values(), *neon.factors.values()):
@@ -131,9 +131,7 @@ def test_joint_training_sees_what_unguarded_concepts_do_to_each_other(pipe):
         pipe.load_sepme(bank)
         pipe.set_erased(list(bank))
         with torch.no_grad():
-            found = (
-                correlation(pipe.unet, batch, [])[0] if False else batch.predict_noise(pipe.unet, batch.with_concept)
-            )
+            found = batch.predict_noise(pipe.unet, batch.with_concept)
         pipe.unload_sepme()
         return found
 
