@@ -147,7 +147,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of timings for each ratio.")] = 5,
     only: Annotated[list[str] | None, typer.Option(help="One measure; may be given several times.")] = None,
 ) -> None:
-    """Measure speed and memory, as ratios against a stated baseline. On two cores: about 40 minutes for everything."""
+    """Measure speed and memory, as ratios against a stated baseline. On two cores: about an hour for everything."""
     _quieten()
     import torch
 

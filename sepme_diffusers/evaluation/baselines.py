@@ -95,7 +95,7 @@ class PaperStep:
         config: SepMEConfig,
         freeze: bool = True,
     ) -> None:
-        self.frozen, self.edited = frozen, edited.requires_grad_(not freeze)
+        self.frozen, self.edited, self.freeze = frozen, edited, freeze
         self.basis, self.concept, self.blank, self.config = config.beta * null.float(), concept, blank, config
         self.modules = text_projections(edited)
         self.coefficients = {
@@ -108,6 +108,7 @@ class PaperStep:
         """Take a step on x_t (n, channels, h, w) at timesteps t (n,); the correlation loss before it."""
         with torch.no_grad():
             frozen = concept_representation(*self._both(self.frozen, noisy, steps))
+        self.edited.requires_grad_(not self.freeze)
         deltas = {name: w @ self.basis for name, w in self.coefficients.items()}
         handles = self._attached(deltas)
         try:
@@ -127,8 +128,6 @@ class PaperStep:
 
     def _attached(self, deltas: Mapping[str, Tensor]) -> list[Any]:
         def hook(name: str) -> Any:
-            return lambda module, inputs, output: (
-                output + (inputs[0].float() @ deltas[name].T).to(output.dtype)
-            )
+            return lambda module, inputs, output: output + (inputs[0].float() @ deltas[name].T).to(output.dtype)
 
         return [module.register_forward_hook(hook(name)) for name, module in self.modules.items()]

@@ -102,6 +102,19 @@ class Bench(Making):
                 "load_sepme(folder): reading, hashes, checks against the pipeline",
             )  # fmt: skip
 
+    def disk(self) -> Iterator[Result]:
+        """What a concept takes on disk, written in float16."""
+        for form, bar in (("text", "<= 32 KB"), ("module", "<= 420 KB")):
+            with tempfile.TemporaryDirectory() as folder:
+                synthetic_bank(self.large, 10, form).save_pretrained(Path(folder) / "bank", torch.float16)
+                files = [path for path in Path(folder).rglob("*") if path.is_file()]
+                tensors = max(path.stat().st_size for path in files if path.suffix == ".safetensors")
+                whole = sum(path.stat().st_size for path in files)
+            yield Result(
+                f"a concept on disk, {form} form", bar, f"{tensors / 1e3:.1f} KB",
+                f"the tensor file, rank {RANK}; the whole folder of 10 concepts: {whole / 10e3:.1f} KB a concept",
+            )  # fmt: skip
+
     def compiling(self) -> Iterator[Result]:
         """Graphs that torch.compile makes anew over 20 changes of the erased set."""
         pipe = SepMEPipeline.from_pretrained(pocket.path()).to(self.device, self.dtype)
