@@ -54,7 +54,7 @@ def erase(
     device: Device = "cpu",
     license: Annotated[str | None, typer.Option(help="Of the bank, for its card.")] = None,
 ) -> None:
-    """Make erasures and write them into a bank. Under `accelerate launch -m sepme_diffusers.cli` processes share them."""
+    """Make erasures and write them into a bank; under `accelerate launch -m sepme_diffusers.cli`, in many processes."""
     from accelerate import PartialState
 
     try:
