@@ -54,7 +54,7 @@ def erase(
     device: Device = "cpu",
     license: Annotated[str | None, typer.Option(help="Of the bank, for its card.")] = None,
 ) -> None:
-    """Make erasures and write them into a bank; under `accelerate launch -m sepme_diffusers.cli`, in many processes."""
+    """Make erasures and write them into a bank. `accelerate launch -m sepme_diffusers.cli` shares them out."""
     from accelerate import PartialState
 
     try:
