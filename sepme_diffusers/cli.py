@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from sepme_diffusers import cli_making as making
+from sepme_diffusers.console import as_rich, console, quieten
+
 if TYPE_CHECKING:
-    from sepme_diffusers.evaluation.report import Table
     from sepme_diffusers.training import Step
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable concept erasure for diffusers.")
-console = Console()
+
+
+app.command()(making.erase)
+app.command()(making.capacity)
+app.command("soft-guards")(making.soft_guards)
 
 
 @app.callback()
@@ -57,7 +62,7 @@ def export(
 ) -> None:
     """Write an erased set for PEFT, diffusers, kohya's tools, ComfyUI and others."""
     console.print("Loading torch and the base model ...")
-    _quieten()
+    quieten()
     import torch
     from diffusers import DiffusionPipeline
 
@@ -96,7 +101,7 @@ def demo(
     """Erase six styles of the built-in model, restore two of them, restore all; measure and draw each moment."""
     console.print("Loading torch and the built-in model ...")
     started = time.perf_counter()
-    _quieten()
+    quieten()
     from sepme_diffusers.evaluation import demo as demonstration
     from sepme_diffusers.evaluation import report
 
@@ -118,7 +123,7 @@ def demo(
         progress.update(drawing, completed=len(demonstration.MOMENTS))
     seconds = time.perf_counter() - started
     for table in outcome.tables:
-        console.print(_rich(table))
+        console.print(as_rich(table))
     steps = outcome.bank[demonstration.TRAINED].metrics["steps"]
     live = (demonstration.TRAINED, demonstration.SOLVED)
     made = {style: f"{outcome.figures[f'seconds to make {style}']:.1f} s" for style in live}
@@ -148,7 +153,7 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="One measure; may be given several times.")] = None,
 ) -> None:
     """Measure speed and memory, as ratios against a stated baseline. On two cores: about an hour for everything."""
-    _quieten()
+    quieten()
     import torch
 
     from sepme_diffusers.evaluation import bench as benchmarks
@@ -164,7 +169,7 @@ def bench(
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(_rich(measured))
+    console.print(as_rich(measured))
 
 
 @app.command()
@@ -193,7 +198,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check a bank's files, increments and guards, and list everything that is wrong; exit status 1 if anything is."""
-    _quieten()
+    quieten()
     from diffusers import DiffusionPipeline
 
     from sepme_diffusers.verify import verify as check
@@ -217,25 +222,6 @@ def verify(
 def _verdict(faults: tuple[str, ...]) -> str:
     # What a bank says is nobody's markup, and no command to a terminal.
     return "\n".join(escape("".join(c if c.isprintable() else "?" for c in fault)) for fault in faults) or "ok"
-
-
-def _quieten() -> None:
-    """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(title=table.title)
-    for column in table.columns:
-        shown.add_column(column, justify="left" if column == table.columns[0] else "right")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ def covariance(rows: Tensor) -> Tensor:
     return rows.T @ rows / max(len(rows), 1)
 
 
+def nearest_covariance(matrix: Tensor) -> Tensor:
+    """The nearest positive semi-definite matrix to a symmetric one (d, d), float64."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return (vectors * values.clamp(min=0)) @ vectors.T
+
+
 def reduced_rank_edit(
     concept: Tensor,
     change: Tensor,

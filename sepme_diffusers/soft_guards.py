@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sepme_diffusers.closed_form import covariance
+from sepme_diffusers.closed_form import covariance, nearest_covariance
 from sepme_diffusers.concepts import Concept, encode, rows
 
 _AT_A_TIME = 1024
+# A file's float32 leaves less than this share of its largest direction.
+_ROUNDING = 1e-3
 _FORMAT = "sepme_soft_guards"
 
 
@@ -120,18 +122,17 @@ class SoftGuards:
         """
         named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
         own = [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
-        everything = self.covariance.double()
         if not own:
-            return everything
+            return nearest_covariance(self.covariance)
         if len(own) == len(self.prompts):
             raise ValueError(f"every soft guard prompt is about {concept.name!r}; give regular ones")
         share = len(own) / len(self.prompts)
-        left = (everything - share * _mean_covariance(pipe, own).to(everything.device)) / (1 - share)
-        # Rounding of the file must not become a direction that is cheap to move.
-        values, vectors = torch.linalg.eigh(left)
-        if values[0] < -1e-3 * values[-1]:
+        own_covariance = _mean_covariance(pipe, own).to(self.covariance.device)
+        left = (self.covariance.double() - share * own_covariance) / (1 - share)
+        nearest = nearest_covariance(left)
+        if torch.linalg.matrix_norm(left - nearest, 2) > _ROUNDING * torch.linalg.matrix_norm(left, 2):
             raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")
-        return (vectors * values.clamp(min=0)) @ vectors.T
+        return nearest
 
 
 def _mean_covariance(pipe: Any, prompts: Sequence[str]) -> Tensor:
@@ -146,7 +147,9 @@ def _upper(d: int) -> tuple[Tensor, Tensor]:
 
 def as_soft_guards(pipe: Any, guards: SoftGuards | Tensor | Iterable[str]) -> SoftGuards | Tensor | None:
     """Soft guards from themselves, a covariance, or prompts; None for no prompts."""
-    if isinstance(guards, SoftGuards | Tensor):
+    if isinstance(guards, Tensor):
+        return nearest_covariance(guards)
+    if isinstance(guards, SoftGuards):
         return guards
     prompts = [guards] if isinstance(guards, str) else list(guards)
     return SoftGuards.from_prompts(pipe, prompts) if prompts else None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sepme_diffusers.evaluation import bench, demo, report
+from sepme_diffusers.evaluation import demo, report
 from sepme_diffusers.evaluation.metrics import accuracy, generate, largest_change, mean_change
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
@@ -62,23 +62,3 @@ def test_page_needs_no_other_file_and_escapes_what_it_shows(tmp_path):
     assert "erased &amp; kept" in written
     assert re.findall(r'(?:src|href)="(.{5})', written) == ["data:"]
     assert Image.open(tmp_path / "new" / "grid.png").size == (8, 8)
-
-
-def test_the_benchmark_of_the_built_in_model_runs():
-    table = bench.run(bench.Bench(repeats=1, steps=1), ("loop_built_in",))
-    ((measure, bar, figure, _),) = table.rows
-    assert (measure, bar) == ("denoising: built-in model, 10 active of 110", "<= 1.10")
-    assert float(figure.removesuffix(" x")) > 0
-
-
-def test_unknown_measures_are_refused():
-    with pytest.raises(ValueError, match=r"unknown measures \['speed'\]; there are .*'switching'"):
-        bench.run(bench.Bench(), ("speed",))
-
-
-@pytest.mark.slow
-def test_the_memory_of_a_hundred_concepts_is_that_of_their_factors():
-    """At Stable Diffusion 1.5's shape, in float16: never dense, never a copy for every module."""
-    text, module = bench.run(bench.Bench(), ("memory",)).rows
-    assert float(text[2].removesuffix(" MB")) < 5
-    assert float(module[2].removesuffix(" MB")) < 50

@@ -58,7 +58,8 @@ class Making(Workbench):
         ours = [self._seconds(lambda: null_space(part)) for _ in range(1 + self.repeats)][1:]
         all_ours = [self._seconds(lambda: null_space(whole)) for _ in range(1 + self.repeats)][1:]
         fast = statistics.median(ours)
-        errors = [float((basis.to(part.device) @ part.T.double()).abs().max()) for basis in (null_space(part), *theirs)]
+        both = (null_space(part), theirs[0].to(part.device))
+        errors = [float((basis @ part.T.double()).abs().max()) for basis in both]
         detail = (
             f"{len(part)} x {part.shape[1]} tokens, one prompt: {1e3 * fast:.1f} ms against {slow:.1f} s of sympy's "
             f"Matrix.nullspace on floats, max |G N| {errors[0]:.0e} against {errors[1]:.0e}; ours for all "
