@@ -9,7 +9,7 @@ import torch
 
 from sepme_diffusers import SepMEConfig
 from sepme_diffusers.concepts import BLANK, encode, rows
-from sepme_diffusers.evaluation import bench, bench_making
+from sepme_diffusers.evaluation import bench, bench_base, bench_making
 from sepme_diffusers.evaluation.baselines import PaperStep, null_space_by_elimination
 from sepme_diffusers.evaluation.shapes import random_module
 from sepme_diffusers.subspace import null_space
@@ -104,9 +104,9 @@ def test_a_training_step_takes_turns_with_the_papers(small_bench):
 
 def test_a_peak_does_not_start_from_that_of_the_process_that_asks(pipe):
     held = torch.ones(150_000_000)  # 600 MB
-    here = bench_making._peak_resident()
+    here = bench_base.peak_resident()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-        there = alone.submit(bench_making._peak_resident).result()
+        there = alone.submit(bench_base.peak_resident).result()
     assert there < here - held.nbytes / 2
 
 

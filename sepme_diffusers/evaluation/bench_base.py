@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,3 +63,15 @@ class Workbench:
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+
+def peak_resident() -> int:
+    """The most memory that this process has had in RAM, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which on Linux a process inherits from the one that starts it.
+        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(held.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

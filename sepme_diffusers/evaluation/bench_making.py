@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from sepme_diffusers.concepts import BLANK, Concept, encode, rows
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.baselines import PaperStep, null_space_by_elimination, uce
-from sepme_diffusers.evaluation.bench_base import Result, Workbench
+from sepme_diffusers.evaluation.bench_base import Result, Workbench, peak_resident
 from sepme_diffusers.evaluation.shapes import sd15_shape
 from sepme_diffusers.optimise import Step
 from sepme_diffusers.pocket import vocabulary as words
@@ -180,19 +179,7 @@ def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
         act = paper_step(pipe, copy.deepcopy(pipe.unet), freeze=kind == "paper")
         for _ in range(2):
             act(*picture(pipe))
-    return torch.cuda.max_memory_allocated() if pipe.device.type == "cuda" else _peak_resident()
-
-
-def _peak_resident() -> int:
-    """The most memory that this process has had in RAM, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss, which on Linux a process inherits from the one that starts it.
-        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(held.split()[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return torch.cuda.max_memory_allocated() if pipe.device.type == "cuda" else peak_resident()
 
 
 def said(metrics: dict[str, Any]) -> str:

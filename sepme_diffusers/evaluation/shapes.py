@@ -32,20 +32,25 @@ _XL_BLOCKS = {
 }
 
 
-def sd15_shape(dtype: torch.dtype = torch.float32) -> SepMEPipeline:
-    """Stable Diffusion 1.5: width 768, 512 pixels, predicts ε."""
+def sd15_shape(dtype: torch.dtype = torch.float32, size: int = 64) -> SepMEPipeline:
+    """Stable Diffusion 1.5: width 768, 512 pixels, predicts ε.
+
+    Args:
+        dtype: Of the weights.
+        size: Of the latents it draws by default, an eighth of the picture's; the weights do not depend on it.
+    """
     text = random_module(lambda: CLIPTextModel(_clip(768, 12, 12)), dtype)
-    unet = random_module(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768), dtype)
+    unet = random_module(lambda: UNet2DConditionModel(sample_size=size, cross_attention_dim=768), dtype)
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **_NOISE)
     return _pipeline(text, unet, scheduler, dtype)
 
 
-def sd21_shape(dtype: torch.dtype = torch.float32) -> SepMEPipeline:
-    """Stable Diffusion 2.1: OpenCLIP's text encoder of width 1024, 768 pixels, predicts v."""
+def sd21_shape(dtype: torch.dtype = torch.float32, size: int = 96) -> SepMEPipeline:
+    """Stable Diffusion 2.1: OpenCLIP's text encoder of width 1024, 768 pixels, predicts v; see `sd15_shape`."""
     text = random_module(lambda: CLIPTextModel(_clip(1024, 23, 16, hidden_act="gelu")), dtype)
     unet = random_module(
         lambda: UNet2DConditionModel(
-            sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
+            sample_size=size, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
             upcast_attention=True,
         ),
         dtype,
@@ -56,10 +61,10 @@ def sd21_shape(dtype: torch.dtype = torch.float32) -> SepMEPipeline:
     return _pipeline(text, unet, scheduler, dtype)
 
 
-def sdxl_shape(dtype: torch.dtype = torch.float32) -> SepMEXLPipeline:
-    """Stable Diffusion XL: two text encoders, width 2048, 1024 pixels, predicts ε; 3.5 billion numbers."""
+def sdxl_shape(dtype: torch.dtype = torch.float32, size: int = 128) -> SepMEXLPipeline:
+    """Stable Diffusion XL: two text encoders, width 2048, 1024 pixels, predicts ε; see `sd15_shape`."""
     pipe = SepMEXLPipeline(
-        vae=_vae(1024, dtype, scaling_factor=0.13025),
+        vae=_vae(8 * size, dtype, scaling_factor=0.13025),
         text_encoder=random_module(lambda: CLIPTextModel(_clip(768, 12, 12)), dtype),
         text_encoder_2=random_module(
             lambda: CLIPTextModelWithProjection(_clip(1280, 32, 20, hidden_act="gelu", projection_dim=1280)), dtype
@@ -67,7 +72,7 @@ def sdxl_shape(dtype: torch.dtype = torch.float32) -> SepMEXLPipeline:
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
         unet=random_module(
-            lambda: UNet2DConditionModel(sample_size=128, cross_attention_dim=2048, **_XL_BLOCKS), dtype
+            lambda: UNet2DConditionModel(sample_size=size, cross_attention_dim=2048, **_XL_BLOCKS), dtype
         ),
         scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **_NOISE),
         add_watermarker=False,
