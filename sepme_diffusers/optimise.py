@@ -22,6 +22,7 @@ from sepme_diffusers.objective import MomentumStop, balance, concept_representat
 from sepme_diffusers.targets import linear_of, text_projections
 
 _SAVE_EVERY = 25
+_BATCHES_TO_SCALE, _MOST_SCALED = 2, 4.0
 _SHARED = "B"
 
 
@@ -61,6 +62,7 @@ class Learner:
         self.basis = basis.float().to(self.device)
         self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
         self.stopped = False
+        self.warm = start is not None
         self.factors = {key: factor.requires_grad_() for key, factor in self._first(config, start).items()}
 
     def _first(self, config: SepMEConfig, start: Increment | None) -> dict[str, Tensor]:
@@ -115,6 +117,9 @@ def learn(
     """
     optimizer = torch.optim.Adam([f for one in learners for f in one.factors.values()], lr=config.learning_rate)
     first = 0 if state is None else state.restore(learners, optimizer)
+    for one in learners if first == 0 else ():
+        if one.warm:
+            scale_warm_start(pipe.unet, one)
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.update(first)
         for step in range(first, config.max_steps):
@@ -127,6 +132,20 @@ def learn(
             bar.set_postfix(momentum=f"{max(one.stop.value for one in active):+.1e}")
             if state is not None and (step + 1) % _SAVE_EVERY == 0:
                 state.save(step + 1, learners, optimizer)
+
+
+@torch.no_grad()
+def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
+    """Scale an increment to start from so that its correlation is about zero, by one secant: L is nearly linear in it.
+
+    The momentum statistic starts at the first loss and forgets it slowly, so a start that is a little too weak or too
+    strong costs dozens of steps.
+    """
+    found = [correlation(unet, learner.pictures.next(), [learner]) for _ in range(_BATCHES_TO_SCALE)]
+    edited, original = (sum(map(float, values)) for values in zip(*found, strict=True))
+    if edited < original:  # else it is no start at all, and training has to turn it round
+        for factor in learner.factors.values():
+            factor.mul_(min(original / (original - edited), _MOST_SCALED))
 
 
 def _take_step(

@@ -14,7 +14,7 @@ from conftest import CONCEPTS, TRAIN, random_pipeline
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.concepts import Encoded, encode, rows
 from sepme_diffusers.noise import NoisyPictures
-from sepme_diffusers.optimise import Learner, attached, correlation
+from sepme_diffusers.optimise import Learner, attached, correlation, scale_warm_start
 from sepme_diffusers.subspace import null_space
 from sepme_diffusers.targets import projection_weights
 
@@ -81,6 +81,26 @@ def test_a_warm_start_is_the_closed_form(pipe):
         warm = Learner("neon", 0.01 * basis, weights, pictures, config, closed).increment()
         for name, delta in closed.delta_weights(weights).items():
             torch.testing.assert_close(warm.delta_weights(weights)[name], delta, rtol=1e-3, atol=1e-5)
+
+
+def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
+    """Too weak or too strong, it starts nearer to the target; what erases nothing is left alone."""
+    closed = SepMETrainer(pipe, SepMEConfig(solver="closed_form", rank=8)).erase([WOODCUT])["woodcut"].increment
+    basis = torch.linalg.svd(closed.A.double(), full_matrices=False).Vh
+    left = []
+    for strength in (0.3, 1.0, 2.0):
+        config = replace(TRAIN, batch_size=8)
+        start = replace(closed, B=strength * closed.B)
+        pictures = NoisyPictures(pipe, WOODCUT, config, Encoded(pipe))
+        one = Learner("woodcut", 0.01 * basis, projection_weights(pipe.unet), pictures, config, start)
+        batches = [one.pictures.next() for _ in range(4)]
+        found = [correlation(pipe.unet, batch, [one]) for batch in batches]
+        before, scale = sum(loss.item() for loss, _ in found), sum(scale for _, scale in found)
+        scale_warm_start(pipe.unet, one)
+        after = sum(correlation(pipe.unet, batch, [one])[0].item() for batch in batches)
+        left.append(abs(after) / scale)
+        assert abs(after) < max(abs(before), 0.2 * scale)
+    assert max(left) < 0.3
 
 
 def test_joint_gradients_of_mutually_guarded_concepts_are_the_separate_ones(pipe):
