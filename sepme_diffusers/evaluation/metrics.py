@@ -16,16 +16,17 @@ from sepme_diffusers import pocket
 def generate(
     pipe: Any,
     prompts: Sequence[str],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     steps: int = 20,
     guidance_scale: float = 4.0,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One picture a prompt; prompt i always starts from the noise of seed + i."""
+    """One picture a prompt; prompt i always starts from the noise of seed + i, or of seed[i] where a list is given."""
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(seeds[start + i]) for i in range(len(part))]
         made = pipe(part, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
         pictures += made.images
     return pictures
