@@ -13,11 +13,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from sepme_diffusers import cli_eval
+
 if TYPE_CHECKING:
     from sepme_diffusers.evaluation.report import Table
     from sepme_diffusers.training import Step
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable concept erasure for diffusers.")
+app.add_typer(cli_eval.app, name="eval")
 console = Console()
 
 
@@ -57,7 +60,7 @@ def export(
 ) -> None:
     """Write an erased set for PEFT, diffusers, kohya's tools, ComfyUI and others."""
     console.print("Loading torch and the base model ...")
-    _quieten()
+    quieten()
     import torch
     from diffusers import DiffusionPipeline
 
@@ -96,7 +99,7 @@ def demo(
     """Erase six styles of the built-in model, restore two of them, restore all; measure and draw each moment."""
     console.print("Loading torch and the built-in model ...")
     started = time.perf_counter()
-    _quieten()
+    quieten()
     from sepme_diffusers.evaluation import demo as demonstration
     from sepme_diffusers.evaluation import report
 
@@ -118,7 +121,7 @@ def demo(
         progress.update(drawing, completed=len(demonstration.MOMENTS))
     seconds = time.perf_counter() - started
     for table in outcome.tables:
-        console.print(_rich(table))
+        console.print(rich_table(table))
     trained = outcome.bank[demonstration.TRAINED].metrics
     solved = outcome.bank[demonstration.SOLVED].metrics
     footer = (
@@ -147,7 +150,7 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="One measure; may be given several times.")] = None,
 ) -> None:
     """Measure speed and memory, as ratios against a stated baseline. On two cores: about 40 minutes for everything."""
-    _quieten()
+    quieten()
     import torch
 
     from sepme_diffusers.evaluation import bench as benchmarks
@@ -163,7 +166,7 @@ def bench(
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(_rich(measured))
+    console.print(rich_table(measured))
 
 
 @app.command()
@@ -192,7 +195,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check a bank's files, increments and guards, and list everything that is wrong; exit status 1 if anything is."""
-    _quieten()
+    quieten()
     from diffusers import DiffusionPipeline
 
     from sepme_diffusers.verify import verify as check
@@ -218,7 +221,7 @@ def _verdict(faults: tuple[str, ...]) -> str:
     return "\n".join(escape("".join(c if c.isprintable() else "?" for c in fault)) for fault in faults) or "ok"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -228,7 +231,8 @@ def _quieten() -> None:
         logging.disable_progress_bar()
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """A report's table for the terminal."""
     shown = RichTable(title=table.title)
     for column in table.columns:
         shown.add_column(column, justify="left" if column == table.columns[0] else "right")
