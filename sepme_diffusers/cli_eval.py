@@ -66,7 +66,44 @@ def scenes(
                 output, f"{kind}-six-erased", _page(f"Six {kind} erased", scene_report.table(kind, [six])), data
             )
             advance(kind, 1)
-        _finish(output, "bars", "Bars", report.bars_table("Bars", found))
+    _finish(output, "bars", "Bars", report.bars_table("Bars", found))
+
+
+@app.command()
+def many(
+    output: Output = Path("sepme-eval"),
+    seed: Seed = _SEED,
+    pictures: Annotated[int, typer.Option(min=6, help="Of erased and of regular concepts, for each six.")] = 60,
+    each: Annotated[int, typer.Option(min=1, help="Of each object, where half of all are erased.")] = 4,
+    sixes: Annotated[int, typer.Option(min=1, help="Sixes of each sort drawn from the bank of everything.")] = 2,
+    steps: Steps = 20,
+) -> None:
+    """Half of all objects erased at once, beside UCE; and any six of one bank of everything. About 15 minutes."""
+    with _working(4 + 3 * sixes) as advance:
+        from sepme_diffusers.evaluation import everything, halves
+        from sepme_diffusers.evaluation.report import bars_table
+        from sepme_diffusers.evaluation.scenes import built_in
+
+        pipe = built_in()
+        half = halves.HalfOfAll(pipe, seed, each, steps)
+        advance("making the increments of half of all objects", 0)
+        bank = half.bank()
+        advance("half of all objects: the original", 1)
+        original = half.original()
+        advance("half of all objects erased", 1)
+        separate, restored = half.separate(bank), half.restored_exactly(bank, built_in())
+        advance("half of all objects: UCE", 1)
+        fused, tries = half.fused(lambda name: advance(name, 0))
+        advance("making a bank of everything", 1)
+        whole, found = everything.Everything(pipe, seed, pictures, steps), []
+        full = whole.bank()
+        for draw in everything.draws(seed, sixes):
+            advance(", ".join(draw.names), 0)
+            found.append(whole.measure(full, draw))
+            advance(draw.kind, 1)
+        found_bars = [*halves.half_bars(separate, fused, restored), *everything.six_bars(found)]
+        tables = halves.half_table(original, separate, fused, tries), everything.six_table(full, found)
+    _finish(output, "many", "Many concepts", bars_table("Bars", found_bars), *tables)
 
 
 def _page(title: str, *tables: Table) -> str:

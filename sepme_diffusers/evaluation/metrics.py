@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sepme_diffusers import pocket
+from sepme_diffusers.bank import ConceptBank
 
 
 def generate(
@@ -30,6 +32,17 @@ def generate(
         made = pipe(part, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
         pictures += made.images
     return pictures
+
+
+@contextmanager
+def erased(pipe: Any, bank: ConceptBank, names: Sequence[str]) -> Iterator[None]:
+    """A bank loaded on a pipeline that has none, with these concepts erased, while the block runs."""
+    pipe.load_sepme(bank)
+    try:
+        pipe.set_erased(names)
+        yield
+    finally:
+        pipe.unload_sepme()
 
 
 def accuracy(probabilities: Tensor, truth: Sequence[str], names: Sequence[str]) -> float:

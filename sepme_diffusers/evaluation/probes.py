@@ -71,9 +71,10 @@ def probe(
     return Probe(tuple(prompts), tuple(styles), tuple(objects), tuple(range(seed, seed + n)))
 
 
-def plain_probe(n: int, seed: int) -> Probe:
-    """n prompts for objects in no style, of objects that no style edit sees."""
-    objects = tuple(TEST_OBJECTS[(7 * index) % len(TEST_OBJECTS)] for index in range(n))
+def plain_probe(n: int, seed: int, among: Sequence[str] = TEST_OBJECTS) -> Probe:
+    """n prompts for objects in no style; by default of objects that no style edit sees."""
+    stride = _coprime(len(among), 7)
+    objects = tuple(among[(stride * index) % len(among)] for index in range(n))
     return Probe(tuple(f"a {name}" for name in objects), (words.PLAIN,) * n, objects, tuple(range(seed, seed + n)))
 
 
