@@ -38,12 +38,15 @@ _WHERE = {
     "SepMEXLPipeline": "pipeline",
     "attach": "pipeline",
     "SepMETrainer": "training",
-    "Step": "training",
+    "Step": "optimise",
+    "SoftGuards": "soft_guards",
+    "Capacity": "guards",
 }
 
 __all__ = [
     "BankError",
     "BaseModel",
+    "Capacity",
     "Concept",
     "ConceptBank",
     "Entry",
@@ -57,6 +60,7 @@ __all__ = [
     "SepMEPipeline",
     "SepMETrainer",
     "SepMEXLPipeline",
+    "SoftGuards",
     "Step",
     "attach",
     "card_pictures",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank import ConceptBank, Entry
-from sepme_diffusers.closed_form import covariance
-from sepme_diffusers.concepts import BLANK, Concept, as_concepts, encode, rows
+from sepme_diffusers.closed_form import imitation
+from sepme_diffusers.concepts import BLANK, Concept, Encoded, as_concepts, rows
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.foreign import Source, WeightChange, read_change
+from sepme_diffusers.guards import Guards
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.subspace import null_space
+from sepme_diffusers.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.targets import projection_weights
 from sepme_diffusers.training import SepMETrainer
 
@@ -32,7 +32,7 @@ def from_lora(
     pipe: Any,
     concepts: Iterable[Concept | str],
     guards: Sequence[str] = (BLANK,),
-    soft_guards: Sequence[str] = (),
+    soft_guards: SoftGuards | Sequence[str] = (),
     bank: ConceptBank | None = None,
     config: SepMEConfig | None = None,
     method: Method = "imitate",
@@ -55,7 +55,7 @@ def from_lora(
         pipe: The pipeline that the eraser was made for; only read.
         concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
         guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
-        soft_guards: Regular prompts that should change little; only where the eraser is imitated.
+        soft_guards: Regular prompts that should change little, or `SoftGuards`; only where the eraser is imitated.
         bank: The bank to add to.
         config: Its `rank`, `guard_tolerance`, `ridge` and `soft_guard_weight` are used.
         method: "imitate" solves for the edit inside the null space that does to the concept's prompts what the eraser
@@ -91,12 +91,17 @@ def from_lora(
             f"nothing of this eraser can be kept: it leaves attn2.to_k and attn2.to_v as they are and changes "
             f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
         )
-    soft = covariance(rows(encode(pipe, soft_guards)).cpu()) if soft_guards else None
+    encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
     names = dict.fromkeys((*bank, *(concept.name for concept in found)))
+    room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
     for concept in found:
-        hard = (BLANK, *guards, *(name for name in names if name != concept.name))
-        entries.append(_entry(concept, tuple(dict.fromkeys(hard)), soft, change, pipe, config, method))
+        penalties = [room.penalty(concept)]
+        if soft is not None:
+            penalties.append(config.soft_guard_weight * soft.without(pipe, concept))
+        penalty = sum(part.cpu() for part in penalties if part is not None)
+        penalty = penalty if isinstance(penalty, Tensor) else None
+        entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
     return bank.with_entries(entries)
 
 
@@ -104,30 +109,22 @@ def imitated(
     deltas: Mapping[str, Tensor],
     concept: Tensor,
     null: Tensor,
-    soft: Tensor | None = None,
-    soft_weight: float = 0.0,
+    penalty: Tensor | None = None,
     ridge: float = 1e-5,
 ) -> dict[str, Tensor]:
     """The changes (d_out, d), float64, with rows in the null space that do to the concept's tokens what ΔW does.
 
-    With X = E Nᵀ, K = Eᵀ X M⁻¹ N / n and M = XᵀX / n + λ N S Nᵀ + ε s I it is ΔW K, the ridge regression of E ΔWᵀ on
-    X: one matrix K for all modules.
+    With X = E Nᵀ and K of `closed_form.imitation` it is ΔW K, the ridge regression of E ΔWᵀ on X: one K for all
+    modules.
 
     Args:
         deltas: ΔW_m (d_out, d) by module name.
         concept: E, the concept's token rows, (n, d).
         null: N, orthonormal rows of the guard's null space, (k, d).
-        soft: S, mean outer product of the regular prompts' token rows, (d, d), see `closed_form.covariance`.
-        soft_weight: λ.
-        ridge: ε, relative to the mean square s of X.
+        penalty: P, what moving other tokens costs, (d, d).
+        ridge: ε, relative to the mean square of X.
     """
-    null, concept = null.double(), concept.double()
-    inside = concept @ null.T
-    gram = inside.T @ inside / len(inside)
-    metric = gram + ridge * gram.trace() / len(null) * torch.eye(len(null), dtype=torch.float64)
-    if soft is not None:
-        metric = metric + soft_weight * null @ soft.double() @ null.T
-    operator = torch.linalg.solve(metric, inside.T @ concept / len(inside)).T @ null
+    operator = imitation(concept, null, penalty, ridge)
     return {name: delta.double() @ operator for name, delta in deltas.items()}
 
 
@@ -166,21 +163,22 @@ def separable_factors(
 
 def _entry(
     concept: Concept,
-    guards: tuple[str, ...],
-    soft: Tensor | None,
+    room: Guards,
+    penalty: Tensor | None,
+    encoded: Encoded,
     change: WeightChange,
     pipe: Any,
     config: SepMEConfig,
     method: Method,
 ) -> Entry:
-    started = time.perf_counter()
+    guards = room.prompts(concept)
     weights = {name: weight.detach().cpu() for name, weight in projection_weights(pipe.unet).items()}
     deltas = {name: delta.cpu() for name, delta in change.inside.items()}
-    tokens, guarded = (rows(encode(pipe, prompts)).cpu().double() for prompts in (concept.prompts, guards))
-    null = null_space(guarded, config.guard_tolerance)
+    tokens, guarded = (rows(encoded(prompts)).cpu().double() for prompts in (concept.prompts, guards))
+    null = room.null(concept).cpu()
     _refuse_without_effect(concept, guards, deltas, tokens, null)
     if method == "imitate":
-        inside = imitated(deltas, tokens, null, soft, config.soft_guard_weight, config.ridge)
+        inside = imitated(deltas, tokens, null, penalty, config.ridge)
     else:
         inside = {name: delta.double() @ null.T @ null for name, delta in deltas.items()}
     a, c = separable_factors(inside, tokens, null, config.rank)
@@ -199,7 +197,7 @@ def _entry(
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(null),
-        "seconds": round(time.perf_counter() - started, 3),
+        **increment.measured_leakage(guards, encoded(guards).cpu(), weights),
     }
     return Entry(concept, increment, config, guards, metrics)
 

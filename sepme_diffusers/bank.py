@@ -35,8 +35,8 @@ class Entry:
         concept: What it erases.
         increment: How.
         config: The settings it was made with.
-        guards: The prompts that it leaves as they were, exactly.
-        metrics: Anything measured about it (steps, loss, seconds, leakage ...), plain JSON values.
+        guards: The prompts that it leaves as they were: exactly, but for those in `metrics["leakage_of"]`.
+        metrics: Anything measured about it (steps, leakage ...), plain JSON values.
     """
 
     concept: Concept

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from sepme_diffusers import cli_eval
+from sepme_diffusers import cli_making as making
+from sepme_diffusers.console import as_rich, console, quieten
 
 if TYPE_CHECKING:
-    from sepme_diffusers.evaluation.report import Table
     from sepme_diffusers.training import Step
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable concept erasure for diffusers.")
+
+
+app.command()(making.erase)
+app.command()(making.capacity)
+app.command("soft-guards")(making.soft_guards)
 app.add_typer(cli_eval.app, name="eval")
-console = Console()
 
 
 @app.callback()
@@ -121,12 +125,13 @@ def demo(
         progress.update(drawing, completed=len(demonstration.MOMENTS))
     seconds = time.perf_counter() - started
     for table in outcome.tables:
-        console.print(rich_table(table))
-    trained = outcome.bank[demonstration.TRAINED].metrics
-    solved = outcome.bank[demonstration.SOLVED].metrics
+        console.print(as_rich(table))
+    steps = outcome.bank[demonstration.TRAINED].metrics["steps"]
+    live = (demonstration.TRAINED, demonstration.SOLVED)
+    made = {style: f"{outcome.figures[f'seconds to make {style}']:.1f} s" for style in live}
     footer = (
-        f"{demonstration.TRAINED}: {trained['steps']} steps of the paper's objective, {trained['seconds']:.0f} s. "
-        f"{demonstration.SOLVED}: closed form, {solved['seconds']:.1f} s. Whole demonstration: {seconds:.0f} s."
+        f"{demonstration.TRAINED}: {steps} steps of the paper's objective, {made[demonstration.TRAINED]}. "
+        f"{demonstration.SOLVED}: closed form, {made[demonstration.SOLVED]}. Whole demonstration: {seconds:.0f} s."
     )
     page = report.html_page(
         "Erase, compose, restore",
@@ -166,7 +171,7 @@ def bench(
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(rich_table(measured))
+    console.print(as_rich(measured))
 
 
 @app.command()
@@ -219,26 +224,6 @@ def verify(
 def _verdict(faults: tuple[str, ...]) -> str:
     # What a bank says is nobody's markup, and no command to a terminal.
     return "\n".join(escape("".join(c if c.isprintable() else "?" for c in fault)) for fault in faults) or "ok"
-
-
-def quieten() -> None:
-    """Leave the terminal to our own progress: no loading bars, no hints about optional packages."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
-def rich_table(table: Table) -> RichTable:
-    """A report's table for the terminal."""
-    shown = RichTable(title=table.title)
-    for column in table.columns:
-        shown.add_column(column, justify="left" if column == table.columns[0] else "right")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 if __name__ == "__main__":

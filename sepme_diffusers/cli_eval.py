@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sepme_diffusers.console import as_rich, console, quieten
 
 if TYPE_CHECKING:
     from sepme_diffusers.evaluation.report import Bar, Table
 
 app = typer.Typer(no_args_is_help=True, help="Measure erasures on the built-in model, against their bars.")
-console = Console()
 
 _SEED = 20_000
 _NOTE = (
@@ -130,8 +130,6 @@ def _working(total: int) -> Iterator[Callable[[str, int], None]]:
     if find_spec("torchmetrics") is None:
         raise typer.BadParameter("sepme eval needs torchmetrics: pip install 'sepme-diffusers[eval]'")
     console.print("Loading torch and the built-in model ...")
-    from sepme_diffusers.cli import quieten
-
     quieten()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -141,11 +139,10 @@ def _working(total: int) -> Iterator[Callable[[str, int], None]]:
 
 def _finish(output: Path, name: str, title: str, *tables: Table) -> None:
     """Print the tables, and write them as the last page."""
-    from sepme_diffusers.cli import rich_table
     from sepme_diffusers.evaluation import report
 
     for table in tables:
-        console.print(rich_table(table))
+        console.print(as_rich(table))
     rows = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
     report.save(output, name, _page(title, *tables), rows)
     console.print(f"Wrote {output}", soft_wrap=True)

@@ -14,6 +14,12 @@ def covariance(rows: Tensor) -> Tensor:
     return rows.T @ rows / max(len(rows), 1)
 
 
+def nearest_covariance(matrix: Tensor) -> Tensor:
+    """The nearest positive semi-definite matrix to a symmetric one (d, d), float64."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return (vectors * values.clamp(min=0)) @ vectors.T
+
+
 def reduced_rank_edit(
     concept: Tensor,
     change: Tensor,
@@ -29,7 +35,7 @@ def reduced_rank_edit(
 
         tr((X D − T) Ω (X D − T)ᵀ) / n + tr(Dᵀ (N P Nᵀ + ε s I) D Ω),    s = ‖X‖² / (n k)
 
-    With M = XᵀX/n + N P Nᵀ + ε s I = R Rᵀ the solution is D_r = R⁻ᵀ [R⁻¹ XᵀT Fₒ / n]_r Fₒ⁻¹, Ω = Fₒ Fₒᵀ (Eckart–Young):
+    With M = XᵀX/n + N P Nᵀ + ε s I = R Rᵀ and Ω = Fₒ Fₒᵀ it is D_r = R⁻ᵀ [R⁻¹ XᵀT Fₒ / n]_r Fₒ⁻¹ (Eckart–Young):
     the rank is cut by effect on the concept, not by the basis's own singular values.
 
     Args:
@@ -52,13 +58,9 @@ def reduced_rank_edit(
             f"concept rows {tuple(concept.shape)}, change {tuple(change.shape)} and null space {tuple(null.shape)} "
             "must agree: (n, d), (n, d), (k, d)"
         )
-    n, k = len(concept), len(null)
+    n = len(concept)
     inside, change = concept.double() @ null.T, change.double() / n**0.5
-    metric = inside.T @ inside / n
-    metric.diagonal().add_(ridge * float(metric.trace()) / k)
-    if penalty is not None:
-        metric += null @ penalty.double() @ null.T
-    root = torch.linalg.cholesky(metric)
+    root = torch.linalg.cholesky(_metric(inside, null, penalty, ridge))
     # With fewer rows than directions everything happens in the span of the rows.
     span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
     wanted = felt @ change
@@ -69,6 +71,32 @@ def reduced_rank_edit(
     leading = directions[:, :rank][:, effects[:rank] > 1e-9 * effects[0]]
     a = torch.linalg.solve_triangular(root.T, span @ leading, upper=True)
     return a.T @ null, wanted.T @ leading
+
+
+def imitation(concept: Tensor, null: Tensor, penalty: Tensor | None = None, ridge: float = 1e-5) -> Tensor:
+    """K (d, d), float64, with rows in the null space, so that e Kᵀ is as good as e for the concept's tokens e.
+
+        K = Eᵀ X M⁻¹ N / n,    X = E Nᵀ,    M = XᵀX / n + N P Nᵀ + ε s I,    s = ‖X‖² / (n k)
+
+    Put behind a change ΔW it gives ΔW K, which does to the concept what ΔW does, and nothing to the guards.
+
+    Args:
+        concept: E, the concept's token rows, (n, d).
+        null: N, orthonormal rows of the guard's null space, (k, d).
+        penalty: P, what moving other tokens costs, (d, d).
+        ridge: ε.
+    """
+    null, concept = null.double(), concept.double()
+    inside = concept @ null.T
+    metric = _metric(inside, null, penalty, ridge)
+    return torch.linalg.solve(metric, inside.T @ concept / len(inside)).T @ null
+
+
+def _metric(inside: Tensor, null: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
+    """M = XᵀX / n + N P Nᵀ + ε s I, (k, k)."""
+    metric = inside.T @ inside / len(inside)
+    metric.diagonal().add_(ridge * float(metric.trace()) / len(null))
+    return metric if penalty is None else metric + null @ penalty.double() @ null.T
 
 
 def output_factor(weights: Iterable[Tensor]) -> Tensor:

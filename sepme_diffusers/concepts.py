@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Concept:
             matched by position, so an anchor is best worded like its prompt. Default: the pair's second prompt.
 
     Raises:
-        ValueError: If the name is empty or has control characters, or anchors and pairs differ in number.
+        ValueError: If the name is empty or has control characters, a prompt is there twice or paired with itself, or
+            anchors and pairs differ in number.
 
     Source: arXiv 2402.05947 (concept representation).
 
@@ -45,6 +47,10 @@ class Concept:
         if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
             raise ValueError(f"a concept needs a printable, non-empty name, not {self.name!r}")
         pairs = tuple((str(prompt), str(without)) for prompt, without in self.pairs) or ((self.name, BLANK),)
+        if twice := [prompt for prompt, count in Counter(prompt for prompt, _ in pairs).items() if count > 1]:
+            raise ValueError(f"concept {self.name!r} has prompts given twice: {twice}")
+        if same := [prompt for prompt, without in pairs if prompt == without]:
+            raise ValueError(f"concept {self.name!r} is in no way in these pairs, whose two prompts are one: {same}")
         anchors = tuple(tuple(prompts) for prompts in self.anchors) or tuple((without,) for _, without in pairs)
         if len(anchors) != len(pairs) or not all(anchors):
             raise ValueError(
@@ -55,8 +61,21 @@ class Concept:
         object.__setattr__(self, "anchors", anchors)
 
     @classmethod
-    def from_template(cls, name: str, template: str | Sequence[str], without: str | Sequence[str]) -> Concept:
+    def from_template(
+        cls,
+        name: str,
+        template: str | Sequence[str],
+        without: str | Sequence[str],
+        anchor: str | Sequence[str] | None = None,
+    ) -> Concept:
         """A concept from templates holding "{concept}" and the prompts without it, one a template.
+
+        Args:
+            name: The concept's name.
+            template: One or more.
+            without: The same prompts without the concept.
+            anchor: What the closed form puts in the concept's place in every template: a phrase ("a painting"), a
+                hypernym ("animal"), or several whose mean is taken. Default: the prompts without the concept.
 
         Raises:
             ValueError: If a template lacks "{concept}", or the two differ in number.
@@ -66,7 +85,10 @@ class Concept:
             raise ValueError(f"templates without {_SLOT!r}: {missing}")
         if len(templates) != len(withouts):
             raise ValueError(f"{len(templates)} templates but {len(withouts)} prompts without the concept")
-        return cls(name, tuple((t.replace(_SLOT, name), w) for t, w in zip(templates, withouts, strict=True)))
+        phrases = () if anchor is None else ([anchor] if isinstance(anchor, str) else list(anchor))
+        anchors = tuple(tuple(t.replace(_SLOT, phrase) for phrase in phrases) for t in templates) if phrases else ()
+        pairs = tuple((t.replace(_SLOT, name), w) for t, w in zip(templates, withouts, strict=True))
+        return cls(name, pairs, anchors)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -161,6 +183,34 @@ def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         for part in parts
     ]
     return torch.cat(embeds).float()
+
+
+class Encoded:
+    """Embeddings of prompts, each encoded once.
+
+    Args:
+        pipe: A pipeline, see `encode`.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Iterable[str]) -> Tensor:
+        """e(c) for each prompt, (n_prompts, n_tokens, d)."""
+        prompts = list(prompts)
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            self._known.update(zip(new, encode(self._pipe, new), strict=True))
+        return torch.stack([self._known[prompt] for prompt in prompts])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return self._pipe._execution_device
+
+    def anchors(self, concept: Concept) -> Tensor:
+        """The mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
+        return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
 
 
 def rows(embeddings: Tensor) -> Tensor:

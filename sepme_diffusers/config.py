@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Solver = Literal["train", "closed_form"]
+Solver = Literal["train", "closed_form", "closed_form+train"]
 Basis = Literal["full", "aligned"]
+Parametrisation = Literal["module", "text"]
+Coupling = Literal["separate", "joint"]
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,14 @@ class SepMEConfig:
     """How to make an increment; the defaults are tuned to work on every base model.
 
     Args:
-        solver: "train" minimises the paper's correlation loss; "closed_form" solves for the increment directly.
+        solver: "train" minimises the paper's correlation loss; "closed_form" solves for the increment directly;
+            "closed_form+train" trains on from there.
         basis: For training. "full" is the paper's: the whole null space of the guard. "aligned" holds the `rank`
             directions that the closed form found, which carry the soft guards too.
+        parametrisation: For training. "module" learns one C a module, "text" one B for all of them: a text-side
+            increment, as the closed form gives, which serves every base with the same text encoder.
+        coupling: For training. "separate" makes each increment alone; "joint" (the paper's †) makes those of one call
+            together, their losses balanced.
         rank: Width of an aligned basis, and the rank of a closed-form increment.
         learning_rate: Of Adam, on the coefficients.
         beta: Scale of the basis: an increment is w (beta S). With `relative`, the same value for every width of the
@@ -25,7 +32,7 @@ class SepMEConfig:
         momentum: alpha of the momentum statistic L <- alpha L + (1 - alpha) L_cor.
         sparsity: Weight of the increments' mean absolute value (the paper's lambda).
         tolerance: tau. Training stops as soon as the momentum statistic falls to it.
-        relative: Read `tolerance` as a share of the first correlation loss, and normalise `beta`.
+        relative: Read `tolerance` as a share of the unedited correlation, and normalise `beta`.
         min_steps: Training never stops before this many steps.
         max_steps: Training always stops after this many steps.
         batch_size: Noisy pictures a step.
@@ -35,6 +42,9 @@ class SepMEConfig:
         soft_guard_weight: What moving regular prompts costs, relative to moving the concept's own.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
+        reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other
+            concepts would take more, they are damped, not exact; your own guards are always exact.
+        name_weight: What moving a damped name costs, relative to moving the concept's own prompts.
         seed: Of the pictures, the noise and the timesteps.
 
     Raises:
@@ -45,6 +55,8 @@ class SepMEConfig:
 
     solver: Solver = "train"
     basis: Basis = "aligned"
+    parametrisation: Parametrisation = "module"
+    coupling: Coupling = "separate"
     rank: int = 16
     learning_rate: float = 0.1
     beta: float = 3e-3
@@ -61,6 +73,8 @@ class SepMEConfig:
     soft_guard_weight: float = 300.0
     ridge: float = 1e-5
     guard_tolerance: float = 1e-6
+    reserve: float = 0.25
+    name_weight: float = 1000.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,13 +95,16 @@ class SepMEConfig:
             faults.append(f"momentum must be in [0, 1), not {self.momentum!r}")
         if not 0 < self.guard_tolerance < 1:
             faults.append(f"guard_tolerance must be between 0 and 1, not {self.guard_tolerance!r}")
+        if not 0 < self.reserve < 1:
+            faults.append(f"reserve must be between 0 and 1, not {self.reserve!r}")
         if self.min_steps > self.max_steps:
             faults.append(f"min_steps ({self.min_steps}) must not exceed max_steps ({self.max_steps})")
         if faults:
             raise ValueError("SepMEConfig: " + "; ".join(faults))
 
     def _choices(self) -> list[tuple[str, Any, tuple[str, ...]]]:
-        choices = [("solver", self.solver, get_args(Solver)), ("basis", self.basis, get_args(Basis))]
+        options = {"solver": Solver, "basis": Basis, "parametrisation": Parametrisation, "coupling": Coupling}
+        choices = [(name, getattr(self, name), get_args(kind)) for name, kind in options.items()]
         return [choice for choice in choices if choice[1] not in choice[2]]
 
     @classmethod
@@ -98,6 +115,11 @@ class SepMEConfig:
             "tolerance": 1e-4, "relative": False, "min_steps": 10, "max_steps": 1000,
         }  # fmt: skip
         return cls(**(constants | changes))
+
+    @classmethod
+    def unconstrained(cls, **changes: Any) -> SepMEConfig:
+        """The paper's constants for `SepMETrainer.erase_permanently`: as `paper`, with Adam at 1e-5."""
+        return cls.paper(**({"learning_rate": 1e-5} | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values that `from_dict` reads back."""
@@ -120,4 +142,4 @@ _POSITIVE = (
     "rank", "learning_rate", "beta", "tolerance", "min_steps", "max_steps", "batch_size", "n_images",
     "image_steps", "ridge",
 )  # fmt: skip
-_AT_LEAST_0 = ("sparsity", "guidance_scale", "soft_guard_weight", "seed")
+_AT_LEAST_0 = ("sparsity", "guidance_scale", "soft_guard_weight", "name_weight", "seed")

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from sepme_diffusers.bank import ConceptBank, Entry
-from sepme_diffusers.concepts import encode, rows
+from sepme_diffusers.closed_form import imitation
+from sepme_diffusers.concepts import Encoded, rows
 from sepme_diffusers.fit import refuse_other_text, refuse_other_weights
+from sepme_diffusers.guards import Guards
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.subspace import null_space, project
+from sepme_diffusers.subspace import project
 from sepme_diffusers.targets import projection_weights
 
 # Below this share of its effect, what is left of an increment is rounding.
@@ -21,6 +23,9 @@ _LEAST_KEPT = 1e-3
 
 def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     """The bank with every increment guarded on the name of every other concept: A is projected, A NᵀN.
+
+    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, `closed_form.imitation`: names are
+    damped by what of them a direction holds, and what leaks is measured.
 
     An increment that knew all of them already is left as it is. What it cost each of the others is in its metrics:
     `effect_kept`, the share of its change of its own prompts' keys and values that is left, and `decoupled_from`.
@@ -44,19 +49,27 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     weights = projection_weights(pipe.unet)
     refuse_other_weights(bank, weights)
     refuse_other_text(pipe, [bank])
-    changed = []
+    encoded, changed = Encoded(pipe), []
     for name, entry in bank.items():
         if unknown := [other for other in bank if other != name and other not in entry.guards]:
-            changed.append(_decoupled(entry, unknown, pipe, weights))
+            changed.append(_decoupled(entry, unknown, bank, encoded, weights))
     return bank.with_entries(changed)
 
 
-def _decoupled(entry: Entry, unknown: list[str], pipe: Any, weights: Mapping[str, Tensor]) -> Entry:
+def _decoupled(
+    entry: Entry, unknown: list[str], bank: ConceptBank, encoded: Encoded, weights: Mapping[str, Tensor]
+) -> Entry:
     guards, old = (*entry.guards, *unknown), entry.increment
-    guarded = encode(pipe, guards)
-    null = null_space(rows(guarded).cpu(), entry.config.guard_tolerance)
-    increment = replace(old, A=project(old.A.cpu(), null).to(old.A.dtype))
-    kept = _effect_kept(old, increment, rows(encode(pipe, entry.concept.prompts)).cpu(), weights)
+    damped = entry.metrics.get("leakage_of", {})
+    hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
+    room = Guards(encoded, hard, [name for name in (*bank, *damped) if name != entry.concept.name], entry.config)
+    null, tokens, a = room.null(entry.concept).cpu(), rows(encoded(entry.concept.prompts)).cpu(), old.A.cpu()
+    if room.exact:
+        a = project(a, null)
+    else:
+        a = a.double() @ imitation(tokens, null, room.penalty(entry.concept).cpu(), entry.config.ridge)
+    increment = replace(old, A=a.to(old.A.dtype))
+    kept = _effect_kept(old, increment, tokens, weights)
     if kept < _LEAST_KEPT:
         raise ValueError(
             f"guarded on {unknown} as well, nothing would be left of the increment of {entry.concept.name!r} "
@@ -64,7 +77,7 @@ def _decoupled(entry: Entry, unknown: list[str], pipe: Any, weights: Mapping[str
         )
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **increment.measured_leakage(guards, guarded, weights),
+        **increment.measured_leakage(guards, encoded(guards), weights),
         "dimensions_left": len(null),
         "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],

@@ -63,8 +63,14 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
-    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its guards, for each concept."""
-    asked = {name: {entry.guards[0], entry.guards[-1]} for name, entry in bank.items()}
+    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
+    exact = {
+        name: [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
+        for name, entry in bank.items()
+    }
+    asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
+    if not asked:
+        return {}
     prompts = sorted(set().union(*asked.values()))
     tokens = torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1)
     bases = [entry.increment.A.float() for entry in bank.values()]

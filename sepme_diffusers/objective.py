@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,19 @@ def sparsity(deltas: Iterable[Tensor]) -> Tensor:
     return torch.stack(norms).sum() / len(norms)
 
 
+def balance(losses: Sequence[float], floors: Sequence[float]) -> list[float]:
+    """η_i = max_k |L_k| / |L_i|: weights with which every concept's loss counts as much as the largest.
+
+    Args:
+        losses: L_i, a number a concept.
+        floors: Least magnitude each is taken at: where a loss is as good as zero, its weight would grow without bound.
+
+    Source: arXiv 2402.05947 (joint variant).
+    """
+    sizes = [max(abs(loss), floor) for loss, floor in zip(losses, floors, strict=True)]
+    return [max(sizes) / size if size else 1.0 for size in sizes]
+
+
 @dataclass
 class MomentumStop:
     """The stop rule: L_mom <- α L_mom + (1 − α) L_cor, stop when L_mom <= τ, never before `min_steps`.
@@ -48,7 +61,7 @@ class MomentumStop:
         momentum: α.
         tolerance: τ.
         min_steps: Steps that are always taken.
-        relative: Read τ as a share of the first loss's magnitude.
+        relative: Read τ as a share of the first scale: the correlation of the original with itself.
 
     The statistic starts at the first loss. Source: arXiv 2402.05947
 
@@ -64,14 +77,17 @@ class MomentumStop:
     relative: bool = False
     step: int = field(default=0, init=False)
     value: float = field(default=float("nan"), init=False)
-    _threshold: float = field(default=float("nan"), init=False)
+    scale: float = field(default=float("nan"), init=False)
 
-    def update(self, loss: float) -> bool:
-        """Take in one step's correlation loss; return whether to stop."""
+    def update(self, loss: float, scale: float = 1.0) -> bool:
+        """Take in one step's correlation loss, and that of the original; return whether to stop."""
         if self.step == 0:
-            self.value = loss
-            self._threshold = self.tolerance * abs(loss) if self.relative else self.tolerance
+            self.value, self.scale = loss, scale
         else:
             self.value = self.momentum * self.value + (1 - self.momentum) * loss
         self.step += 1
-        return self.step >= self.min_steps and self.value <= self._threshold
+        return self.step >= self.min_steps and self.value <= self.threshold(self.scale)
+
+    def threshold(self, scale: float) -> float:
+        """What the statistic must fall to, the original's correlation being `scale`."""
+        return self.tolerance * (scale if self.relative else 1.0)

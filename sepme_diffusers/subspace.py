@@ -20,6 +20,8 @@ def row_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
     guard = _matrix(guard, "guard")
     if guard.shape[0] == 0:
         return guard
+    if guard.shape[0] > guard.shape[1]:  # many rows: the same directions and values, from fewer
+        guard = torch.linalg.qr(guard, mode="r").R
     _, values, directions = torch.linalg.svd(guard, full_matrices=False)
     return directions[values > tolerance * values[0]]
 
@@ -72,6 +74,20 @@ def aligned_basis(concept: Tensor, null: Tensor, rank: int) -> Tensor:
 def project(factor: Tensor, null: Tensor) -> Tensor:
     """The rows of A (r, d) projected on the null space N (k, d): A NᵀN, float64."""
     return factor.double() @ null.T @ null
+
+
+def damped(null: Tensor, penalty: Tensor, concept: Tensor) -> Tensor:
+    """Rows (I + N P Nᵀ / s)^-½ N (k, d), float64: a null basis in which costly directions are short.
+
+    Args:
+        null: N, orthonormal rows, (k, d).
+        penalty: P, what moving other tokens costs, (d, d).
+        concept: E, the concept's token rows, (n, d); s is the largest eigenvalue of N EᵀE Nᵀ / n.
+    """
+    inside = concept.double() @ null.T
+    scale = torch.linalg.matrix_norm(inside, 2) ** 2 / len(inside)
+    values, vectors = torch.linalg.eigh(null @ penalty.double() @ null.T / scale)
+    return (vectors * (1 + values.clamp(min=0)).rsqrt()) @ vectors.T @ null
 
 
 def leakage(guard: Tensor, delta: Tensor, weight: Tensor) -> Tensor:

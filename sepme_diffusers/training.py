@@ -1,38 +1,34 @@
-"""SepMETrainer: makes increments, one concept at a time, and adds them to a bank."""
+"""SepMETrainer: makes increments of concepts and adds them to a bank."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
-from sepme_diffusers.closed_form import covariance, output_factor, reduced_rank_edit
-from sepme_diffusers.concepts import BLANK, Concept, as_concepts, encode, rows
-from sepme_diffusers.config import SepMEConfig
+from sepme_diffusers.closed_form import output_factor, reduced_rank_edit
+from sepme_diffusers.concepts import BLANK, Concept, Encoded, as_concepts, rows, slug
+from sepme_diffusers.config import SepMEConfig, Solver
+from sepme_diffusers.distribute import shared_out
+from sepme_diffusers.fit import refuse_other_text, refuse_other_weights
+from sepme_diffusers.guards import Capacity, Guards
 from sepme_diffusers.hooks import erasures_of
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.objective import MomentumStop, concept_representation, correlation_loss, sparsity
-from sepme_diffusers.subspace import null_space, project
+from sepme_diffusers.noise import NoisyPictures, refuse_other_schedules, refuse_other_sizes
+from sepme_diffusers.optimise import Learner, Step, TrainingState, learn
+from sepme_diffusers.permanent import unlearn_permanently
+from sepme_diffusers.soft_guards import SoftGuards, as_soft_guards
+from sepme_diffusers.subspace import damped
 from sepme_diffusers.targets import projection_weights
-
-# Below this share of its embedding, what the guards leave of a concept is rounding.
-_LEAST_REACH = 1e-4
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the trainer reports after every step: concept, steps taken, correlation loss, momentum statistic."""
-
-    concept: str
-    step: int
-    loss: float
-    momentum: float
 
 
 class SepMETrainer:
@@ -41,14 +37,18 @@ class SepMETrainer:
     Args:
         pipe: A Stable Diffusion pipeline; its text encoder and UNet are only read.
         config: How.
-        guards: Prompts that no increment may change, exactly, beside the other concepts of the bank.
-        soft_guards: Regular prompts that an increment should change little, or the mean outer product of their
-            tokens, (d, d), see `closed_form.covariance`.
+        guards: Prompts that no increment may change, exactly, beside the names of the other concepts of the bank.
+        soft_guards: Regular prompts that an increment should change little: prompts, or `SoftGuards`, of which those
+            that name the concept are passed over; or the mean outer product of their tokens, (d, d), as it is.
         others: Names guarded like the bank's concepts although they are not in it.
         on_step: Called after every training step.
+        state: A folder in which training is written down every few steps, a file a concept. A trainer with the same
+            settings goes on from there, with the same result. Remove the folder once the bank is saved.
 
     Raises:
         ValueError: If the pipeline has erasures active: an increment is made on the original model.
+
+    Started by `accelerate launch`, the concepts are shared out over the processes, and each gets the whole bank.
 
     Example:
         >>> from sepme_diffusers import Concept, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
@@ -64,9 +64,10 @@ class SepMETrainer:
         pipe: Any,
         config: SepMEConfig | None = None,
         guards: Sequence[str] = (BLANK,),
-        soft_guards: Sequence[str] | Tensor = (),
+        soft_guards: SoftGuards | Tensor | Sequence[str] = (),
         others: Sequence[str] = (),
         on_step: Callable[[Step], None] | None = None,
+        state: str | Path | None = None,
     ) -> None:
         erasures = erasures_of(pipe.unet)
         if erasures is not None and erasures.active:
@@ -74,34 +75,74 @@ class SepMETrainer:
             raise ValueError(f"the pipeline has erased {names}; restore them before making increments")
         self.pipe, self.config, self.on_step = pipe, config or SepMEConfig(), on_step
         self.guards = tuple(dict.fromkeys((BLANK, *guards)))
-        self.soft_guards, self.others = soft_guards, tuple(others)
+        self.others = tuple(others)
+        self.state = None if state is None else Path(state)
+        self._soft = as_soft_guards(pipe, soft_guards)
         self._weights = projection_weights(pipe.unet)
+        self._encoded = Encoded(pipe)
 
-    def erase(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> ConceptBank:
-        """A bank with an increment for each concept; the increments that the given bank holds are untouched.
+    def erase(
+        self,
+        concepts: Iterable[Concept | str],
+        bank: ConceptBank | None = None,
+        pictures: Mapping[str, Sequence[Image.Image]] | None = None,
+    ) -> ConceptBank:
+        """The bank with an increment for each concept; its other increments are not touched.
 
-        Each increment leaves the guard prompts and the names of all other concepts, of the bank and of this call,
-        exactly as they were.
+        An increment leaves the guard prompts exactly as they were, and the names of all other concepts, of the bank
+        and of this call, as well; where these do not fit (see `capacity`) they are damped, and what leaks is in the
+        entry's metrics.
 
         Args:
             concepts: Concepts, or names for the paper's choice of prompt (the name against the blank prompt).
             bank: The bank to add to; made on the same base.
+            pictures: {concept name: pictures x_0 to train on}, picture i showing pair i in turns. Default: the
+                original model draws them.
 
         Raises:
             ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
+            FloatingPointError: If training diverges.
+        """
+        found, guards, bank = self._prepared(concepts, bank)
+        pictures = self._checked(pictures or {}, found)
+        plans = [self._plan(concept, guards) for concept in found]
+        joint = self.config.coupling == "joint" and self.config.solver != "closed_form"
+        jobs = [plans] if joint else [[plan] for plan in plans]
+        made = shared_out(jobs, lambda job: self._entries(job, guards, pictures))
+        return bank.with_entries(entry for entries in made for entry in entries)
+
+    def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
+        """What there is room for, by concept, before anything is made.
+
+        Args:
+            concepts: What would be erased.
+            bank: The bank that it would join.
+
+        Raises:
+            ValueError: As `erase`.
+        """
+        found, guards, _ = self._prepared(concepts, bank)
+        return {concept.name: self._capacity(concept, guards) for concept in found}
+
+    def erase_permanently(
+        self, concepts: Iterable[Concept | str], pictures: Mapping[str, Sequence[Image.Image]] | None = None
+    ) -> dict[str, Tensor]:
+        """The changed cross-attention weights {parameter name: weight} of a UNet that has unlearnt the concepts.
+
+        The paper's unconstrained variant (‡), for what must never come back: every weight of the cross-attentions is
+        free, nothing is guarded, nothing can be restored. The pipeline is left as it was;
+        `pipe.unet.load_state_dict(changed, strict=False)` makes it so. Use `SepMEConfig.unconstrained()`.
+
+        Raises:
+            ValueError: If the concepts are not usable.
+            FloatingPointError: If training diverges.
+
+        Source: arXiv 2402.05947 (unconstrained variant).
         """
         found = as_concepts(concepts)
-        bank = bank if bank is not None else ConceptBank(self.base())
-        if bank.base.width != self.base().width:
-            raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {self.base().width}")
-        names = dict.fromkeys((*bank, *self.others, *(concept.name for concept in found)))
-        soft = self._soft_covariance()
-        return bank.with_entries([self._entry(concept, names, soft) for concept in found])
-
-    def _soft_covariance(self) -> Tensor | None:
-        if isinstance(self.soft_guards, Tensor):
-            return self.soft_guards
-        return covariance(rows(encode(self.pipe, self.soft_guards))) if self.soft_guards else None
+        pictures = self._checked(pictures or {}, found)
+        noisy = [self._pictures(concept, pictures) for concept in found]
+        return unlearn_permanently(self.pipe, [c.name for c in found], noisy, self.config, self.on_step)
 
     def base(self) -> BaseModel:
         """What increments of this trainer are made on."""
@@ -112,174 +153,164 @@ class SepMETrainer:
         width = next(iter(self._weights.values())).shape[1]
         return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes)
 
-    def _entry(self, concept: Concept, names: Iterable[str], soft: Tensor | None) -> Entry:
-        started = time.perf_counter()
-        guards = (*self.guards, *(name for name in names if name != concept.name))
-        null = null_space(rows(encode(self.pipe, guards)), self.config.guard_tolerance)
-        metrics: dict[str, Any] = {"dimensions_left": len(null), "reach": self._reach(concept, guards, null)}
-        if self.config.solver == "closed_form":
-            increment = self._closed_form(concept, null, soft)
+    def _prepared(
+        self, concepts: Iterable[Concept | str], bank: ConceptBank | None
+    ) -> tuple[list[Concept], Guards, ConceptBank]:
+        found = as_concepts(concepts)
+        if bank is None:
+            bank = ConceptBank(self.base())
         else:
-            increment, trained = self._train(concept, null, soft)
-            metrics |= trained
-        metrics |= increment.measured_leakage(guards, encode(self.pipe, guards), self._weights)
-        metrics["seconds"] = round(time.perf_counter() - started, 3)
-        return Entry(concept, increment, self.config, guards, metrics)
+            refuse_other_weights(bank, self._weights)
+            refuse_other_text(self.pipe, [bank])
+        names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in found))))
+        # Together and in one order, so that every process that shares the work gets the same numbers.
+        texts = [p for concept in found for group in (concept.prompts, *concept.anchors) for p in group]
+        self._encoded([*self.guards, *names, *texts, *(without for c in found for _, without in c.pairs)])
+        return found, Guards(self._encoded, self.guards, names, self.config), bank
 
-    def _reach(self, concept: Concept, guards: tuple[str, ...], null: Tensor) -> float:
-        """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all."""
-        embeddings = rows(encode(self.pipe, concept.prompts)).double()
-        reach = float((embeddings @ null.T).norm() / embeddings.norm())
-        if reach < _LEAST_REACH:
-            raise ValueError(
-                f"the {len(guards)} guard prompts fill the space that {concept.name!r} lives in (reach {reach:.1e}): "
-                "nothing can be erased; guard fewer prompts, or move some of them to the soft guards"
+    def _checked(
+        self, pictures: Mapping[str, Sequence[Image.Image]], found: Sequence[Concept]
+    ) -> Mapping[str, Sequence[Image.Image]]:
+        names = [concept.name for concept in found]
+        if unknown := sorted(set(pictures) - set(names)):
+            raise ValueError(f"pictures of {unknown}, which are not being erased; being erased: {names}")
+        for concept in found:
+            refuse_other_sizes(self.pipe, concept, pictures.get(concept.name, ()))
+        if self.config.solver != "closed_form":
+            refuse_other_schedules(self.pipe.scheduler)
+        return pictures
+
+    def _pictures(self, concept: Concept, pictures: Mapping[str, Sequence[Image.Image]]) -> NoisyPictures:
+        return NoisyPictures(self.pipe, concept, self.config, self._encoded, pictures.get(concept.name, ()))
+
+    def _plan(self, concept: Concept, guards: Guards, solver: Solver | None = None) -> _Plan:
+        """Everything that is known of an increment before training: checks, null space, closed form."""
+        reach, null = guards.refuse_unreachable(concept), guards.null(concept)
+        embeddings, closed, full = self._encoded(concept.prompts), None, None
+        damping = guards.penalty(concept)
+        solver = solver or self.config.solver
+        if solver != "train" or self.config.basis == "aligned":
+            penalties = [part for part in (damping, self._soft_penalty(concept)) if part is not None]
+            closed = reduced_rank_edit(
+                rows(embeddings),
+                rows(self._encoded.anchors(concept) - embeddings),
+                null,
+                self.config.rank,
+                sum(penalties) if penalties else None,
+                self.config.ridge,
+                self._output_factor,
             )
-        return reach
+        if solver != "closed_form" and self.config.basis == "full":
+            full = null if damping is None else damped(null, damping, rows(embeddings))
+        return _Plan(concept, guards.prompts(concept), reach, len(null), closed, full)
 
-    def _closed_form(self, concept: Concept, null: Tensor, soft: Tensor | None) -> Increment:
-        embeddings = encode(self.pipe, concept.prompts)
-        unique = list(dict.fromkeys(prompt for prompts in concept.anchors for prompt in prompts))
-        encoded = dict(zip(unique, encode(self.pipe, unique), strict=True))
-        anchors = torch.stack([sum(encoded[prompt] for prompt in ps) / len(ps) for ps in concept.anchors])
-        a, b = reduced_rank_edit(
-            rows(embeddings),
-            rows(anchors - embeddings),
-            null,
-            self.config.rank,
-            None if soft is None else self.config.soft_guard_weight * soft,
-            self.config.ridge,
-            output_factor(self._weights.values()),
-        )
-        return Increment(a.float().cpu(), B=b.float().cpu())
+    def _soft_penalty(self, concept: Concept) -> Tensor | None:
+        if self._soft is None:
+            return None
+        soft = self._soft if isinstance(self._soft, Tensor) else self._soft.without(self.pipe, concept)
+        return self.config.soft_guard_weight * soft.to(self._encoded.device)
 
-    def _basis(self, concept: Concept, null: Tensor, soft: Tensor | None) -> Tensor:
+    @cached_property
+    def _output_factor(self) -> Tensor:
+        return output_factor(self._weights.values()).to(self._encoded.device)
+
+    def _capacity(self, concept: Concept, guards: Guards) -> Capacity:
+        plan = self._plan(concept, guards, "closed_form")
+        names = [name for name in guards.names if name != concept.name]
+        leaks = plan.closed_increment().leakage(self._encoded(names), self._weights) if names else torch.zeros(1)
+        return Capacity(
+            concept.name, guards.width, plan.dimensions_left, guards.dimensions_taken(concept), guards.exact,
+            plan.reach, float(leaks.max()),
+        )  # fmt: skip
+
+    def _entries(
+        self, plans: Sequence[_Plan], guards: Guards, pictures: Mapping[str, Sequence[Image.Image]]
+    ) -> list[Entry]:
+        """The entries of concepts that are made together: one, or all of a joint training."""
+        if self.config.solver == "closed_form":
+            made = [(plan.closed_increment(), {}) for plan in plans]
+        else:
+            made = self._learnt(plans, pictures)
+        entries = []
+        for plan, (increment, trained) in zip(plans, made, strict=True):
+            leaks = increment.measured_leakage(plan.guards, self._encoded(plan.guards), self._weights)
+            metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **trained, **leaks}
+            entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
+        return entries
+
+    def _learnt(
+        self, plans: Sequence[_Plan], pictures: Mapping[str, Sequence[Image.Image]]
+    ) -> list[tuple[Increment, dict[str, Any]]]:
+        """Increments that were trained together, and what training says of them."""
+        state = self._state_of(plans, pictures)
+        if state is not None and (finished := state.finished()) is not None:
+            return finished
+        learners = []
+        for plan in plans:
+            start = plan.closed_increment() if self.config.solver == "closed_form+train" else None
+            noisy = self._pictures(plan.concept, pictures)
+            learners.append(Learner(plan.concept.name, self._basis(plan), self._weights, noisy, self.config, start))
+        learn(self.pipe, learners, self.config, self.on_step, state)
+        made = [(one.increment(), one.metrics()) for one in learners]
+        if state is not None:
+            state.finish(*zip(*made, strict=True))
+        return made
+
+    def _basis(self, plan: _Plan) -> Tensor:
         """β S: the whole null space, or the orthonormal directions that the closed form found, scaled."""
-        if self.config.basis == "aligned":
-            directions = self._closed_form(concept, null, soft).A.double().to(null.device)
-            null = torch.linalg.svd(project(directions, null), full_matrices=False).Vh
+        directions = plan.full
+        if directions is None:
+            directions = torch.linalg.svd(plan.closed[0], full_matrices=False).Vh
         beta = self.config.beta
         if self.config.relative:
             # An Adam step moves every coefficient by about lr, so a wider basis takes a longer step.
-            beta *= (768 / len(null)) ** 0.5
-        return (beta * null).float()
+            beta *= (768 / len(directions)) ** 0.5
+            if self.config.parametrisation == "text":
+                # ... and what moves the embedding moves a projection by as much as its rows are long.
+                squares = [weight.float().square().sum(dim=1) for weight in self._weights.values()]
+                beta /= float(torch.cat(squares).mean().sqrt())
+        return beta * directions
 
-    def _train(self, concept: Concept, null: Tensor, soft: Tensor | None) -> tuple[Increment, dict[str, Any]]:
-        config, device = self.config, next(iter(self._weights.values())).device
-        a = self._basis(concept, null, soft).to(device)
-        c = {name: torch.zeros(len(w), len(a), device=device, requires_grad=True) for name, w in self._weights.items()}
-        optimizer = torch.optim.Adam(c.values(), lr=config.learning_rate)
-        stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
-        batches = _NoisyBatches(self.pipe, concept, config)
-        for _ in range(config.max_steps):
-            loss = self._correlation(batches.next(), a, c)
-            total = loss + config.sparsity * sparsity(w @ a for w in c.values())
-            optimizer.zero_grad()
-            total.backward(inputs=list(c.values()))
-            optimizer.step()
-            stopping = stop.update(loss.item())
-            if self.on_step is not None:
-                self.on_step(Step(concept.name, stop.step, loss.item(), stop.value))
-            if stopping:
-                break
-        increment = Increment(a.cpu(), C={name: w.detach().cpu() for name, w in c.items()})
-        return increment, {"steps": stop.step, "momentum": stop.value, "stopped_by_rule": stopping}
-
-    def _correlation(self, batch: _Batch, a: Tensor, c: dict[str, Tensor]) -> Tensor:
-        """L_cor with three passes a step: both frozen ones in one batch without gradient, one edited with.
-
-        The edited model's prediction without the concept is taken from the frozen one: exact for a guarded prompt,
-        and for any other the reference that the edit must not drift from.
-        """
-        with torch.no_grad():
-            frozen_with, frozen_without = batch.predict_noise(self.pipe.unet, both=True).chunk(2)
-        with _increments_attached(self.pipe.unet, a, c):
-            edited = batch.predict_noise(self.pipe.unet, both=False)
-        frozen = concept_representation(frozen_with, frozen_without)
-        return correlation_loss(concept_representation(edited, frozen_without), frozen)
+    def _state_of(self, plans: Sequence[_Plan], pictures: Mapping[str, Sequence[Image.Image]]) -> TrainingState | None:
+        """Where the training of these concepts is written down."""
+        if self.state is None:
+            return None
+        soft = self._soft if self._soft is None or isinstance(self._soft, Tensor) else self._soft.covariance
+        images = [image.tobytes() for plan in plans for image in pictures.get(plan.concept.name, ())]
+        depends_on = {
+            "base": vars(self.base()),
+            "config": self.config.to_dict(),
+            "concepts": [plan.concept.to_dict() for plan in plans],
+            "guards": [plan.guards for plan in plans],
+            "soft guards": None if soft is None else _digest(soft.cpu().contiguous().numpy().tobytes()),
+            "pictures": _digest(*images),
+        }
+        names = [plan.concept.name for plan in plans]
+        file = f"{slug(names[0])}-{_digest(*(name.encode() for name in names))[:8]}.safetensors"
+        return TrainingState(self.state / file, _digest(json.dumps(depends_on, sort_keys=True).encode()))
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Noisy latents x_t at timesteps t, with the embeddings of their prompts with and without the concept."""
+class _Plan:
+    """An increment before training: its concept and guards, ‖E P‖ / ‖E‖, and what there is to start from.
 
-    noisy: Tensor
-    steps: Tensor
-    with_concept: Tensor
-    without: Tensor
-    alphas: Tensor
-    prediction_type: str
+    `closed` holds A and B of the closed form, `full` the directions of a full basis.
+    """
 
-    def predict_noise(self, unet: nn.Module, both: bool) -> Tensor:
-        """ε(x_t, c), or ε for both prompts one after the other, (n or 2n, channels, h, w), float32."""
-        copies = 2 if both else 1
-        noisy, steps = self.noisy.repeat(copies, 1, 1, 1), self.steps.repeat(copies)
-        states = torch.cat([self.with_concept, self.without]) if both else self.with_concept
-        output = unet(noisy.to(unet.dtype), steps, states.to(unet.dtype)).sample.float()
-        if self.prediction_type == "epsilon":
-            return output
-        alpha = self.alphas.repeat(copies)[:, None, None, None]
-        return alpha.sqrt() * output + (1 - alpha).sqrt() * noisy
+    concept: Concept
+    guards: tuple[str, ...]
+    reach: float
+    dimensions_left: int
+    closed: tuple[Tensor, Tensor] | None
+    full: Tensor | None
+
+    def closed_increment(self) -> Increment:
+        a, b = self.closed
+        return Increment(a.float().cpu(), B=b.float().cpu())
 
 
-class _NoisyBatches:
-    """Endless noisy versions x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε of pictures x_0 that the original model makes."""
-
-    def __init__(self, pipe: Any, concept: Concept, config: SepMEConfig) -> None:
-        kind = pipe.scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the scheduler predicts {kind!r}; training knows 'epsilon' and 'v_prediction'")
-        self.pipe, self.concept, self.config, self.kind = pipe, concept, config, kind
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.with_concept = encode(pipe, concept.prompts)
-        self.without = encode(pipe, [without for _, without in concept.pairs])
-        self.pair = torch.arange(config.n_images) % len(concept.pairs)
-        self.latents = self._original_pictures()
-
-    def _original_pictures(self) -> Tensor:
-        """x_0 as latents, (n_images, channels, h, w), float32."""
-        prompts = [self.concept.prompts[pair] for pair in self.pair]
-        parts = []
-        for start in range(0, len(prompts), self.config.batch_size):
-            made = self.pipe(
-                prompts[start : start + self.config.batch_size],
-                num_inference_steps=self.config.image_steps,
-                guidance_scale=self.config.guidance_scale,
-                generator=self.generator,
-                output_type="latent",
-            )
-            parts.append(made.images.float())
-        return torch.cat(parts)
-
-    def next(self) -> _Batch:
-        """The next batch; the same sequence for the same seed."""
-        n, scheduler, device = self.config.batch_size, self.pipe.scheduler, self.latents.device
-        chosen = torch.randint(len(self.latents), (n,), generator=self.generator)
-        steps = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=self.generator)
-        latents = self.latents[chosen.to(device)]
-        noise = torch.randn(latents.shape, generator=self.generator).to(device)
-        alphas = scheduler.alphas_cumprod[steps].to(device)
-        scale = alphas[:, None, None, None]
-        noisy = scale.sqrt() * latents + (1 - scale).sqrt() * noise
-        pair = self.pair[chosen].to(device)
-        return _Batch(noisy, steps.to(device), self.with_concept[pair], self.without[pair], alphas, self.kind)
-
-
-class _increments_attached:
-    """Adds (e Aᵀ) C_mᵀ to the text projections, with gradient to C, while the block runs."""
-
-    def __init__(self, unet: nn.Module, a: Tensor, c: dict[str, Tensor]) -> None:
-        self.modules = {name: unet.get_submodule(name) for name in c}
-        self.a, self.c = a, c
-
-    def __enter__(self) -> None:
-        self.handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
-
-    def _hook(self, name: str) -> Callable[..., Tensor]:
-        return lambda module, inputs, output: (
-            output + ((inputs[0].float() @ self.a.T) @ self.c[name].T).to(output.dtype)
-        )
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+def _digest(*parts: bytes) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little") + part)
+    return hashed.hexdigest()

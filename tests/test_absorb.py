@@ -116,7 +116,7 @@ def test_imitation_solves_the_ridge_regression():
         fit = (tokens @ (made - change).T).square().sum() / len(tokens)
         return fit + weight * torch.trace(made @ soft @ made.T) + ridge * scale * made.square().sum()
 
-    made = imitated({"m": change}, tokens, null, soft, weight, ridge)["m"]
+    made = imitated({"m": change}, tokens, null, weight * soft, ridge)["m"]
     torch.testing.assert_close(made @ null.T @ null, made)
     for _ in range(5):
         step = 1e-3 * torch.randn(9, len(null), generator=generator).double() @ null

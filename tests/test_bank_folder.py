@@ -17,7 +17,8 @@ from sepme_diffusers import BankError, ConceptBank, Increment, pocket
 from sepme_diffusers.bank_folder import sha256
 from sepme_diffusers.manifest import MANIFEST
 
-VERSION_1 = Path(__file__).parent / "fixtures" / "bank-version-1"
+FIXTURES = Path(__file__).parent / "fixtures"
+VERSION_1 = FIXTURES / "bank-version-1"
 TEXT, LORA = "neon/text_increment.safetensors", "van-gogh/adapter_model.safetensors"
 
 
@@ -46,11 +47,18 @@ def test_a_bank_of_version_1_still_loads_and_becomes_one_of_today(tmp_path):
     shutil.copytree(VERSION_1, tmp_path / "bank")
     bank.save_pretrained(tmp_path / "bank")
     manifest = json.loads((tmp_path / "bank" / MANIFEST).read_bytes())
-    assert manifest["version"] == 2
+    assert manifest["version"] == 3
     assert set(manifest["concepts"]["Van Gogh"]["beside"]) == {"adapter_config.json"}
     assert same(ConceptBank.from_pretrained(tmp_path / "bank"), bank)
     weights = {file: data for file, data in tree(VERSION_1).items() if file.endswith(".safetensors")}
     assert weights.items() <= tree(tmp_path / "bank").items()
+
+
+def test_a_bank_of_version_2_still_loads_and_becomes_one_of_today(tmp_path):
+    bank = ConceptBank.from_pretrained(FIXTURES / "bank-version-2")
+    assert same(bank, tiny_bank())
+    bank.save_pretrained(tmp_path / "bank")
+    assert json.loads((tmp_path / "bank" / MANIFEST).read_bytes())["version"] == 3
 
 
 @pytest.mark.parametrize("name", ["styles", "objects"])
@@ -152,7 +160,7 @@ def test_modules_that_the_base_lacks_are_refused(saved):
 def test_a_broken_manifest_is_not_saved_over(saved):
     """Whatever the old manifest is, saving says so and loses nothing."""
     whole = (saved / MANIFEST).read_bytes()
-    for broken in (b"", b"[", b'{"format": "sepme_bank", "version": 3}', whole.replace(b"neon", b"noen"), whole[:-9]):
+    for broken in (b"", b"[", b'{"format": "sepme_bank", "version": 4}', whole.replace(b"neon", b"noen"), whole[:-9]):
         (saved / MANIFEST).write_bytes(broken)
         before = tree(saved)
         with pytest.raises(BankError, match=MANIFEST):

@@ -105,7 +105,8 @@ def test_demo_erases_guards_and_restores(shown):
 
 
 def test_live_erasures_join_the_shipped_bank(pocket_pipe):
-    bank = demonstration.erase_live(pocket_pipe)
+    bank, seconds = demonstration.erase_live(pocket_pipe)
+    assert set(seconds) == {"neon", "halftone"}
     shipped = pocket.bank("styles")
     assert set(bank) == set(shipped)
     assert (bank["neon"].config.solver, bank["halftone"].config.solver) == ("train", "closed_form")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sepme_diffusers.objective import MomentumStop, concept_representation, correlation_loss, sparsity
+from sepme_diffusers.objective import MomentumStop, balance, concept_representation, correlation_loss, sparsity
 
 
 def test_correlation_is_the_mean_product():
@@ -43,6 +43,20 @@ def test_never_before_min_steps():
     assert [stop.update(-5.0) for _ in range(4)] == [False, False, True, True]
 
 
-def test_relative_tolerance_is_a_share_of_the_first_loss():
+def test_relative_tolerance_is_a_share_of_the_originals_correlation():
+    """A warm start, whose first loss is small already, must not have to fall as far again."""
     stop = MomentumStop(momentum=0.0, tolerance=0.1, min_steps=1, relative=True)
-    assert [stop.update(loss) for loss in (4e-3, 5e-4, 4e-4)] == [False, False, True]
+    assert [stop.update(loss, 4e-3) for loss in (4e-3, 5e-4, 4e-4)] == [False, False, True]
+    warm = MomentumStop(momentum=0.0, tolerance=0.1, min_steps=1, relative=True)
+    assert warm.update(3e-4, scale=4e-3)
+
+
+def test_balance_makes_every_loss_as_large_as_the_largest():
+    losses = [4.0, -2.0, 0.5]
+    shares = balance(losses, [0.0, 0.0, 0.0])
+    assert [abs(loss) * share for loss, share in zip(losses, shares, strict=True)] == [4.0, 4.0, 4.0]
+
+
+def test_balance_does_not_run_away_where_a_loss_is_zero():
+    assert balance([1.0, 0.0], [0.1, 0.1]) == [1.0, 10.0]
+    assert balance([0.0], [0.0]) == [1.0]

@@ -14,7 +14,7 @@ from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.evaluation.features import perceptual_distance
 from sepme_diffusers.evaluation.making import Eraser
 from sepme_diffusers.evaluation.metrics import erased, judged, largest_change
-from sepme_diffusers.evaluation.probes import Probe, Studio, pairs_probe
+from sepme_diffusers.evaluation.probes import Probe, Studio, pairs_probe, plain_probe
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS
