@@ -106,6 +106,40 @@ def many(
     _finish(output, "many", "Many concepts", bars_table("Bars", found_bars), *tables)
 
 
+@app.command()
+def variants(
+    output: Output = Path("sepme-eval"),
+    seed: Seed = _SEED,
+    only: Annotated[list[str] | None, typer.Option(help="One variant; may be given several times.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each style.")] = 24,
+    steps: Steps = 20,
+) -> None:
+    """Every variant of the method on the same two styles; and a bank on another UNet. About 15 minutes."""
+    with _working(len(only or ()) or 11) as advance:
+        from sepme_diffusers.evaluation import variants as making
+        from sepme_diffusers.evaluation.report import bars_table
+        from sepme_diffusers.evaluation.scenes import built_in
+
+        names = list(only or making.VARIANTS)
+        if unknown := [name for name in names if name not in making.VARIANTS]:
+            raise typer.BadParameter(f"{unknown} are none of {list(making.VARIANTS)}")
+        pipe = built_in()
+        gallery = making.Gallery(pipe, seed, pictures, steps)
+        shop = making.Workshop(pipe, lambda step: advance(f"{step.concept}: step {step.step}", 0))
+        rows = [gallery.row("original", None)]
+        for name in names:
+            advance(name, 0)
+            rows.append(gallery.row(name, *making.make(shop, name)))
+            advance(name, 1)
+        tables = [making.table(rows)]
+        if not only:
+            advance("the closed form on another UNet", 0)
+            found = making.transfer(pipe, shop.bank(solver="closed_form").product, seed, 2 * pictures, steps)
+            tables += [making.transfer_table(found), bars_table("Bars", making.transfer_bars(found))]
+            advance("the closed form on another UNet", 1)
+    _finish(output, "variants", "Variants", *tables)
+
+
 def _page(title: str, *tables: Table) -> str:
     from sepme_diffusers.evaluation import report
 
