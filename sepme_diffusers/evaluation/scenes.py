@@ -23,8 +23,8 @@ from sepme_diffusers.pipeline import SepMEPipeline
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS
 
-# What is erased at each moment, by index. Scene 4 is the paper's; of scene 3 only that concepts join is known to us.
-# Every scene ends with everything restored.
+# What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only
+# that concepts join later. Every scene ends with everything restored.
 SCENES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (3, 4, 5), ()),
     2: ((0, 1, 2, 3, 4, 5), (0, 1, 2, 5), (0, 1, 2), ()),
