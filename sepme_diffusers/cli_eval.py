@@ -91,7 +91,7 @@ def many(
         advance("half of all objects: the original", 1)
         original = half.original()
         advance("half of all objects erased", 1)
-        separate, restored = half.separate(bank), half.restored_exactly(bank, built_in())
+        separate, restored = half.separate(bank), half.restored_change(bank, built_in())
         advance("half of all objects: UCE", 1)
         fused, tries = half.fused(lambda name: advance(name, 0))
         advance("making a bank of everything", 1)
