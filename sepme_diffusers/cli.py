@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from sepme_diffusers import cli_eval
 from sepme_diffusers import cli_making as making
 from sepme_diffusers.console import as_rich, console, quieten
 
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable co
 app.command()(making.erase)
 app.command()(making.capacity)
 app.command("soft-guards")(making.soft_guards)
+app.add_typer(cli_eval.app, name="eval")
 
 
 @app.callback()

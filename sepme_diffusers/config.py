@@ -74,7 +74,7 @@ class SepMEConfig:
     ridge: float = 1e-5
     guard_tolerance: float = 1e-6
     reserve: float = 0.25
-    name_weight: float = 1000.0
+    name_weight: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:

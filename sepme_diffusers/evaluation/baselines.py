@@ -1,8 +1,9 @@
-"""Other erasers, as small as they can be said: what an erasure is compared with in the same run."""
+"""Other erasers, as small as they can be said, and fused weights in force: what an erasure is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -131,3 +132,15 @@ class PaperStep:
             return lambda module, inputs, output: output + (inputs[0].float() @ deltas[name].T).to(output.dtype)
 
         return [module.register_forward_hook(hook(name)) for name, module in self.modules.items()]
+
+
+@contextmanager
+def replaced(unet: torch.nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in a UNet while the block runs; then its own again, bit for bit."""
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if name in weights}
+    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        unet.load_state_dict(weights, strict=False)
+        yield
+    finally:
+        unet.load_state_dict(own, strict=False)

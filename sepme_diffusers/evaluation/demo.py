@@ -13,6 +13,7 @@ from sepme_diffusers import pocket
 from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.metrics import generate, judged, largest_change, mean_change, style_accuracy
+from sepme_diffusers.evaluation.probes import Probe
 from sepme_diffusers.evaluation.report import Table, contact_sheet
 from sepme_diffusers.pipeline import SepMEPipeline
 from sepme_diffusers.pocket import vocabulary as words
@@ -31,15 +32,6 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "two restored": ERASED[2:],
     "all restored": (),
 }
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Prompts that are drawn at every moment: what they are to the erasure, and what they should show."""
-
-    prompts: tuple[str, ...]
-    styles: tuple[str, ...] = ()
-    objects: tuple[str, ...] = ()
 
 
 def probes(n_objects: int) -> dict[str, Probe]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,37 @@ from PIL import Image
 from torch import Tensor
 
 from sepme_diffusers import pocket
+from sepme_diffusers.bank import ConceptBank
 
 
 def generate(
     pipe: Any,
     prompts: Sequence[str],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     steps: int = 20,
     guidance_scale: float = 4.0,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One picture a prompt; prompt i always starts from the noise of seed + i."""
+    """One picture a prompt; prompt i always starts from the noise of seed + i, or of seed[i] where a list is given."""
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(seeds[start + i]) for i in range(len(part))]
         made = pipe(part, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
         pictures += made.images
     return pictures
+
+
+@contextmanager
+def erased(pipe: Any, bank: ConceptBank, names: Sequence[str]) -> Iterator[None]:
+    """A bank loaded on a pipeline that has none, with these concepts erased, while the block runs."""
+    pipe.load_sepme(bank)
+    try:
+        pipe.set_erased(names)
+        yield
+    finally:
+        pipe.unload_sepme()
 
 
 def accuracy(probabilities: Tensor, truth: Sequence[str], names: Sequence[str]) -> float:

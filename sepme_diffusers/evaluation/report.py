@@ -1,12 +1,14 @@
-"""Contact sheets and a self-contained HTML report."""
+"""Contact sheets, tables and bars; Markdown with JSON, and a self-contained HTML report."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +50,37 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A bar: what is measured, what it must be, what it was, and whether that is met."""
+
+    measure: str
+    bar: str
+    measured: str
+    met: bool
+
+
+def bars_table(title: str, bars: Sequence[Bar]) -> Table:
+    """Bars as a table."""
+    rows = tuple((one.measure, one.bar, one.measured, "yes" if one.met else "no") for one in bars)
+    return Table(title, ("measure", "bar", "measured", "met"), rows)
+
+
+def markdown(title: str, summary: str, tables: Sequence[Table], picture: str = "") -> str:
+    """A page of Markdown, with the picture of that file name at its end."""
+    parts = [f"# {title}", summary]
+    for table in tables:
+        lines = [table.columns, ("---",) * len(table.columns), *table.rows]
+        parts += [f"## {table.title}", "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)]
+    if picture:
+        parts.append(f"![{title}]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
@@ -80,6 +113,20 @@ def html_page(
     encoded = base64.b64encode(stream.getvalue()).decode()
     page = Environment(autoescape=True).from_string(_PAGE)
     return page.render(title=title, summary=summary, tables=tables, picture=encoded, caption=caption, footer=footer)
+
+
+def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | None = None) -> None:
+    """Write name.md, name.json and name.png into a folder, made if missing; none of them is ever half there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {".md": page.encode(), ".json": json.dumps(data, indent=1, ensure_ascii=False).encode()}
+    if picture is not None:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        files[".png"] = stream.getvalue()
+    for ending, content in files.items():
+        unfinished = folder / f".{name}{ending}"
+        unfinished.write_bytes(content)
+        unfinished.replace(folder / f"{name}{ending}")
 
 
 def write(folder: Path, picture: Image.Image, page: str) -> None:

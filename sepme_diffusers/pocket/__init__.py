@@ -67,17 +67,28 @@ def classify(images: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the pictures are not 64 x 64.
     """
+    images = as_tensor(images)
+    logits = [load_judge()(part) for part in images.split(64)]
+    return tuple(torch.cat(part).softmax(dim=1) for part in zip(*logits, strict=True))
+
+
+def as_tensor(images: Sequence[Image.Image] | Tensor) -> Tensor:
+    """Pictures as the judge reads them: (n, 3, 64, 64) in [0, 1], float32 on the CPU.
+
+    Raises:
+        ValueError: If the pictures are not 64 x 64.
+    """
     if not isinstance(images, Tensor):
         stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
         images = torch.from_numpy(stacked / 255).permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1:] != (3, 64, 64):
         raise ValueError(f"the judge looks at pictures (n, 3, 64, 64), not {tuple(images.shape)}")
-    logits = [_judge()(part.float().cpu()) for part in images.split(64)]
-    return tuple(torch.cat(part).softmax(dim=1) for part in zip(*logits, strict=True))
+    return images.float().cpu()
 
 
 @cache
-def _judge() -> Judge:
+def load_judge() -> Judge:
+    """The judge, in evaluation mode; loaded once."""
     judge = Judge(len(style_classes), len(objects)).eval()
     judge.load_state_dict(load_file(_HERE / "judge.safetensors"))
     return judge
