@@ -96,11 +96,9 @@ def from_lora(
     room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
     for concept in found:
-        penalties = [room.penalty(concept)]
-        if soft is not None:
-            penalties.append(config.soft_guard_weight * soft.without(pipe, concept))
-        penalty = sum(part.cpu() for part in penalties if part is not None)
-        penalty = penalty if isinstance(penalty, Tensor) else None
+        regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
+        penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
+        penalty = sum(penalties) if penalties else None
         entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
     return bank.with_entries(entries)
 
@@ -197,7 +195,7 @@ def _entry(
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(null),
-        **increment.measured_leakage(guards, encoded(guards).cpu(), weights),
+        **increment.measured_leakage(guards, encoded(guards).cpu(), weights, room.damped),
     }
     return Entry(concept, increment, config, guards, metrics)
 

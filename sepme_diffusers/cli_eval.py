@@ -37,7 +37,7 @@ def scenes(
     pictures: Annotated[int, typer.Option(min=2, help="Of each concept at each moment.")] = 12,
     steps: Steps = 20,
 ) -> None:
-    """The paper's four scenes, for styles and for objects. On two cores: about 25 minutes for everything."""
+    """The paper's four scenes, for styles and for objects."""
     chosen = _chosen(only or [])
     with _working(sum(1 + len(numbers) for numbers in chosen.values())) as advance:
         from sepme_diffusers.evaluation import report, scene_report
@@ -78,7 +78,7 @@ def many(
     sixes: Annotated[int, typer.Option(min=1, help="Sixes of each sort drawn from the bank of everything.")] = 2,
     steps: Steps = 20,
 ) -> None:
-    """Half of all objects erased at once, beside UCE; and any six of one bank of everything. About 15 minutes."""
+    """Half of all objects erased at once, beside UCE; and any six of one bank of everything."""
     with _working(4 + 3 * sixes) as advance:
         from sepme_diffusers.evaluation import everything, halves
         from sepme_diffusers.evaluation.report import bars_table
@@ -114,7 +114,7 @@ def variants(
     pictures: Annotated[int, typer.Option(min=1, help="Of each style.")] = 24,
     steps: Steps = 20,
 ) -> None:
-    """Every variant of the method on the same two styles; and a bank on another UNet. About 15 minutes."""
+    """Every variant of the method on the same two styles; and a bank on another UNet."""
     with _working(len(only or ()) or 11) as advance:
         from sepme_diffusers.evaluation import variants as making
         from sepme_diffusers.evaluation.report import bars_table

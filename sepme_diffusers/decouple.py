@@ -77,7 +77,7 @@ def _decoupled(
         )
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **increment.measured_leakage(guards, encoded(guards), weights),
+        **increment.measured_leakage(guards, encoded(guards), weights, room.damped),
         "dimensions_left": len(null),
         "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],

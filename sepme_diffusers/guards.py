@@ -77,6 +77,11 @@ class Guards:
         """What an increment of the concept guards: the hard prompts, and every name but its own."""
         return (*self.hard, *(name for name in self.names if name != concept.name))
 
+    @property
+    def damped(self) -> tuple[str, ...]:
+        """The names that are not guarded exactly."""
+        return () if self.exact else self.names
+
     def null(self, concept: Concept) -> Tensor:
         """N, orthonormal rows (k, d) of what an increment of the concept may use."""
         return self._exact_null(concept) if self.exact else self._hard_null

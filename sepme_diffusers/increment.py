@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,7 +122,11 @@ class Increment:
         return largest
 
     def measured_leakage(
-        self, guards: Sequence[str], tokens: Tensor, weights: Mapping[str, Tensor]
+        self,
+        guards: Sequence[str],
+        tokens: Tensor,
+        weights: Mapping[str, Tensor],
+        damped: Collection[str] = (),
     ) -> dict[str, float | dict[str, float]]:
         """The metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
 
@@ -130,9 +134,10 @@ class Increment:
             guards: The prompts.
             tokens: Their embeddings, (n_prompts, n_tokens, d).
             weights: W_m (d_out, d) by module name.
+            damped: Prompts that are not guarded exactly: they are listed however little they leak.
         """
         leaks = dict(zip(guards, self.leakage(tokens, weights).tolist(), strict=True))
-        moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT}
+        moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT or prompt in damped}
         return {"leakage": _short(max(leaks.values()))} | ({"leakage_of": moved} if moved else {})
 
     def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:

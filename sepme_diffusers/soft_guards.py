@@ -146,10 +146,14 @@ def _upper(d: int) -> tuple[Tensor, Tensor]:
 
 
 def as_soft_guards(pipe: Any, guards: SoftGuards | Tensor | Iterable[str]) -> SoftGuards | Tensor | None:
-    """Soft guards from themselves, a covariance, or prompts; None for no prompts."""
+    """Soft guards from themselves, a covariance, or prompts; None for no prompts.
+
+    Raises:
+        TypeError: If a single string is given: a path, perhaps, for which there is `SoftGuards.load`.
+    """
     if isinstance(guards, Tensor):
         return nearest_covariance(guards)
     if isinstance(guards, SoftGuards):
         return guards
-    prompts = [guards] if isinstance(guards, str) else list(guards)
+    prompts = guards if isinstance(guards, str) else list(guards)
     return SoftGuards.from_prompts(pipe, prompts) if prompts else None

@@ -233,7 +233,8 @@ class SepMETrainer:
             made = self._learnt(plans, pictures)
         entries = []
         for plan, (increment, trained) in zip(plans, made, strict=True):
-            leaks = increment.measured_leakage(plan.guards, self._encoded(plan.guards), self._weights)
+            tokens = self._encoded(plan.guards)
+            leaks = increment.measured_leakage(plan.guards, tokens, self._weights, guards.damped)
             metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **trained, **leaks}
             entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
         return entries

@@ -61,6 +61,15 @@ def test_above_capacity_names_leak_little_and_the_bank_says_how_much(pipe, crowd
     assert verify(crowded, random_pipeline()).ok
 
 
+def test_nothing_damped_is_promised_to_be_exact_however_little_it_leaks(pipe):
+    """With room to spare a heavy weight leaves less than what is otherwise called exact; bits still move."""
+    config = replace(CLOSED, reserve=0.99, name_weight=1e5)
+    bank = SepMETrainer(pipe, config).erase([CAT, DOG])
+    assert bank["cat"].metrics["leakage_of"].keys() == {"dog"}
+    assert bank["cat"].metrics["leakage_of"]["dog"] < 1e-5
+    assert not bank.guarantees["dog"].exact
+
+
 def test_a_heavier_weight_leaks_less_and_none_leaks_more(pipe, crowded):
     others = [name for name in MANY if name != "cat"]
     leaks = []

@@ -73,6 +73,8 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path):
 def test_bad_lists_are_refused(pipe, soft):
     with pytest.raises(TypeError, match="list of prompts"):
         SoftGuards.from_prompts(pipe, "a cat")
+    with pytest.raises(TypeError, match="list of prompts"):
+        SepMETrainer(pipe, CLOSED, soft_guards="regular.safetensors")
     with pytest.raises(ValueError, match="at least one prompt"):
         SoftGuards.from_prompts(pipe, [])
     with pytest.raises(ValueError, match=r"symmetric.*\(2, 3\)"):

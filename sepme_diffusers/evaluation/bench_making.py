@@ -24,9 +24,6 @@ from sepme_diffusers.pocket.concepts import BANKED_STYLES, GUARDS, regular_for_s
 from sepme_diffusers.subspace import null_space
 from sepme_diffusers.training import SepMETrainer
 
-# A picture a step, as in the authors' code.
-_ONE = {"batch_size": 1, "n_images": 1, "image_steps": 1}
-
 
 class Making(Workbench):
     """The measurements on making increments, each a method."""
