@@ -391,6 +391,8 @@ def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
         "config": entry.config.to_dict(),
         "metrics": dict(entry.metrics),
     }
+    if entry.increment.gate is not None:
+        record["gate"] = entry.increment.gate
     try:
         files = increment_files(entry.increment, dtype)
     except ValueError as error:

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -104,6 +104,7 @@ class BankFolder:
         try:
             tensors = load_tensors(data)
             increment = Increment(**tensors) if record["form"] == "text" else Increment.from_lora(tensors)
+            increment = replace(increment, gate=record.get("gate"))
         except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
         if wrong := _misfit(increment, record, base):

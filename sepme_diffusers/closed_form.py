@@ -73,6 +73,33 @@ def reduced_rank_edit(
     return a.T @ null, wanted.T @ leading
 
 
+def with_gain(
+    factors: tuple[Tensor, Tensor], concept: Tensor, change: Tensor, gain: float, output_factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same A, and B scaled so that the concept's rows get this share of the wanted change.
+
+        ⟨(E Aᵀ) Bᵀ, T⟩_Ω = gain ‖T‖²_Ω
+
+    Args:
+        factors: A (r, d) and B (d, r) of `reduced_rank_edit`.
+        concept: E, (n, d).
+        change: T, (n, d).
+        gain: The share.
+        output_factor: Fₒ (d, p), see `reduced_rank_edit`.
+
+    Raises:
+        ValueError: If the factors do not move the rows towards the change at all.
+    """
+    a, b = factors
+    moved, wanted = concept.double() @ a.T @ b.T, change.double()
+    if output_factor is not None:
+        moved, wanted = moved @ output_factor.double(), wanted @ output_factor.double()
+    share = float((moved * wanted).sum() / wanted.square().sum())
+    if not share > 0:
+        raise ValueError(f"the increment gives {share:.2g} of the wanted change; no scale makes that {gain:g}")
+    return a, b * (gain / share)
+
+
 def imitation(concept: Tensor, null: Tensor, penalty: Tensor | None = None, ridge: float = 1e-5) -> Tensor:
     """K (d, d), float64, with rows in the null space, so that e Kᵀ is as good as e for the concept's tokens e.
 

@@ -40,6 +40,11 @@ class SepMEConfig:
         image_steps: Denoising steps for those pictures.
         guidance_scale: Guidance for those pictures.
         soft_guard_weight: What moving regular prompts costs, relative to moving the concept's own.
+        gain: The share of the wanted change that a closed-form increment gives the concept's own prompts: it is scaled
+            to that. Default: as the regression leaves it, less the more there is to guard.
+        gate: An increment acts on a prompt only if it reads at least this share of what it reads in each of the
+            concept's own prompts: on all others nothing moves, not by a bit. Default: no gate; it acts on every
+            prompt in proportion to what it reads, as a LoRA does, which is what exports hold in either case.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
         reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other
@@ -71,6 +76,8 @@ class SepMEConfig:
     image_steps: int = 20
     guidance_scale: float = 4.0
     soft_guard_weight: float = 300.0
+    gain: float | None = None
+    gate: float | None = None
     ridge: float = 1e-5
     guard_tolerance: float = 1e-6
     reserve: float = 0.25
@@ -97,6 +104,10 @@ class SepMEConfig:
             faults.append(f"guard_tolerance must be between 0 and 1, not {self.guard_tolerance!r}")
         if not 0 < self.reserve < 1:
             faults.append(f"reserve must be between 0 and 1, not {self.reserve!r}")
+        if self.gain is not None and not self.gain > 0:
+            faults.append(f"gain must be positive or None, not {self.gain!r}")
+        if self.gate is not None and not 0 < self.gate < 1:
+            faults.append(f"gate must be between 0 and 1 or None, not {self.gate!r}")
         if self.min_steps > self.max_steps:
             faults.append(f"min_steps ({self.min_steps}) must not exceed max_steps ({self.max_steps})")
         if faults:

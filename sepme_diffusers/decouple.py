@@ -75,6 +75,9 @@ def _decoupled(
             f"guarded on {unknown} as well, nothing would be left of the increment of {entry.concept.name!r} "
             f"(share of its effect: {kept:.1e}); make it anew with fewer guards"
         )
+    if old.gate is not None:
+        own = encoded(entry.concept.prompts)
+        increment = increment.gated(own, old.gate / float(old.reading(own).min()))
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
         **increment.measured_leakage(guards, encoded(guards), weights, room.damped),

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from sepme_diffusers.increment import Increment
 from sepme_diffusers.manifest import LORA_FILE
 from sepme_diffusers.names import Names
 from sepme_diffusers.targets import projection_weights
+
+logger = logging.get_logger(__name__)
 
 LoraFormat = Literal["peft", "diffusers", "kohya"]
 CheckpointFormat = Literal["diffusers", "single_file"]
@@ -184,6 +187,9 @@ def strengths_of(bank: ConceptBank, erased: Erased) -> dict[str, float]:
 def merged_increment(bank: ConceptBank, weights: Mapping[str, Tensor], strengths: Mapping[str, float]) -> Increment:
     """The sum of increments as a single per-module one on the CPU: their ranks side by side, strengths in C.
 
+    No LoRA and no fused weight has a gate: the sum acts on every prompt in proportion to what it reads. What was
+    asked for is erased all the same; regular prompts move more than with the gates. A warning says so.
+
     Args:
         bank: Where the increments come from.
         weights: W_m by module name.
@@ -193,6 +199,11 @@ def merged_increment(bank: ConceptBank, weights: Mapping[str, Tensor], strengths
         ValueError: If an increment does not fit the weights.
     """
     increments = {name: bank[name].increment for name in strengths}
+    if gated := [name for name, increment in increments.items() if increment.gate is not None]:
+        logger.warning(
+            f"the gates of {gated} are lost: what is exported acts on every prompt in proportion to what it reads, so "
+            "regular prompts move more than under this package (guards other than the gates' hold as before)"
+        )
     parts = [(strengths[name], increment.coefficients(weights)) for name, increment in increments.items()]
     c = {module: torch.cat([strength * c[module].cpu() for strength, c in parts], dim=1) for module in weights}
     return Increment(torch.cat([increment.A.float().cpu() for increment in increments.values()]), C=c)

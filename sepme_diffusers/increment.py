@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 _PREFIX = "base_model.model."
 # Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
 _EXACT = 1e-5
+# A reading this close below the gate may open it where embeddings are rounded in another way.
+_MARGIN = 0.1
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,17 +28,22 @@ class Increment:
         B: Text-side form, (d, r): C_m = W_m B for every module, an edit e <- e + (e Aᵀ) Bᵀ of the embedding that the
             edited modules see. No base weight enters it: it serves every base with the same text encoder.
         C: Per-module form, {module name: (d_out, r)}.
+        gate: The increment acts on a prompt only if it reads at least this in one of its tokens e, ‖e Aᵀ‖; see
+            `reading`. Default: it acts on every prompt, in proportion to what it reads.
 
     Raises:
-        ValueError: If not exactly one of B and C is given, shapes do not fit, or a number is not finite or of an
-            unusual type.
+        ValueError: If not exactly one of B and C is given, shapes do not fit, the gate is not a number above zero, or
+            a number is not finite or of an unusual type.
     """
 
     A: Tensor
     B: Tensor | None = None
     C: Mapping[str, Tensor] | None = None
+    gate: float | None = None
 
     def __post_init__(self) -> None:
+        if self.gate is not None and not 0 < self.gate < math.inf:
+            raise ValueError(f"the gate of an increment is a finite number above zero, or None, not {self.gate!r}")
         if (self.B is None) == (self.C is None) or self.C == {}:
             raise ValueError("an increment has either B (text-side) or C (per-module), and C is not empty")
         faults = [f"{name} {tuple(t.shape)}" for name, t in self.tensors().items() if not self._fits(name, t)]
@@ -100,26 +108,48 @@ class Increment:
 
     def expand(self, weights: Mapping[str, Tensor]) -> Increment:
         """The same increment in per-module form."""
-        return Increment(self.A, C=self.coefficients(weights))
+        return Increment(self.A, C=self.coefficients(weights), gate=self.gate)
+
+    def reading(self, tokens: Tensor) -> Tensor:
+        """max_t ‖e_t Aᵀ‖ of each prompt's tokens e_t (n_prompts, n_tokens, d): (n_prompts,), float64."""
+        return (tokens.double() @ self.A.double().to(tokens.device).T).norm(dim=-1).amax(dim=-1)
+
+    def gated(self, tokens: Tensor, share: float) -> Increment:
+        """The same increment with a gate at this share of what it reads in each of these prompts at least.
+
+        Args:
+            tokens: Embeddings of prompts that it must act on, (n_prompts, n_tokens, d).
+            share: Between 0 and 1.
+
+        Raises:
+            ValueError: If it reads nothing in one of them.
+        """
+        return replace(self, gate=share * float(self.reading(tokens).min()))
 
     def delta_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
         return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}
 
-    def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor | None = None) -> Tensor:
         """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
+
+        Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere.
 
         Args:
             tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
             weights: W_m (d_out, d) by module name.
+            norms: ‖e Wᵀ‖, where `output_norms` has given them already.
         """
-        largest = torch.zeros(len(tokens), dtype=torch.float64)
-        flat = tokens.double().flatten(0, -2)
-        read = flat @ self.A.double().to(flat.device).T
-        for name, c in self.coefficients(weights).items():
-            moved = (read @ c.double().T).norm(dim=1) / (flat @ weights[name].double().T).norm(dim=1)
-            largest = largest.maximum(moved.view(len(tokens), -1).amax(dim=1).cpu())
-        return largest
+        norms = output_norms(tokens, weights) if norms is None else norms
+        read = tokens.double() @ self.A.double().to(tokens.device).T
+        if self.gate is not None:
+            read = read * (self.reading(tokens) > (1 - _MARGIN) * self.gate)[:, None, None]
+        shares = []
+        for c, outputs in zip(self.coefficients(weights).values(), norms.unbind(-1), strict=True):
+            # ‖C a‖² = aᵀ (CᵀC) a: by r numbers a token, not d_out.
+            gram = c.double().T @ c.double()
+            shares.append(((read @ gram) * read).sum(dim=-1).clamp(min=0).sqrt() / outputs)
+        return torch.stack(shares).amax(dim=(0, 2)).cpu()
 
     def measured_leakage(
         self,
@@ -127,6 +157,7 @@ class Increment:
         tokens: Tensor,
         weights: Mapping[str, Tensor],
         damped: Collection[str] = (),
+        norms: Tensor | None = None,
     ) -> dict[str, float | dict[str, float]]:
         """The metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
 
@@ -135,13 +166,16 @@ class Increment:
             tokens: Their embeddings, (n_prompts, n_tokens, d).
             weights: W_m (d_out, d) by module name.
             damped: Prompts that are not guarded exactly: they are listed however little they leak.
+            norms: See `leakage`.
         """
-        leaks = dict(zip(guards, self.leakage(tokens, weights).tolist(), strict=True))
+        leaks = dict(zip(guards, self.leakage(tokens, weights, norms).tolist(), strict=True))
         moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT or prompt in damped}
         return {"leakage": _short(max(leaks.values()))} | ({"leakage_of": moved} if moved else {})
 
     def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
         """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
+
+        A LoRA has no gate: it acts on every prompt, in proportion.
 
         Raises:
             ValueError: If the increment is text-side; `expand` it first.
@@ -176,6 +210,11 @@ class Increment:
         if different := [name for name, a in down.items() if not torch.equal(a, first)]:
             raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
         return cls(first, C=up)
+
+
+def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """‖e W_mᵀ‖ of each token e (n_prompts, n_tokens, d) for each module, (n_prompts, n_tokens, M), float64."""
+    return torch.stack([(tokens.float() @ weight.float().T).norm(dim=-1).double() for weight in weights.values()], -1)
 
 
 def _short(value: float) -> float:

@@ -1,9 +1,10 @@
 """The factors of many increments side by side, and the masks that pick some of them. Tensors in, tensors out.
 
-    change(e) = ((e Aᵀ) ⊙ mask) Fᵀ
+    change(e) = ((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ
 
 A mask holds the strengths of the active increments, in one row for a whole batch or one row a prompt. A mask of zeros
-changes nothing, exactly; the order in which increments were asked for cannot leave a trace.
+changes nothing, exactly; the order in which increments were asked for cannot leave a trace. `open` is 1 for the rows of
+an increment whose gate the prompt opens, and of one that has none, else 0.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Stack:
         found = list(increments.values())
         a = pad(torch.cat([one.A.float() for one in found]), (0, 0, 0, self.width - used))
         self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
+        self.gates = _Gates.of(self.slices, increments, self.width)
         outputs = [{SHARED: one.B.float()} if one.C is None else one.C for one in found]
         self.outputs = {
             name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
@@ -65,7 +67,8 @@ class Stack:
 
     def tensors(self) -> list[Tensor]:
         """Every copy of every factor."""
-        return [copy for placed in (self.A, self.norms, *self.outputs.values()) for copy in placed.copies()]
+        gates = () if self.gates is None else (self.gates.members, self.gates.squares)
+        return [copy for placed in (self.A, self.norms, *gates, *self.outputs.values()) for copy in placed.copies()]
 
     def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
@@ -79,6 +82,38 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
+class _Gates:
+    """Which increments act on a prompt.
+
+    Args:
+        members: 1 where a row of A is an increment's, (R, K) for K increments; a row for padding is of none.
+        squares: Each increment's gate, squared; -1 where it has none, (K,).
+    """
+
+    members: Placed
+    squares: Placed
+
+    @classmethod
+    def of(
+        cls, slices: Mapping[Hashable, slice], increments: Mapping[Hashable, Increment], width: int
+    ) -> _Gates | None:
+        """The gates of increments; None if none has one."""
+        if all(one.gate is None for one in increments.values()):
+            return None
+        members = torch.zeros(width, len(slices))
+        for index, where in enumerate(slices.values()):
+            members[where, index] = 1.0
+        squares = [-1.0 if one.gate is None else one.gate**2 for one in increments.values()]
+        return cls(Placed(members), Placed(torch.tensor(squares)))
+
+    def open(self, seen: Tensor) -> Tensor:
+        """1 or 0 for each row of A, for what the tokens read (batch, n_tokens, R): (batch, 1, R)."""
+        members, squares = self.members.on(seen.device), self.squares.on(seen.device)
+        strongest = (seen.square() @ members).amax(dim=1, keepdim=True)
+        return (strongest >= squares).float() @ members.T
+
+
+@dataclass(frozen=True, eq=False)
 class Acting:
     """A stack with the mask of what is active in it."""
 
@@ -86,7 +121,7 @@ class Acting:
     mask: Placed
 
     def read(self, embedding: Tensor) -> Tensor:
-        """(e Aᵀ) ⊙ mask for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float32.
+        """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float32.
 
         In float32 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
         of e · a = 0 is set to zero, so that a guarded token is not changed by a single bit.
@@ -102,10 +137,12 @@ class Acting:
             e = embedding.float()
             seen = e @ a.T
             seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
+            if self.stack.gates is not None:
+                seen = seen * self.stack.gates.open(seen)
             return seen * _for_batch(mask, len(e))
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
-        """((e Aᵀ) ⊙ mask) Fᵀ, float32, of what `read` gave."""
+        """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
         with torch.autocast(read.device.type, enabled=False):
             return read @ self.stack.outputs[name].on(read.device).float().T
 

@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
-from sepme_diffusers.closed_form import output_factor, reduced_rank_edit
+from sepme_diffusers.closed_form import output_factor, reduced_rank_edit, with_gain
 from sepme_diffusers.concepts import BLANK, Concept, Encoded, as_concepts, rows, slug
 from sepme_diffusers.config import SepMEConfig, Solver
 from sepme_diffusers.distribute import shared_out
 from sepme_diffusers.fit import refuse_other_text, refuse_other_weights
 from sepme_diffusers.guards import Capacity, Guards
 from sepme_diffusers.hooks import erasures_of
-from sepme_diffusers.increment import Increment
+from sepme_diffusers.increment import Increment, output_norms
 from sepme_diffusers.noise import NoisyPictures, refuse_other_schedules, refuse_other_sizes
 from sepme_diffusers.optimise import Learner, Step, TrainingState, learn
 from sepme_diffusers.permanent import unlearn_permanently
@@ -80,6 +80,7 @@ class SepMETrainer:
         self._soft = as_soft_guards(pipe, soft_guards)
         self._weights = projection_weights(pipe.unet)
         self._encoded = Encoded(pipe)
+        self._known_norms: dict[str, Tensor] = {}
 
     def erase(
         self,
@@ -191,15 +192,13 @@ class SepMETrainer:
         solver = solver or self.config.solver
         if solver != "train" or self.config.basis == "aligned":
             penalties = [part for part in (damping, self._soft_penalty(concept)) if part is not None]
+            own, change = rows(embeddings), rows(self._encoded.anchors(concept) - embeddings)
+            penalty = sum(penalties) if penalties else None
             closed = reduced_rank_edit(
-                rows(embeddings),
-                rows(self._encoded.anchors(concept) - embeddings),
-                null,
-                self.config.rank,
-                sum(penalties) if penalties else None,
-                self.config.ridge,
-                self._output_factor,
+                own, change, null, self.config.rank, penalty, self.config.ridge, self._output_factor
             )
+            if self.config.gain is not None:
+                closed = with_gain(closed, own, change, self.config.gain, self._output_factor)
         if solver != "closed_form" and self.config.basis == "full":
             full = null if damping is None else damped(null, damping, rows(embeddings))
         return _Plan(concept, guards.prompts(concept), reach, len(null), closed, full)
@@ -217,7 +216,8 @@ class SepMETrainer:
     def _capacity(self, concept: Concept, guards: Guards) -> Capacity:
         plan = self._plan(concept, guards, "closed_form")
         names = [name for name in guards.names if name != concept.name]
-        leaks = plan.closed_increment().leakage(self._encoded(names), self._weights) if names else torch.zeros(1)
+        increment = self._gated(plan.closed_increment(), concept)
+        leaks = increment.leakage(self._encoded(names), self._weights, self._norms(names)) if names else torch.zeros(1)
         return Capacity(
             concept.name, guards.width, plan.dimensions_left, guards.dimensions_taken(concept), guards.exact,
             plan.reach, float(leaks.max()),
@@ -232,12 +232,23 @@ class SepMETrainer:
         else:
             made = self._learnt(plans, pictures)
         entries = []
-        for plan, (increment, trained) in zip(plans, made, strict=True):
-            tokens = self._encoded(plan.guards)
-            leaks = increment.measured_leakage(plan.guards, tokens, self._weights, guards.damped)
+        for plan, (ungated, trained) in zip(plans, made, strict=True):
+            increment, tokens = self._gated(ungated, plan.concept), self._encoded(plan.guards)
+            norms = self._norms(plan.guards)
+            leaks = increment.measured_leakage(plan.guards, tokens, self._weights, guards.damped, norms)
             metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **trained, **leaks}
             entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
         return entries
+
+    def _gated(self, increment: Increment, concept: Concept) -> Increment:
+        share = self.config.gate
+        return increment if share is None else increment.gated(self._encoded(concept.prompts), share)
+
+    def _norms(self, prompts: Sequence[str]) -> Tensor:
+        """`output_norms` of prompts, each computed once."""
+        if new := [prompt for prompt in prompts if prompt not in self._known_norms]:
+            self._known_norms.update(zip(new, output_norms(self._encoded(new), self._weights), strict=True))
+        return torch.stack([self._known_norms[prompt] for prompt in prompts])
 
     def _learnt(
         self, plans: Sequence[_Plan], pictures: Mapping[str, Sequence[Image.Image]]

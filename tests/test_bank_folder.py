@@ -15,7 +15,7 @@ from tiny import tiny_bank
 
 from sepme_diffusers import BankError, ConceptBank, Increment, pocket
 from sepme_diffusers.bank_folder import sha256
-from sepme_diffusers.manifest import MANIFEST
+from sepme_diffusers.manifest import FORMAT_VERSION, MANIFEST
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSION_1 = FIXTURES / "bank-version-1"
@@ -47,18 +47,35 @@ def test_a_bank_of_version_1_still_loads_and_becomes_one_of_today(tmp_path):
     shutil.copytree(VERSION_1, tmp_path / "bank")
     bank.save_pretrained(tmp_path / "bank")
     manifest = json.loads((tmp_path / "bank" / MANIFEST).read_bytes())
-    assert manifest["version"] == 3
+    assert manifest["version"] == FORMAT_VERSION
     assert set(manifest["concepts"]["Van Gogh"]["beside"]) == {"adapter_config.json"}
     assert same(ConceptBank.from_pretrained(tmp_path / "bank"), bank)
     weights = {file: data for file, data in tree(VERSION_1).items() if file.endswith(".safetensors")}
     assert weights.items() <= tree(tmp_path / "bank").items()
 
 
-def test_a_bank_of_version_2_still_loads_and_becomes_one_of_today(tmp_path):
-    bank = ConceptBank.from_pretrained(FIXTURES / "bank-version-2")
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_bank_of_an_older_version_still_loads_and_becomes_one_of_today(tmp_path, version):
+    bank = ConceptBank.from_pretrained(FIXTURES / f"bank-version-{version}")
     assert same(bank, tiny_bank())
     bank.save_pretrained(tmp_path / "bank")
-    assert json.loads((tmp_path / "bank" / MANIFEST).read_bytes())["version"] == 3
+    assert json.loads((tmp_path / "bank" / MANIFEST).read_bytes())["version"] == FORMAT_VERSION
+
+
+def test_gates_survive_the_disk_in_both_forms(tmp_path):
+    """Lost, an increment would act on prompts that it was promised to leave alone."""
+    bank = tiny_bank()
+    gates = {"neon": 0.25, "Van Gogh": 1.5}
+    gated = {name: replace(e, increment=replace(e.increment, gate=gates[name])) for name, e in bank.items()}
+    bank.with_entries(gated.values()).save_pretrained(tmp_path / "bank")
+    back = ConceptBank.from_pretrained(tmp_path / "bank")
+    assert {name: entry.increment.gate for name, entry in back.items()} == gates
+
+
+@pytest.mark.parametrize("gate", [0, -1.0, "0.5", None])
+def test_a_gate_that_is_none_is_refused(saved, gate):
+    reseal(saved, lambda m: m["concepts"]["neon"].update(gate=gate))
+    refused(saved, "gate", MANIFEST)
 
 
 @pytest.mark.parametrize("name", ["styles", "objects"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sepme_diffusers.closed_form import covariance, output_factor, reduced_rank_edit
+from sepme_diffusers.closed_form import covariance, output_factor, reduced_rank_edit, with_gain
 from sepme_diffusers.subspace import null_space
 
 
@@ -85,3 +85,21 @@ def test_no_direction_is_kept_that_does_nothing(problem):
 def test_no_wanted_change_is_refused(problem):
     with pytest.raises(ValueError, match="wanted change is zero"):
         reduced_rank_edit(problem["concept"], torch.zeros(25, 40), problem["null"], rank=2)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.6])
+def test_the_gain_is_the_share_of_the_wanted_change_that_is_given(problem, gain):
+    """Soft guards shrink an edit; scaled back, it gives what was asked along the wanted change, and reads the same."""
+    factor = torch.randn(40, 40, dtype=torch.float64)
+    asked = (problem["concept"], problem["change"])
+    shrunk = reduced_rank_edit(*asked, problem["null"], 4, penalty=9 * torch.eye(40), output_factor=factor)
+    a, b = with_gain(shrunk, *asked, gain, factor)
+    assert torch.equal(a, shrunk[0])
+    moved, wanted = (x.double() @ factor for x in (problem["concept"].double() @ a.T @ b.T, problem["change"]))
+    assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(gain)
+
+
+def test_no_gain_makes_up_for_an_edit_in_the_wrong_direction(problem):
+    a, b = reduced_rank_edit(problem["concept"], problem["change"], problem["null"], 4)
+    with pytest.raises(ValueError, match="no scale makes that 1"):
+        with_gain((a, -b), problem["concept"], problem["change"], 1.0)

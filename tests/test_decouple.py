@@ -65,3 +65,14 @@ def test_a_newcomer_that_takes_everything_is_refused(pipe):
 def test_a_bank_of_another_base_is_refused(mixed_bank):
     with pytest.raises(ValueError, match="other weights"):
         mixed_bank.decouple(random_pipeline(seed=9))
+
+
+def test_a_gate_stays_at_the_same_share_of_what_the_own_prompts_read(pipe):
+    """The projection takes from what an increment reads; a gate left where it was could stay shut: fail open."""
+    trainer = SepMETrainer(pipe, replace(CLOSED, gate=0.5))
+    bank = trainer.erase(CONCEPTS[:1])
+    grown = trainer.erase(CONCEPTS[1:], bank).decouple(pipe)
+    own = encode(pipe, CONCEPTS[0].prompts)
+    old, new = bank["neon"].increment, grown["neon"].increment
+    assert not torch.equal(new.A, old.A)
+    assert new.gate == pytest.approx(0.5 * float(new.reading(own).min()))

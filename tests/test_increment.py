@@ -98,3 +98,33 @@ def test_leakage_is_the_largest_over_tokens_and_modules():
 def test_unusual_numbers_are_refused(dtype):
     with pytest.raises(ValueError, match="floating point"):
         Increment(torch.ones(2, 8).to(dtype), B=torch.ones(8, 2))
+
+
+def gated_increment():
+    """Reads the first of six coordinates; its gate is at 1."""
+    a, b = torch.eye(6)[:1], torch.ones(6, 1)
+    return Increment(a, B=b, gate=1.0)
+
+
+def tokens_reading(*values):
+    """A prompt for each value: two tokens, the stronger of which has it as its first coordinate."""
+    return torch.tensor([[[0.1 * value, 1, 0, 0, 0, 0], [value, 1, 0, 0, 0, 0]] for value in values])
+
+
+def test_a_prompt_that_leaves_the_gate_shut_leaks_nothing():
+    """What nearly opens it counts as open: other hardware may round it across."""
+    weights = {"to_k": torch.eye(6)}
+    leaks = gated_increment().leakage(tokens_reading(0.5, 0.95, 2.0), weights)
+    assert leaks[0] == 0
+    assert (leaks[1:] > 0.5).all()
+
+
+def test_a_gate_is_a_share_of_what_the_own_prompts_read_at_least():
+    gated = gated_increment().gated(tokens_reading(3.0, 2.0, -4.0), 0.5)
+    assert gated.gate == pytest.approx(1.0)
+    assert gated.expand({"to_k": torch.eye(6)}).gate == gated.gate
+
+
+def test_a_gate_that_every_prompt_opens_is_refused():
+    with pytest.raises(ValueError, match="gate of an increment is a finite number above zero"):
+        gated_increment().gated(tokens_reading(0.0, 2.0), 0.5)

@@ -66,3 +66,43 @@ def test_half_precision_factors_are_kept_as_they_are_stored():
     stack = Stack({"a": Increment(torch.randn(2, 12), C=c)})
     assert stack.outputs["m"].on(torch.device("cpu")).dtype == torch.float16
     assert acting(stack, [{"a": 1.0}]).change(torch.randn(1, 5, 12), "m").dtype == torch.float32
+
+
+def reading(*values, d=12):
+    """A prompt for each value: four tokens, one of which has it as its first coordinate."""
+    e = torch.randn(len(values), 4, d)
+    e[..., 0] = 0
+    e[:, 2, 0] = torch.tensor(values)
+    return e
+
+
+def test_a_gated_increment_acts_on_all_of_a_prompt_or_not_at_all():
+    """Each prompt of a batch opens the gate for itself; what has no gate acts beside it as always."""
+    first = torch.eye(12)[:1]
+    gated, free = Increment(first, B=torch.ones(12, 1), gate=1.0), text_side(2)
+    e, rows = reading(0.9, 1.1, -2.0), [{"gated": 1.0}]
+    change = acting(Stack({"gated": gated, "free": free}), rows).change(e)
+    assert not change[0].any()
+    torch.testing.assert_close(change[1:], e[1:, :, :1].expand(-1, -1, 12))
+    both = acting(Stack({"gated": gated, "free": free}), [{"gated": 1.0, "free": 1.0}]).change(e)
+    alone = acting(Stack({"free": free}), [{"free": 1.0}]).change(e)
+    torch.testing.assert_close(both, change + alone)
+
+
+def test_a_gate_looks_at_the_whole_rank_of_its_own_increment():
+    """Two directions below the gate open it together; a neighbour in the stack does not."""
+    pair = Increment(torch.eye(12)[:2], B=torch.ones(12, 2), gate=1.0)
+    other = Increment(torch.eye(12)[2:3], B=torch.ones(12, 1), gate=1.0)
+    e = torch.zeros(2, 3, 12)
+    e[0, 1, :2] = 0.8
+    e[1, 1, 1:3] = 0.8
+    read = acting(Stack({"pair": pair, "other": other}, width=5), [{"pair": 1.0, "other": 1.0}]).acting.read(e)
+    assert read[0].any()
+    assert not read[1].any()
+
+
+def test_a_gate_is_open_at_any_strength():
+    """The strength says how much is erased, the prompt whether."""
+    stack = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1), gate=1.0)})
+    e = reading(1.5)
+    torch.testing.assert_close(acting(stack, [{"a": 0.1}]).change(e), 0.1 * acting(stack, [{"a": 1.0}]).change(e))

@@ -82,3 +82,35 @@ def test_wrong_concepts_are_refused_before_any_work(pipe):
         SepMETrainer(pipe, CLOSED).erase([])
     with pytest.raises(TypeError, match="list of concepts"):
         SepMETrainer(pipe, CLOSED).erase("neon")
+
+
+@pytest.mark.parametrize("config", [replace(CLOSED, rank=1, soft_guard_weight=30.0), TRAIN], ids=["text-side", "per-module"])
+def test_a_gated_increment_leaves_every_other_prompt_to_the_bit(pipe, config):
+    """Not only guards: also prompts that nobody listed. What it was made for is changed as without the gate."""
+    regular = ["a picture of a house", "a dog", "neon", "quarterly report"]
+    before, own = latents(pipe, regular), CONCEPTS[1].prompts
+    soft = ["a dog", "a picture of a bus"]
+    trainers = {gate: SepMETrainer(pipe, replace(config, gate=gate), soft_guards=soft) for gate in (None, 0.9)}
+    made = {gate: trainer.erase([CONCEPTS[1]]) for gate, trainer in trainers.items()}
+    assert made[0.9]["cat"].increment.gate > 0
+    changed = {}
+    for gate, bank in made.items():
+        pipe.load_sepme(bank)
+        changed[gate] = latents(pipe, regular, erased=["cat"]), latents(pipe, list(own), erased=["cat"])
+        pipe.unload_sepme()
+    assert torch.equal(changed[0.9][0], before)
+    assert not torch.equal(changed[None][0], before)
+    assert torch.equal(changed[0.9][1], changed[None][1])
+    assert not torch.equal(changed[0.9][1], latents(pipe, list(own)))
+
+
+def test_damped_names_that_leave_the_gate_shut_are_promised_exactly(pipe):
+    """Hundreds of names cannot all be in the guard; the gate keeps them apart all the same."""
+    config = replace(CLOSED, rank=1, gate=0.9, reserve=0.99, name_weight=0.0)
+    bank = SepMETrainer(pipe, config).erase(CONCEPTS)
+    assert bank["cat"].metrics["leakage_of"] == {"neon": 0.0, "pencil": 0.0}
+    assert bank.guarantees["neon"].exact
+    before = latents(pipe, "neon")
+    pipe.load_sepme(bank)
+    assert torch.equal(latents(pipe, "neon", erased=["cat", "pencil"]), before)
+    assert not torch.equal(latents(pipe, "neon", erased=["neon"]), before)
