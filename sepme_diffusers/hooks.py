@@ -2,10 +2,11 @@
 
     y = W_m (e + ((e A_tᵀ) ⊙ mask_t) Bᵀ)  +  ((e A_mᵀ) ⊙ mask_m) C_mᵀ
 
-An increment with a gate drops out for a prompt that does not open it (`stack`). Text-side increments change what a projection reads, per-module ones what it gives: both are of the unedited e, so
-that they add up. Hooks, not PEFT adapters: `set_adapters`, `load_lora_weights` or `unload_lora_weights` of something
-unrelated must never switch an erasure off. The state lives on the denoiser, so pipelines that share it share what is
-erased. The denoiser itself refuses a pass in which an active erasure was not read by every projection.
+An increment with a gate drops out for a prompt that does not open it (`stack`). Text-side increments change what a
+projection reads, per-module ones what it gives: both are of the unedited e, so that they add up. Hooks, not PEFT
+adapters: `set_adapters`, `load_lora_weights` or `unload_lora_weights` of something unrelated must never switch an
+erasure off. The state lives on the denoiser, so pipelines that share it share what is erased. The denoiser itself
+refuses a pass in which an active erasure was not read by every projection.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ def test_every_fault_is_named_at_once():
         SepMEConfig(solver="guess", rank=0, momentum=1.0)
 
 
-@pytest.mark.parametrize("fault", [{"beta": float("nan")}, {"sparsity": -1}, {"min_steps": 9, "max_steps": 8}, {"gain": 0}, {"gate": 1}])
+@pytest.mark.parametrize(
+    "fault", [{"beta": float("nan")}, {"sparsity": -1}, {"min_steps": 9, "max_steps": 8}, {"gain": 0}, {"gate": 1}]
+)
 def test_out_of_range_is_refused(fault):
     with pytest.raises(ValueError, match=next(iter(fault))):
         SepMEConfig(**fault)

@@ -84,10 +84,12 @@ def test_wrong_concepts_are_refused_before_any_work(pipe):
         SepMETrainer(pipe, CLOSED).erase("neon")
 
 
-@pytest.mark.parametrize("config", [replace(CLOSED, rank=1, soft_guard_weight=30.0), TRAIN], ids=["text-side", "per-module"])
+@pytest.mark.parametrize(
+    "config", [replace(CLOSED, rank=1, soft_guard_weight=30.0), TRAIN], ids=["text-side", "per-module"]
+)
 def test_a_gated_increment_leaves_every_other_prompt_to_the_bit(pipe, config):
     """Not only guards: also prompts that nobody listed. What it was made for is changed as without the gate."""
-    regular = ["a picture of a house", "a dog", "neon", "a bus"]
+    regular = ["a picture of a house", "a dog", "neon", "a picture of a bus"]
     before, own = latents(pipe, regular), CONCEPTS[1].prompts
     soft = ["a dog", "a picture of a bus"]
     trainers = {gate: SepMETrainer(pipe, replace(config, gate=gate), soft_guards=soft) for gate in (None, 0.9)}
