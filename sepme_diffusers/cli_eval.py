@@ -36,16 +36,18 @@ def scenes(
     only: Annotated[list[str] | None, typer.Option(help='"styles" or "objects", or "styles-1": one scene.')] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Of each concept at each moment.")] = 12,
     steps: Steps = 20,
+    gates: Annotated[bool, typer.Option(help="Erase with gates, or in proportion, as a LoRA does.")] = True,
 ) -> None:
     """The paper's four scenes, for styles and for objects."""
     chosen = _chosen(only or [])
     with _working(sum(1 + len(numbers) for numbers in chosen.values())) as advance:
         from sepme_diffusers.evaluation import report, scene_report
+        from sepme_diffusers.evaluation.making import GATED, LINEAR
         from sepme_diffusers.evaluation.scenes import SCENES, Stage
 
         found: list[Bar] = []
         for kind, numbers in chosen.items():
-            stage, moments = Stage(kind, seed, pictures, steps), []
+            stage, moments = Stage(kind, seed, pictures, steps, GATED if gates else LINEAR), []
             for number in numbers:
                 said = f"{kind}, scene {number}"
                 played = stage.play(number, lambda erased, said=said: advance(f"{said}: {erased} erased", 0))
@@ -55,13 +57,19 @@ def scenes(
                     [scene_report.table(kind, played)], f"{name}.png",
                 )  # fmt: skip
                 data = {"kind": kind, "scene": number, "erased": SCENES[number], "concepts": stage.concepts}
-                data |= {"seed": seed, "pictures": pictures, "steps": steps, "moments": scene_report.values(played)}
+                data |= {
+                    "seed": seed,
+                    "pictures": pictures,
+                    "steps": steps,
+                    "gates": gates,
+                    "moments": scene_report.values(played),
+                }
                 report.save(output, name, page, data, scene_report.sheet(stage.originals(), played))
                 advance(said, 1)
             advance(f"{kind}: six erased, more pictures", 0)
             six = stage.six_erased()
             found += scene_report.bars(kind, six, moments)
-            data = {"seed": seed, **scene_report.values([six])[0]}
+            data = {"seed": seed, "gates": gates, **scene_report.values([six])[0]}
             report.save(
                 output, f"{kind}-six-erased", _page(f"Six {kind} erased", scene_report.table(kind, [six])), data
             )
@@ -79,8 +87,9 @@ def many(
     steps: Steps = 20,
 ) -> None:
     """Half of all objects erased at once, beside UCE; and any six of one bank of everything."""
-    with _working(4 + 3 * sixes) as advance:
+    with _working(5 + 3 * sixes) as advance:
         from sepme_diffusers.evaluation import everything, halves
+        from sepme_diffusers.evaluation.making import LINEAR
         from sepme_diffusers.evaluation.report import bars_table
         from sepme_diffusers.evaluation.scenes import built_in
 
@@ -92,6 +101,8 @@ def many(
         original = half.original()
         advance("half of all objects erased", 1)
         separate, restored = half.separate(bank), half.restored_change(bank, built_in())
+        advance("half of all objects erased, without gates", 1)
+        linear = half.separate(half.bank(LINEAR), "separate increments, without gates")
         advance("half of all objects: UCE", 1)
         fused, tries = half.fused(lambda name: advance(name, 0))
         advance("making a bank of everything", 1)
@@ -102,7 +113,7 @@ def many(
             found.append(whole.measure(full, draw))
             advance(draw.kind, 1)
         found_bars = [*halves.half_bars(separate, fused, restored), *everything.six_bars(found)]
-        tables = halves.half_table(original, separate, fused, tries), everything.six_table(full, found)
+        tables = halves.half_table((original, separate, linear, fused), tries), everything.six_table(full, found)
     _finish(output, "many", "Many concepts", bars_table("Bars", found_bars), *tables)
 
 

@@ -3,7 +3,8 @@
     change(e) = ((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ
 
 A mask holds the strengths of the active increments, in one row for a whole batch or one row a prompt. A mask of zeros
-changes nothing, exactly; the order in which increments were asked for cannot leave a trace. `open` is 1 for the rows
+changes nothing, exactly; the order in which increments were asked for cannot leave a trace. Neither can what else is
+loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for the rows
 of an increment whose gate the prompt opens, and of one that has none, else 0.
 """
 
@@ -24,7 +25,7 @@ SHARED = ""
 
 
 class Placed:
-    """A tensor, copied to another device once, when it is first used there."""
+    """A tensor, copied to another device once, when it is first used there; in float32 where that has no float64."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copies = {str(tensor.device): tensor}
@@ -32,7 +33,9 @@ class Placed:
     def on(self, device: torch.device) -> Tensor:
         """The tensor on a device."""
         if str(device) not in self._copies:
-            self._copies[str(device)] = next(iter(self._copies.values())).to(device)
+            tensor = next(iter(self._copies.values()))
+            narrow = device.type == "mps" and tensor.dtype == torch.float64
+            self._copies[str(device)] = tensor.to(device, torch.float32 if narrow else tensor.dtype)
         return self._copies[str(device)]
 
     def copies(self) -> list[Tensor]:
@@ -56,10 +59,10 @@ class Stack:
             used += increment.rank
         self.width = max(width or 0, used)
         found = list(increments.values())
-        a = pad(torch.cat([one.A.float() for one in found]), (0, 0, 0, self.width - used))
+        a = pad(torch.cat([one.A.double() for one in found]), (0, 0, 0, self.width - used))
         self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
         self.gates = _Gates.of(self.slices, increments, self.width)
-        outputs = [{SHARED: one.B.float()} if one.C is None else one.C for one in found]
+        outputs = [{SHARED: one.B.double()} if one.C is None else one.C for one in found]
         self.outputs = {
             name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
             for name in outputs[0]
@@ -100,17 +103,17 @@ class _Gates:
         """The gates of increments; None if none has one."""
         if all(one.gate is None for one in increments.values()):
             return None
-        members = torch.zeros(width, len(slices))
+        members = torch.zeros(width, len(slices), dtype=torch.float64)
         for index, where in enumerate(slices.values()):
             members[where, index] = 1.0
         squares = [-1.0 if one.gate is None else one.gate**2 for one in increments.values()]
-        return cls(Placed(members), Placed(torch.tensor(squares)))
+        return cls(Placed(members), Placed(torch.tensor(squares, dtype=torch.float64)))
 
     def open(self, seen: Tensor) -> Tensor:
         """1 or 0 for each row of A, for what the tokens read (batch, n_tokens, R): (batch, 1, R)."""
         members, squares = self.members.on(seen.device), self.squares.on(seen.device)
         strongest = (seen.square() @ members).amax(dim=1, keepdim=True)
-        return (strongest >= squares).float() @ members.T
+        return (strongest >= squares).to(members.dtype) @ members.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +124,9 @@ class Acting:
     mask: Placed
 
     def read(self, embedding: Tensor) -> Tensor:
-        """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float32.
+        """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.
 
-        In float32 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
+        In float64 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
         of e · a = 0 is set to zero, so that a guarded token is not changed by a single bit.
 
         Raises:
@@ -131,10 +134,10 @@ class Acting:
         """
         device, d = embedding.device, embedding.shape[-1]
         a, norms, mask = (part.on(device) for part in (self.stack.A, self.stack.norms, self.mask))
-        # Of a dot product of d numbers, computed in float32 and from numbers rounded to the embedding's precision.
+        # Of a dot product of d numbers: A was rounded to float32, the embedding to its own precision.
         rounding = _FLOAT32 * d**0.5 + 3 * torch.finfo(embedding.dtype).eps / d**0.5
         with torch.autocast(device.type, enabled=False):
-            e = embedding.float()
+            e = embedding.to(a.dtype)
             seen = e @ a.T
             seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
             if self.stack.gates is not None:
@@ -144,7 +147,10 @@ class Acting:
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
         """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
         with torch.autocast(read.device.type, enabled=False):
-            return read @ self.stack.outputs[name].on(read.device).float().T
+            factor = self.stack.outputs[name].on(read.device)
+            if name == SHARED:
+                return (read @ factor.T).float()
+            return read.float() @ factor.float().T
 
 
 def _for_batch(mask: Tensor, batch: int) -> Tensor:

@@ -81,11 +81,9 @@ class Everything:
         self.studio = Studio(pipe, steps)
 
     def bank(self) -> ConceptBank:
-        """All of them. Styles guard each other's names; so many objects cannot."""
+        """All of them. Styles guard each other's names, exactly; of so many objects the names are damped."""
         eraser = Eraser(self.pipe, pocket.objects)
-        return eraser.erase("styles", pocket.styles).with_entries(
-            eraser.erase_apart("objects", pocket.objects).values()
-        )
+        return eraser.erase("styles", pocket.styles).with_entries(eraser.erase("objects", pocket.objects).values())
 
     def probes(self, draw: Draw) -> dict[str, Probe]:
         """Held-out prompts for the erased styles, the erased objects, regular pairs and regular plain objects."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank import ConceptBank
+from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.baselines import replaced, uce
-from sepme_diffusers.evaluation.making import Eraser
+from sepme_diffusers.evaluation.making import GATED, Eraser
 from sepme_diffusers.evaluation.metrics import erased, generate, judged, largest_change
-from sepme_diffusers.evaluation.probes import Probe
+from sepme_diffusers.evaluation.probes import Kind, Probe
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import BANKED_STYLES, object_concept, regular_prompts
@@ -80,18 +81,18 @@ class HalfOfAll:
         self.concepts = [object_concept(name) for name in HALF]
         self.preserved = [prompt for name in REST for prompt in regular_prompts(name)]
 
-    def bank(self) -> ConceptBank:
-        """The half's increments, each made alone."""
-        return Eraser(self.pipe, pocket.objects).erase_apart("objects", HALF)
+    def bank(self, settings: Mapping[Kind, SepMEConfig] = GATED) -> ConceptBank:
+        """The half's increments, each made alone; they guard each other's names as far as there is room."""
+        return Eraser(self.pipe, pocket.objects, settings).erase("objects", HALF)
 
     def original(self) -> Halves:
         """What the pictures show with nothing erased."""
         return self._measured("original", self.test)
 
-    def separate(self, bank: ConceptBank) -> Halves:
+    def separate(self, bank: ConceptBank, name: str = "separate increments") -> Halves:
         """All of the half's increments active."""
         with erased(self.pipe, bank, HALF):
-            return self._measured("separate increments", self.test)
+            return self._measured(name, self.test)
 
     def fused(self, on_try: Callable[[str], None]) -> tuple[Halves, list[Halves]]:
         """UCE at the settings that have the highest H on the choice prompts: on the test prompts, and every try."""
@@ -141,9 +142,9 @@ def half_bars(separate: Halves, fused: Halves, restored: int) -> list[Bar]:
     ]
 
 
-def half_table(original: Halves, separate: Halves, fused: Halves, tries: Sequence[Halves]) -> Table:
+def half_table(edits: Sequence[Halves], tries: Sequence[Halves]) -> Table:
     """The halves by edit, and what UCE's settings were chosen from."""
-    rows = [(one.name, f"{one.erased:.1f}", f"{one.kept:.1f}", f"{one.h:.3f}") for one in (original, separate, fused)]
+    rows = [(one.name, f"{one.erased:.1f}", f"{one.kept:.1f}", f"{one.h:.3f}") for one in edits]
     rows += [(f"choosing: {one.name}", f"{one.erased:.1f}", f"{one.kept:.1f}", f"{one.h:.3f}") for one in tries]
     return Table(
         f"{len(HALF)} objects erased at once, {len(REST)} regular",

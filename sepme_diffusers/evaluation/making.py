@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +24,14 @@ from sepme_diffusers.pocket.concepts import (
 )
 from sepme_diffusers.training import SepMETrainer
 
-STYLES = SepMEConfig(solver="closed_form")
-OBJECTS = SepMEConfig(solver="closed_form", rank=4, soft_guard_weight=30.0)
+_GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.5, name_weight=0.0)
+# Other wordings of an object read less of it than those of a style do, so its gate is lower.
+GATED: dict[Kind, SepMEConfig] = {"styles": _GATED, "objects": replace(_GATED, gate=0.42)}
+# What a LoRA could hold as well: it acts on every prompt in proportion.
+LINEAR: dict[Kind, SepMEConfig] = {
+    "styles": SepMEConfig(solver="closed_form"),
+    "objects": SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=30.0, name_weight=0.0),
+}
 
 
 class Eraser:
@@ -33,10 +40,13 @@ class Eraser:
     Args:
         pipe: Its pipeline, with nothing erased while increments are made.
         objects: The objects that erasing one of them should leave alone.
+        settings: With which settings, by kind.
     """
 
-    def __init__(self, pipe: Any, objects: Sequence[str] = BANKED_OBJECTS) -> None:
-        self.pipe, self.objects = pipe, tuple(objects)
+    def __init__(
+        self, pipe: Any, objects: Sequence[str] = BANKED_OBJECTS, settings: Mapping[Kind, SepMEConfig] = GATED
+    ) -> None:
+        self.pipe, self.objects, self.settings = pipe, tuple(objects), settings
 
     def erase(
         self, kind: Kind, names: Sequence[str], bank: ConceptBank | None = None, others: Iterable[str] = ()
@@ -56,11 +66,6 @@ class Eraser:
         made = [self._one(kind, name, [other for other in known if other != name]) for name in names]
         return bank.with_entries(entry for one in made for entry in one.values())
 
-    def erase_apart(self, kind: Kind, names: Sequence[str]) -> ConceptBank:
-        """A bank of increments that guard no name: for more concepts than there are dimensions."""
-        made = [self._one(kind, name, []) for name in names]
-        return ConceptBank(made[0].base).with_entries(entry for one in made for entry in one.values())
-
     def concept(self, kind: Kind, name: str) -> Concept:
         """The style or object as a concept."""
         return style_concept(name) if kind == "styles" else object_concept(name)
@@ -76,8 +81,7 @@ class Eraser:
 
     def _one(self, kind: Kind, name: str, others: Sequence[str]) -> ConceptBank:
         soft = regular_for_styles(name) if kind == "styles" else self._other_objects(name)
-        config = STYLES if kind == "styles" else OBJECTS
-        return SepMETrainer(self.pipe, config, GUARDS, soft, others).erase([self.concept(kind, name)])
+        return SepMETrainer(self.pipe, self.settings[kind], GUARDS, soft, others).erase([self.concept(kind, name)])
 
     def _other_objects(self, name: str) -> Tensor:
         """The mean outer product of the tokens of the other objects' prompts, (d, d)."""

@@ -6,7 +6,7 @@ and 2 all six are made at once, in 3 and 4 each when it is first erased, with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +15,9 @@ from PIL import Image
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank import ConceptBank
+from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.features import frechet_distance, perceptual_distance, pooled_features
-from sepme_diffusers.evaluation.making import Eraser
+from sepme_diffusers.evaluation.making import GATED, Eraser
 from sepme_diffusers.evaluation.metrics import generate, judged, largest_change
 from sepme_diffusers.evaluation.probes import PARAPHRASES, Kind, Probe, Studio, plain_probe, probe
 from sepme_diffusers.pipeline import SepMEPipeline
@@ -165,14 +166,17 @@ class Stage:
         seed: Of the pictures.
         pictures: A concept and moment.
         steps: Denoising steps a picture.
+        settings: With which the increments are made, by kind.
     """
 
-    def __init__(self, kind: Kind, seed: int, pictures: int, steps: int = 20) -> None:
+    def __init__(
+        self, kind: Kind, seed: int, pictures: int, steps: int = 20, settings: Mapping[Kind, SepMEConfig] = GATED
+    ) -> None:
         self.kind, self.seed, self.pictures = kind, seed, pictures
         self.concepts = CONCEPTS[kind]
         # The second one never holds anything but what is erased.
         self.pipe, self.other = built_in(), built_in()
-        self.studio, self.eraser = Studio(self.pipe, steps), Eraser(self.pipe)
+        self.studio, self.eraser = Studio(self.pipe, steps), Eraser(self.pipe, settings=settings)
         self.cells = cells(kind, pictures, seed)
         held_out = [cell.probe.prompts[0] for cell in self.cells[:5]]
         self._exact_prompts = (*self.concepts, *held_out)
