@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from sepme_diffusers import pocket
+from sepme_diffusers import SoftGuards, pocket
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.evaluation.metrics import generate, judged
 from sepme_diffusers.pocket import concepts
@@ -117,3 +117,11 @@ def test_edits_and_tests_share_no_object_and_no_template():
 def test_unknown_names_are_refused(call):
     with pytest.raises(ValueError, match="not 'big'"):
         call("big")
+
+
+def test_the_shipped_soft_guards_are_those_of_the_recipe(pocket_pipe):
+    """Another text encoder's would guard nothing in particular."""
+    made = SoftGuards.from_prompts(pocket_pipe, concepts.regular_for_anything())
+    shipped = pocket.soft_guards()
+    assert shipped.prompts == made.prompts
+    torch.testing.assert_close(shipped.covariance.double(), made.covariance, rtol=1e-4, atol=1e-6)

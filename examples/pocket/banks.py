@@ -1,4 +1,4 @@
-"""Make the banks that the package ships: ten styles and a hundred objects, in closed form.
+"""Make the banks that the package ships, ten styles and a hundred objects in closed form, and its soft guards.
 
 python examples/pocket/banks.py
 """
@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import track
 
-from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, pocket
+from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, SoftGuards, pocket
 from sepme_diffusers.closed_form import covariance
 from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.pocket import concepts
@@ -47,11 +47,12 @@ def objects(pipe: SepMEPipeline) -> ConceptBank:
 
 
 def main(target: Path = Path(pocket.__file__).parent / "banks") -> None:
-    """Write target/styles and target/objects."""
+    """Write target/styles, target/objects, and soft_guards.safetensors beside target."""
     pipe = SepMEPipeline.from_pretrained(pocket.path())
     for name, bank in (("styles", styles(pipe)), ("objects", objects(pipe))):
         named = replace(bank, base=replace(bank.base, name="sepme_diffusers/pocket"))
         named.save_pretrained(target / name, torch.float16, license="apache-2.0")
+    SoftGuards.from_prompts(pipe, concepts.regular_for_anything()).save(target.parent / "soft_guards.safetensors")
 
 
 if __name__ == "__main__":

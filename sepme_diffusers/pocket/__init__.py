@@ -20,6 +20,7 @@ from torch import Tensor
 from sepme_diffusers.bank import ConceptBank
 from sepme_diffusers.pocket.judge import Judge
 from sepme_diffusers.pocket.vocabulary import OBJECTS, PLAIN, STYLES
+from sepme_diffusers.soft_guards import SoftGuards
 
 styles: tuple[str, ...] = tuple(STYLES)
 objects: tuple[str, ...] = tuple(OBJECTS)
@@ -53,6 +54,11 @@ def bank(name: Literal["styles", "objects"]) -> ConceptBank:
     if name not in ("styles", "objects"):
         raise ValueError(f"the built-in banks are 'styles' and 'objects', not {name!r}")
     return ConceptBank.from_pretrained(_HERE / "banks" / name)
+
+
+def soft_guards() -> SoftGuards:
+    """The shipped soft guards: every banked object, plain and in each banked style, for erasing any of them."""
+    return SoftGuards.load(_HERE / "soft_guards.safetensors")
 
 
 @torch.no_grad()

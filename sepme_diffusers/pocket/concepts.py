@@ -49,6 +49,17 @@ def regular_for_styles(erased: str) -> tuple[str, ...]:
     return (*plain, *styled)
 
 
+def regular_for_anything() -> tuple[str, ...]:
+    """Every banked object, plain and in each banked style in a wording that changes: the shipped soft guards."""
+    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in BANKED_OBJECTS]
+    styled = [
+        words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
+        for turn, style in enumerate(BANKED_STYLES)
+        for index, object_ in enumerate(BANKED_OBJECTS)
+    ]
+    return (*plain, *styled)
+
+
 def regular_prompts(object_: str) -> tuple[str, ...]:
     """Prompts for an object, plain and in every banked style: regular wherever another object is erased."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES]
