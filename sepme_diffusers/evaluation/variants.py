@@ -20,6 +20,7 @@ from sepme_diffusers.concepts import BLANK, Concept
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.baselines import replaced, uce
 from sepme_diffusers.evaluation.features import perceptual_distance
+from sepme_diffusers.evaluation.making import GATED
 from sepme_diffusers.evaluation.metrics import erased, judged, largest_change
 from sepme_diffusers.evaluation.probes import Probe, Studio, probe
 from sepme_diffusers.evaluation.report import Bar, Table
@@ -97,12 +98,14 @@ class Workshop:
 _UNCONSTRAINED = SepMEConfig.unconstrained(learning_rate=1e-4, relative=True, tolerance=0.02, max_steps=300)
 
 VARIANTS: dict[str, Callable[[Workshop], Made]] = {
+    "the paper's constants": lambda shop: shop.bank(**SepMEConfig.paper().to_dict()),
     "full basis, prompt pairs": lambda shop: shop.bank(basis="full"),
     "full basis, against the blank prompt": lambda shop: shop.bank(against_blank=True, basis="full"),
     "aligned basis, prompt pairs": lambda shop: shop.bank(),
     "aligned basis, against the blank prompt": lambda shop: shop.bank(against_blank=True),
     "aligned basis, text-side": lambda shop: shop.bank(parametrisation="text"),
     "closed form": lambda shop: shop.bank(solver="closed_form"),
+    "closed form, with a gate": lambda shop: shop.bank(**GATED["styles"].to_dict()),
     "closed form, then trained": lambda shop: shop.bank(solver="closed_form+train"),
     "joint": lambda shop: shop.bank(coupling="joint"),
     "unconstrained": Workshop.unconstrained,
