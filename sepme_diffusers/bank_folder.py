@@ -23,7 +23,7 @@ from torch import Tensor
 from sepme_diffusers import manifest as manifests
 from sepme_diffusers.card import ASSETS, CARD
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, TEXT_FILE, BankError
+from sepme_diffusers.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, MODULE_FILE, TEXT_FILE, BankError
 
 LOCK = ".sepme_bank.lock"
 # Everything that a save prepares stands here until it is moved into place.
@@ -103,8 +103,7 @@ class BankFolder:
             raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
         try:
             tensors = load_tensors(data)
-            increment = Increment(**tensors) if record["form"] == "text" else Increment.from_lora(tensors)
-            increment = replace(increment, gate=record.get("gate"))
+            increment = replace(_increment(record["file"].rpartition("/")[2], tensors), gate=record.get("gate"))
         except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
         if wrong := _misfit(increment, record, base):
@@ -281,11 +280,15 @@ def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> d
 
     Args:
         increment: What they hold.
-        dtype: Of B or C; None leaves each as it is. A is always in float32: it carries the separability.
+        dtype: Of B or C; None leaves each as it is. A is in float32: it carries the separability. A compact increment
+            stays as it is altogether.
 
     Raises:
         ValueError: If a number is too large for the dtype.
     """
+    if increment.is_compact:
+        file = TEXT_FILE if increment.form == "text" else MODULE_FILE
+        return {file: save_tensors(_contiguous(increment.tensors()), {"format": "pt"})}
     b, c = increment.B, increment.C
     b = None if b is None else b.to(dtype or b.dtype)
     c = None if c is None else {name: tensor.to(dtype or tensor.dtype) for name, tensor in c.items()}
@@ -297,6 +300,14 @@ def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> d
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
     return {LORA_FILE: save_tensors(_contiguous(tensors), {"format": "pt"}), LORA_CONFIG: plain}
+
+
+def _increment(file: str, tensors: dict[str, Tensor]) -> Increment:
+    """The increment, without its gate, that the tensors of a file of this name hold."""
+    if file == LORA_FILE:
+        return Increment.from_lora(tensors)
+    a = tensors.pop("A")
+    return Increment(a, C=tensors) if file == MODULE_FILE else Increment(a, **tensors)
 
 
 def sha256(data: bytes) -> str:

@@ -21,7 +21,8 @@ from sepme_diffusers.config import SepMEConfig
 MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 4
 LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
-WEIGHTS = {"text": TEXT_FILE, "module": LORA_FILE}
+MODULE_FILE = "module_increment.safetensors"
+WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
 
 # Parsed, JSON takes up to 30 times its bytes: this bounds the memory that a manifest can claim.
 MAX_BYTES = 8 * 2**20
@@ -224,8 +225,9 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     holders: dict[str, str] = {}
     for name, record in manifest["concepts"].items():
         path, weights = record["file"], WEIGHTS[record["form"]]
-        if not re.fullmatch(rf"[a-z0-9-]+/{re.escape(weights)}", path):
-            yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder (folder/{weights})"
+        if not re.fullmatch(rf"[a-z0-9-]+/({'|'.join(map(re.escape, weights))})", path):
+            options = " or ".join(f"folder/{file}" for file in weights)
+            yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder ({options})"
             continue
         folder = path.split("/")[0]
         if not re.fullmatch(rf"{re.escape(slug(name))}(-[0-9a-f]{{12}})*", folder):

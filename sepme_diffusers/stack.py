@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sepme_diffusers.increment import Increment
+from sepme_diffusers.increment import Increment, rounding_share
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 # The key of a text-side increment's one factor B, which every module shares.
@@ -59,19 +59,26 @@ class Stack:
             used += increment.rank
         self.width = max(width or 0, used)
         found = list(increments.values())
-        a = pad(torch.cat([one.A.double() for one in found]), (0, 0, 0, self.width - used))
+        fill = (0, self.width - used)
+        a = pad(torch.cat([one.A.double() for one in found]), (0, 0, *fill))
+        # How coarsely a row of A is stored, beyond float32.
+        coarse = [one.coarseness for one in found for _ in range(one.rank)]
         self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
+        self.coarseness = Placed(pad(torch.tensor(coarse, dtype=torch.float64), fill))
         self.gates = _Gates.of(self.slices, increments, self.width)
         outputs = [{SHARED: one.B.double()} if one.C is None else one.C for one in found]
         self.outputs = {
-            name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), (0, self.width - used)))
-            for name in outputs[0]
+            name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), fill)) for name in outputs[0]
         }
 
     def tensors(self) -> list[Tensor]:
         """Every copy of every factor."""
         gates = () if self.gates is None else (self.gates.members, self.gates.squares)
-        return [copy for placed in (self.A, self.norms, *gates, *self.outputs.values()) for copy in placed.copies()]
+        return [
+            copy
+            for placed in (self.A, self.norms, self.coarseness, *gates, *self.outputs.values())
+            for copy in placed.copies()
+        ]
 
     def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
@@ -133,15 +140,16 @@ class Acting:
             ValueError: If the batch does not hold the mask's rows a whole number of times.
         """
         device, d = embedding.device, embedding.shape[-1]
-        a, norms, mask = (part.on(device) for part in (self.stack.A, self.stack.norms, self.mask))
-        # Of a dot product of d numbers: A was rounded to float32, the embedding to its own precision.
-        rounding = _FLOAT32 * d**0.5 + 3 * torch.finfo(embedding.dtype).eps / d**0.5
+        stack = self.stack
+        a, norms, coarseness, mask = (p.on(device) for p in (stack.A, stack.norms, stack.coarseness, self.mask))
+        # Of a dot product of d numbers: A was rounded to float32 or coarser, the embedding to its own precision.
+        rounding = _FLOAT32 * d**0.5 + rounding_share(d, torch.finfo(embedding.dtype).eps + coarseness)
         with torch.autocast(device.type, enabled=False):
             e = embedding.to(a.dtype)
             seen = e @ a.T
             seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
-            if self.stack.gates is not None:
-                seen = seen * self.stack.gates.open(seen)
+            if stack.gates is not None:
+                seen = seen * stack.gates.open(seen)
             return seen * _for_batch(mask, len(e))
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:

@@ -18,7 +18,7 @@ from sepme_diffusers.bank_folder import CARD, LOCK, BankFolder, increment_files,
 from sepme_diffusers.concepts import encode
 from sepme_diffusers.fit import refuse_other_weights
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.manifest import LORA_CONFIG, MANIFEST, BankError, examine
+from sepme_diffusers.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
 from sepme_diffusers.signing import SIGNATURE
 from sepme_diffusers.targets import projection_weights
 
@@ -168,8 +168,7 @@ def _strays(folder: BankFolder, concepts: Mapping[str, Any]) -> Iterator[str]:
     """Links, special files, names that some systems cannot tell apart, and files that the manifest does not name."""
     named = _HARMLESS | {record["file"] for record in concepts.values()}
     for record in concepts.values():
-        beside = [LORA_CONFIG] if record["form"] == "module" else []
-        named |= {_beside(record, name) for name in record.get("beside", beside)}
+        named |= {_beside(record, name) for name in record.get("beside", _config_of(record))}
     for where, folders, files in os.walk(folder.folder):
         folders[:] = [name for name in folders if Path(where) != folder.folder or name not in _TOOLS]
         yield from _twins(Path(where), [*folders, *files])
@@ -199,7 +198,7 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
 
 def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
     """What is wrong with the files beside the weights, which this package writes for other tools and never reads."""
-    wanted = dict.fromkeys([LORA_CONFIG] if record["form"] == "module" else []) | record.get("beside", {})
+    wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
     for name, digest in wanted.items():
         path = _beside(record, name)
         try:
@@ -217,10 +216,15 @@ def _beside(record: Mapping[str, Any], name: str) -> str:
     return f"{record['file'].rpartition('/')[0]}/{name}"
 
 
+def _config_of(record: Mapping[str, Any]) -> list[str]:
+    """The config that a record's weights need beside them: a LoRA's."""
+    return [LORA_CONFIG] if record["file"].endswith(f"/{LORA_FILE}") else []
+
+
 def _differing(data: bytes, increment: Increment) -> list[str]:
     """The settings of a PEFT config that are not those of the increment's LoRA."""
-    if increment.form == "text":
-        return ["a text-side increment has none"]
+    if increment.form == "text" or increment.is_compact:
+        return ["an increment that is no LoRA has none"]
     ours = json.loads(increment_files(increment, torch.float32)[LORA_CONFIG])
     try:
         theirs = dict(json.loads(data))

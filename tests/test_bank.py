@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLOSED, CONCEPTS, latents, reseal
+from conftest import CLOSED, CONCEPTS, latents, random_pipeline, reseal
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hub import serving
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -18,6 +18,7 @@ from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.manifest import MANIFEST
 from sepme_diffusers.subspace import leakage
 from sepme_diffusers.targets import projection_weights
+from sepme_diffusers.verify import verify
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -28,7 +29,11 @@ def same(bank: ConceptBank, other: ConceptBank) -> bool:
     def equal(entry, twin):
         mine, theirs = entry.increment.tensors(), twin.increment.tensors()
         factors = mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
-        return factors and replace(entry, increment=twin.increment) == twin
+        return (
+            factors
+            and entry.increment.gate == twin.increment.gate
+            and replace(entry, increment=twin.increment) == twin
+        )
 
     return list(bank) == list(other) and all(equal(entry, other[name]) for name, entry in bank.items())
 
@@ -292,3 +297,41 @@ def test_a_bank_loads_from_a_hub_and_then_without_it(mixed_bank, saved, tmp_path
         with pytest.raises(RepositoryNotFoundError):
             ConceptBank.from_pretrained("me/other", endpoint=endpoint, cache_dir=cache)
     assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", cache_dir=cache, local_files_only=True))
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {file: data for file, data in tree(folder).items() if file.endswith(".safetensors")}
+
+
+def test_a_compact_bank_is_small_and_survives_the_disk(mixed_bank, tmp_path):
+    """What comes back is written again as it is, whatever dtype is asked for, and nothing moves a guard."""
+    compact = mixed_bank.compact()
+    for bank, folder in ((mixed_bank, "wide"), (compact, "compact")):
+        bank.save_pretrained(tmp_path / folder, torch.float16)
+    back = ConceptBank.from_pretrained(tmp_path / "compact")
+    assert same(back, compact)
+    back.save_pretrained(tmp_path / "again")
+    wide, small = weights_of(tmp_path / "wide"), weights_of(tmp_path / "compact")
+    assert weights_of(tmp_path / "again") == small
+    assert len(small["neon/text_increment.safetensors"]) < 0.7 * len(wide["neon/text_increment.safetensors"])
+    assert len(small["woodcut/module_increment.safetensors"]) < 0.5 * len(wide["woodcut/adapter_model.safetensors"])
+    assert verify(tmp_path / "compact", random_pipeline()).ok
+
+
+def test_a_compact_increment_reads_and_gives_what_it_did(mixed_bank):
+    """Its gate too, which stands in the units of A."""
+    tokens = torch.randn(3, 5, 384)
+    for name in ("neon", "woodcut"):
+        wide = mixed_bank[name].increment.gated(tokens, 0.5)
+        small = wide.compact()
+        ratio = small.gate / wide.gate
+        torch.testing.assert_close(small.reading(tokens), ratio * wide.reading(tokens), rtol=5e-3, atol=0)
+        for (key, one), other in zip(wide.tensors().items(), small.tensors().values(), strict=True):
+            scale = ratio if key == "A" else 1 / ratio
+            assert (other.double() - scale * one.double()).norm() < 1e-3 * other.double().norm()
+
+
+def test_numbers_that_are_too_large_for_a_compact_bank_are_refused(mixed_bank):
+    increment = mixed_bank["neon"].increment
+    with pytest.raises(ValueError, match=r"NaN or Inf in \['B'\]"):
+        replace(increment, B=1e9 * increment.B).compact()

@@ -63,9 +63,11 @@ def test_guarded_prompts_are_unchanged_whatever_is_erased(loaded):
     assert (latents(loaded, "neon") - before["neon"]).abs().max() > 1e-2
 
 
-def test_guards_of_the_styles_bank_are_bit_exact_under_all_erasures(pocket_pipe):
+@pytest.mark.parametrize("compact", [False, True])
+def test_guards_of_the_styles_bank_are_bit_exact_under_all_erasures(pocket_pipe, compact):
     """The blank prompt, the watermark, and each style's name while every other style is erased."""
-    pocket_pipe.load_sepme(pocket.bank("styles"))
+    bank = pocket.bank("styles")
+    pocket_pipe.load_sepme(bank.compact() if compact else bank)
     names = pocket_pipe.erasable
     prompts = ["", "watermark", *names]
     sets = [names, names, *([other for other in names if other != name] for name in names)]
