@@ -83,6 +83,8 @@ def export(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(f"Wrote {written}, which erases {', '.join(strengths)}")
+    if lost := exporting.gates_lost(loaded, strengths):
+        console.print(f"Note: {lost}")
 
 
 def _strength(asked: str) -> tuple[str, float]:

@@ -199,14 +199,22 @@ def merged_increment(bank: ConceptBank, weights: Mapping[str, Tensor], strengths
         ValueError: If an increment does not fit the weights.
     """
     increments = {name: bank[name].increment for name in strengths}
-    if gated := [name for name, increment in increments.items() if increment.gate is not None]:
-        logger.warning(
-            f"the gates of {gated} are lost: what is exported acts on every prompt in proportion to what it reads, so "
-            "regular prompts move more than under this package (guards other than the gates' hold as before)"
-        )
+    if lost := gates_lost(bank, strengths):
+        logger.warning(lost)
     parts = [(strengths[name], increment.coefficients(weights)) for name, increment in increments.items()]
     c = {module: torch.cat([strength * c[module].cpu() for strength, c in parts], dim=1) for module in weights}
     return Increment(torch.cat([increment.A.float().cpu() for increment in increments.values()]), C=c)
+
+
+def gates_lost(bank: ConceptBank, names: Iterable[str]) -> str:
+    """What to say of the gates of these concepts, which no export holds; empty if they have none."""
+    gated = [name for name in names if bank[name].increment.gate is not None]
+    if not gated:
+        return ""
+    return (
+        f"the gates of {gated} are lost: what is exported acts on every prompt in proportion to what it reads. It "
+        "erases at least as much, and regular prompts move more than under this package"
+    )
 
 
 def kohya_tensors(increment: Increment, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:

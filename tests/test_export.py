@@ -396,3 +396,15 @@ def test_a_loaded_adapter_is_not_dropped_in_silence(pipe, text_bank, tmp_path):
     with pytest.raises(ValueError, match=r"adapters \['style'\] loaded.*unload_lora_weights"):
         export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "m")
     export_lora(text_bank, pipe, ["neon"], tmp_path / "lora")  # a LoRA says nothing about other LoRAs
+
+
+def test_an_export_says_that_it_has_no_gates_and_erases_without_them(pipe, mixed_bank, tmp_path, caplog):
+    """Whoever loads the LoRA gets the ungated increments: at least what was asked for, and that is said."""
+    gates = {name: replace(e, increment=replace(e.increment, gate=1e6)) for name, e in mixed_bank.items()}
+    shut = mixed_bank.with_entries(gates.values())
+    export_lora(shut, pipe, ERASED, tmp_path / "gated.safetensors", "kohya")
+    assert "the gates of ['neon', 'pencil', 'woodcut'] are lost" in caplog.text
+    export_lora(mixed_bank, pipe, ERASED, tmp_path / "plain.safetensors", "kohya")
+    gated, plain_lora = (load_file(tmp_path / f"{name}.safetensors") for name in ("gated", "plain"))
+    assert gated.keys() == plain_lora.keys()
+    assert all(torch.equal(tensor, plain_lora[key]) for key, tensor in gated.items())
