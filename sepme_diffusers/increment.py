@@ -157,7 +157,8 @@ class Increment:
     def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor | None = None) -> Tensor:
         """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
 
-        Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere.
+        Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere. What a
+        compact A reads by its own rounding counts as zero, as at inference.
 
         Args:
             tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
@@ -167,8 +168,9 @@ class Increment:
         norms = output_norms(tokens, weights) if norms is None else norms
         e, a = tokens.double(), self.A.double().to(tokens.device)
         read = e @ a.T
-        least = rounding_share(a.shape[1], self.coarseness) * e.norm(dim=-1, keepdim=True) * a.norm(dim=1)
-        read = read.masked_fill(read.abs() <= least, 0.0)
+        if self.is_compact:
+            least = rounding_share(a.shape[1], self.coarseness) * e.norm(dim=-1, keepdim=True) * a.norm(dim=1)
+            read = read.masked_fill(read.abs() <= least, 0.0)
         if self.gate is not None:
             read = read * (self.reading(tokens) > (1 - _MARGIN) * self.gate)[:, None, None]
         shares = []
