@@ -24,7 +24,7 @@ from sepme_diffusers.pocket.concepts import (
 )
 from sepme_diffusers.training import SepMETrainer
 
-_GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.5, name_weight=0.0)
+_GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.6, name_weight=0.0)
 # Other wordings of an object read less of it than those of a style do, so its gate is lower.
 GATED: dict[Kind, SepMEConfig] = {"styles": _GATED, "objects": replace(_GATED, gate=0.42)}
 # What a LoRA could hold as well: it acts on every prompt in proportion.
