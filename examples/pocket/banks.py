@@ -13,8 +13,6 @@ import typer
 from rich.progress import track
 
 from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, SoftGuards, pocket
-from sepme_diffusers.closed_form import covariance
-from sepme_diffusers.concepts import encode, rows
 from sepme_diffusers.pocket import concepts
 
 STYLES = SepMEConfig(solver="closed_form")
@@ -36,13 +34,12 @@ def styles(pipe: SepMEPipeline) -> ConceptBank:
 def objects(pipe: SepMEPipeline) -> ConceptBank:
     """Every banked object, guarded by the blank prompt and the watermark; the other objects are soft guards."""
     names = concepts.BANKED_OBJECTS
-    each = {name: covariance(rows(encode(pipe, concepts.regular_prompts(name)))) for name in names}
-    bank = ConceptBank(SepMETrainer(pipe).base())
+    regular = SoftGuards.from_prompts(pipe, [prompt for name in names for prompt in concepts.regular_prompts(name)])
+    trainer = SepMETrainer(pipe, OBJECTS, concepts.GUARDS, regular)
+    bank = ConceptBank(trainer.base())
     for name in track(names, description="objects"):
-        soft = (sum(each.values()) - each[name]) / (len(names) - 1)
         # Made alone: with the names of 99 others as hard guards no dimension would be left.
-        alone = SepMETrainer(pipe, OBJECTS, concepts.GUARDS, soft).erase([concepts.object_concept(name)])
-        bank = bank.with_entries(alone.values())
+        bank = bank.with_entries(trainer.erase([concepts.object_concept(name)]).values())
     return bank
 
 

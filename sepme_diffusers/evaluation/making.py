@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from sepme_diffusers.bank import ConceptBank
-from sepme_diffusers.closed_form import covariance
-from sepme_diffusers.concepts import Concept, encode, rows
+from sepme_diffusers.concepts import Concept
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.evaluation.probes import Kind
 from sepme_diffusers.pocket.concepts import (
     BANKED_OBJECTS,
+    BANKED_STYLES,
     GUARDS,
     object_concept,
     regular_for_styles,
     regular_prompts,
     style_concept,
 )
+from sepme_diffusers.soft_guards import SoftGuards
 from sepme_diffusers.training import SepMETrainer
 
 _GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.6, name_weight=0.0)
@@ -47,6 +45,7 @@ class Eraser:
         self, pipe: Any, objects: Sequence[str] = BANKED_OBJECTS, settings: Mapping[Kind, SepMEConfig] = GATED
     ) -> None:
         self.pipe, self.objects, self.settings = pipe, tuple(objects), settings
+        self._soft: dict[Kind, SoftGuards] = {}
 
     def erase(
         self, kind: Kind, names: Sequence[str], bank: ConceptBank | None = None, others: Iterable[str] = ()
@@ -61,10 +60,8 @@ class Eraser:
             bank: Default: an empty one.
             others: More names to guard.
         """
-        bank = bank if bank is not None else ConceptBank(SepMETrainer(self.pipe).base())
-        known = (*bank, *names, *others)
-        made = [self._one(kind, name, [other for other in known if other != name]) for name in names]
-        return bank.with_entries(entry for one in made for entry in one.values())
+        trainer = SepMETrainer(self.pipe, self.settings[kind], GUARDS, self._soft_guards(kind), tuple(others))
+        return trainer.erase([self.concept(kind, name) for name in names], bank)
 
     def concept(self, kind: Kind, name: str) -> Concept:
         """The style or object as a concept."""
@@ -74,20 +71,17 @@ class Eraser:
         """Every prompt that making these increments reads, guarded names apart."""
         concepts = [self.concept(kind, name) for name in names]
         own = {prompt for one in concepts for pair in one.pairs for prompt in pair}
-        own |= {prompt for one in concepts for prompts in one.anchors for prompt in prompts}
+        return (
+            own | {prompt for one in concepts for anchors in one.anchors for prompt in anchors} | self._regular(kind)
+        )
+
+    def _regular(self, kind: Kind) -> set[str]:
+        """The soft guards' prompts; those that name the concept are passed over by the trainer."""
         if kind == "styles":
-            return own | {prompt for one in concepts for prompt in regular_for_styles(one.name)}
-        return own | {prompt for name in self.objects for prompt in regular_prompts(name)}
+            return {prompt for name in BANKED_STYLES for prompt in regular_for_styles(name)}
+        return {prompt for name in self.objects for prompt in regular_prompts(name)}
 
-    def _one(self, kind: Kind, name: str, others: Sequence[str]) -> ConceptBank:
-        soft = regular_for_styles(name) if kind == "styles" else self._other_objects(name)
-        return SepMETrainer(self.pipe, self.settings[kind], GUARDS, soft, others).erase([self.concept(kind, name)])
-
-    def _other_objects(self, name: str) -> Tensor:
-        """The mean outer product of the tokens of the other objects' prompts, (d, d)."""
-        others = [part for other, part in self._objects.items() if other != name]
-        return sum(others) / len(others)
-
-    @cached_property
-    def _objects(self) -> dict[str, Tensor]:
-        return {name: covariance(rows(encode(self.pipe, regular_prompts(name)))) for name in self.objects}
+    def _soft_guards(self, kind: Kind) -> SoftGuards:
+        if kind not in self._soft:
+            self._soft[kind] = SoftGuards.from_prompts(self.pipe, sorted(self._regular(kind)))
+        return self._soft[kind]
