@@ -125,8 +125,10 @@ def test_steps_to_the_stopping_rule_are_counted(small_bench):
 
 
 def test_a_concept_on_disk_is_measured_in_both_forms(small_bench):
-    text, module = small_bench.disk()
-    assert number(text.figure, " KB") < number(module.figure, " KB")
+    """Compact, a concept takes less than with A in float32, and much less than a LoRA with A in every module."""
+    for result, most in zip(small_bench.disk(), (0.7, 0.3), strict=True):
+        wide = float(result.detail.rpartition(": ")[2].removesuffix(" KB"))
+        assert 0 < number(result.figure, " KB") < most * wide
 
 
 def test_random_modules_are_equal_at_every_call_and_keep_a_signal_alive():
