@@ -28,6 +28,7 @@ def reduced_rank_edit(
     penalty: Tensor | None = None,
     ridge: float = 1e-5,
     output_factor: Tensor | None = None,
+    penalty_inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Factors A (r, d) and B (d, r), float64: the operator e <- e + (e Aᵀ) Bᵀ that changes the concept's tokens.
 
@@ -47,6 +48,7 @@ def reduced_rank_edit(
             `covariance`.
         ridge: ε, what the norm of the increment costs.
         output_factor: Fₒ (d, p), of Ω = Σ_m W_mᵀ W_m over the edited modules. Default: the identity.
+        penalty_inside: More of P, in the null space's coordinates already, N P Nᵀ (k, k): what many concepts share.
 
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
@@ -60,7 +62,8 @@ def reduced_rank_edit(
         )
     n = len(concept)
     inside, change = concept.double() @ null.T, change.double() / n**0.5
-    root = torch.linalg.cholesky(_metric(inside, null, penalty, ridge))
+    metric = _metric(inside, null, penalty, ridge)
+    root = torch.linalg.cholesky(metric if penalty_inside is None else metric + penalty_inside)
     # With fewer rows than directions everything happens in the span of the rows.
     span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
     wanted = felt @ change

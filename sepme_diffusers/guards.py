@@ -94,6 +94,16 @@ class Guards:
         energy = self._name_energy - self._energy(own) if own else self._name_energy
         return self.config.name_weight * energy
 
+    def penalty_inside(self, concept: Concept) -> Tensor | None:
+        """N P Nᵀ (k, k) of `penalty` P and `null` N; what all names have in common is computed once. Or None."""
+        if self.exact:
+            return None
+        energy = self._name_energy_inside
+        if concept.name in self.names:
+            own = rows(self._encoded([concept.name])).double() @ self._hard_null.T
+            energy = energy - own.T @ own / len(own)
+        return self.config.name_weight * energy
+
     def refuse_unreachable(self, concept: Concept) -> float:
         """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all.
 
@@ -102,12 +112,13 @@ class Guards:
         """
         guarded, embeddings = self._encoded(self.prompts(concept)), self._encoded(concept.prompts)
         for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
-            distances = (guarded - embedding).flatten(1).norm(dim=1) / embedding.norm()
-            if distances.min() < _SAME:
+            # The last tokens alone tell nearly all prompts apart, and are no farther from each other than the wholes.
+            least = _SAME * embedding.norm()
+            alike = ((guarded[:, -1] - embedding[-1]).norm(dim=1) < least).nonzero().flatten().tolist()
+            if same := [index for index in alike if (guarded[index] - embedding).norm() < least]:
                 raise ValueError(
                     f"the prompt {prompt!r} of concept {concept.name!r} is to the text encoder the guard "
-                    f"{self.prompts(concept)[int(distances.argmin())]!r}: no dimension is left to tell them apart; "
-                    "drop one of them"
+                    f"{self.prompts(concept)[same[0]]!r}: no dimension is left to tell them apart; drop one of them"
                 )
         embeddings = rows(embeddings).double()
         reach = float((embeddings @ self.null(concept).T).norm() / embeddings.norm())
@@ -134,6 +145,10 @@ class Guards:
     @cached_property
     def _name_energy(self) -> Tensor:
         return self._energy(self.names)
+
+    @cached_property
+    def _name_energy_inside(self) -> Tensor:
+        return self._hard_null @ self._name_energy @ self._hard_null.T
 
     def _energy(self, names: Sequence[str]) -> Tensor:
         tokens = self._encoded(names).double()

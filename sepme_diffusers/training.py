@@ -188,18 +188,23 @@ class SepMETrainer:
         """Everything that is known of an increment before training: checks, null space, closed form."""
         reach, null = guards.refuse_unreachable(concept), guards.null(concept)
         embeddings, closed, full = self._encoded(concept.prompts), None, None
-        damping = guards.penalty(concept)
         solver = solver or self.config.solver
         if solver != "train" or self.config.basis == "aligned":
-            penalties = [part for part in (damping, self._soft_penalty(concept)) if part is not None]
             own, change = rows(embeddings), rows(self._encoded.anchors(concept) - embeddings)
-            penalty = sum(penalties) if penalties else None
             closed = reduced_rank_edit(
-                own, change, null, self.config.rank, penalty, self.config.ridge, self._output_factor
+                own,
+                change,
+                null,
+                self.config.rank,
+                self._soft_penalty(concept),
+                self.config.ridge,
+                self._output_factor,
+                guards.penalty_inside(concept),
             )
             if self.config.gain is not None:
                 closed = with_gain(closed, own, change, self.config.gain, self._output_factor)
         if solver != "closed_form" and self.config.basis == "full":
+            damping = guards.penalty(concept)
             full = null if damping is None else damped(null, damping, rows(embeddings))
         return _Plan(concept, guards.prompts(concept), reach, len(null), closed, full)
 

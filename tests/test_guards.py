@@ -129,3 +129,11 @@ def test_a_crowded_bank_can_be_decoupled(pipe):
     assert decoupled["cat"].metrics["leakage_of"]["dog"] > 0
     assert 0.5 < decoupled["cat"].metrics["effect_kept"] <= 1.1
     assert not {"", "watermark"} & decoupled["cat"].metrics["leakage_of"].keys()
+
+
+def test_damping_in_the_null_spaces_coordinates_is_the_same_damping(pipe):
+    """The closed form takes it so: for a hundred names it is computed once."""
+    guards = Guards(Encoded(pipe), ["", "watermark"], MANY, CLOSED)
+    for concept in (CAT, Concept("no guarded name", (("a cow", ""),))):
+        null, penalty = guards.null(concept), guards.penalty(concept)
+        torch.testing.assert_close(guards.penalty_inside(concept), null @ penalty @ null.T, rtol=1e-9, atol=1e-9)
