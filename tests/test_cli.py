@@ -104,6 +104,7 @@ def test_demo_erases_guards_and_restores(shown):
     assert re.search(r"neon: \d+ steps of the paper", (folder / "report.html").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_live_erasures_join_the_shipped_bank(pocket_pipe):
     bank, seconds = demonstration.erase_live(pocket_pipe)
     assert set(seconds) == {"neon", "halftone"}
