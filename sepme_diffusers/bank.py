@@ -179,7 +179,7 @@ class ConceptBank(Mapping[str, Entry]):
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
 
     def compact(self) -> ConceptBank:
-        """The bank in a quarter to a half of the space: every number in float16, see `Increment.compact`.
+        """The bank in a quarter to a half of what float32 takes: every number in float16, see `Increment.compact`.
 
         Per-module increments are no longer PEFT LoRAs on disk, where A would stand once a module: `export_adapters`
         makes these.

@@ -65,7 +65,7 @@ class Stack:
         coarse = [one.coarseness for one in found for _ in range(one.rank)]
         self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
         self.coarseness = Placed(pad(torch.tensor(coarse, dtype=torch.float64), fill))
-        self.gates = _Gates.of(self.slices, increments, self.width)
+        self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(found))
         outputs = [{SHARED: one.B.double()} if one.C is None else one.C for one in found]
         self.outputs = {
             name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), fill)) for name in outputs[0]
@@ -96,7 +96,7 @@ class _Gates:
     """Which increments act on a prompt.
 
     Args:
-        members: 1 where a row of A is an increment's, (R, K) for K increments; a row for padding is of none.
+        members: 1 where a row of A is an increment's, (R, K) for up to K increments; padding is of none.
         squares: Each increment's gate, squared; -1 where it has none, (K,).
     """
 
@@ -105,16 +105,17 @@ class _Gates:
 
     @classmethod
     def of(
-        cls, slices: Mapping[Hashable, slice], increments: Mapping[Hashable, Increment], width: int
+        cls, slices: Mapping[Hashable, slice], increments: Mapping[Hashable, Increment], width: int, most: int
     ) -> _Gates | None:
-        """The gates of increments; None if none has one."""
+        """The gates of increments, filled up to `most` of them; None if none has one."""
         if all(one.gate is None for one in increments.values()):
             return None
-        members = torch.zeros(width, len(slices), dtype=torch.float64)
+        members = torch.zeros(width, most, dtype=torch.float64)
         for index, where in enumerate(slices.values()):
             members[where, index] = 1.0
         squares = [-1.0 if one.gate is None else one.gate**2 for one in increments.values()]
-        return cls(Placed(members), Placed(torch.tensor(squares, dtype=torch.float64)))
+        padded = pad(torch.tensor(squares, dtype=torch.float64), (0, most - len(squares)), value=-1.0)
+        return cls(Placed(members), Placed(padded))
 
     def open(self, seen: Tensor) -> Tensor:
         """1 or 0 for each row of A, for what the tokens read (batch, n_tokens, R): (batch, 1, R)."""

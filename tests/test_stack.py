@@ -111,6 +111,15 @@ def test_a_gate_looks_at_the_whole_rank_of_its_own_increment():
     assert not read[1].any()
 
 
+def test_gates_are_filled_up_with_the_stack():
+    """A compiled graph would be made anew for every set whose gates have another shape."""
+    gated = {index: Increment(torch.randn(2, 12), B=torch.randn(12, 2), gate=1.0) for index in range(3)}
+    e, rows = 3 * torch.randn(2, 5, 12), [{0: 1.0}]
+    few, many = Stack({0: gated[0]}, width=16), Stack(gated, width=16)
+    assert [t.shape for t in few.tensors()] == [t.shape for t in many.tensors()]
+    assert torch.equal(acting(few, rows).change(e), acting(Stack({0: gated[0]}), rows).change(e))
+
+
 def test_a_gate_is_open_at_any_strength():
     """The strength says how much is erased, the prompt whether."""
     stack = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1), gate=1.0)})
