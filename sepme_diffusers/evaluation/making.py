@@ -64,8 +64,11 @@ class Eraser:
         return trainer.erase([self.concept(kind, name) for name in names], bank)
 
     def concept(self, kind: Kind, name: str) -> Concept:
-        """The style or object as a concept."""
-        return style_concept(name) if kind == "styles" else object_concept(name)
+        """The style or object as a concept, mapped to the mean of the same prompts with others of its kind."""
+        if kind == "objects":
+            return object_concept(name)
+        # The plain prompt has its words at other places: an object that comes late in the styled one can get lost.
+        return style_concept(name, [other for other in BANKED_STYLES if other != name])
 
     def seen(self, kind: Kind, names: Iterable[str]) -> set[str]:
         """Every prompt that making these increments reads, guarded names apart."""

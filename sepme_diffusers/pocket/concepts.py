@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sepme_diffusers.concepts import BLANK, Concept
 from sepme_diffusers.pocket import vocabulary as words
 
@@ -13,14 +15,19 @@ BANKED_STYLES: tuple[str, ...] = tuple(name for name in words.STYLES if name not
 BANKED_OBJECTS: tuple[str, ...] = tuple(name for name in words.OBJECTS if name not in words.UNBANKED_OBJECTS)
 
 
-def style_concept(style: str) -> Concept:
-    """A style, paired over the edit objects and the training templates with the same prompt without it."""
-    pairs = tuple(
-        (template.format(style=style, object=object_), f"a {object_}")
-        for template in words.PAIR_TEMPLATES
-        for object_ in EDIT_OBJECTS
+def style_concept(style: str, anchors: Sequence[str] = ()) -> Concept:
+    """A style, paired over the edit objects and the training templates with the same prompt without it.
+
+    Args:
+        style: Its name.
+        anchors: Styles whose mean, in the same prompt, the closed form maps it to. Default: the prompt without it.
+    """
+    cases = [(template, object_) for template in words.PAIR_TEMPLATES for object_ in EDIT_OBJECTS]
+    return Concept(
+        style,
+        tuple((template.format(style=style, object=object_), f"a {object_}") for template, object_ in cases),
+        tuple(tuple(t.format(style=other, object=object_) for other in anchors) for t, object_ in cases if anchors),
     )
-    return Concept(style, pairs)
 
 
 def object_concept(object_: str) -> Concept:
