@@ -533,6 +533,22 @@ def test_changing_the_set_compiles_nothing_anew(pipe, graphs):
     assert graphs.frame_count == compiled
 
 
+def test_gates_work_in_the_graph_that_was_compiled_without_them(pipe, bank, graphs):
+    """One graph for every set; what a gate lets through and what it shuts out is the same as without a compiler."""
+    entries = [replace(e, increment=e.increment.gated(encode(pipe, e.concept.prompts), 0.5)) for e in bank.values()]
+    pipe.load_sepme(bank.with_entries(entries))
+    sets = [(), STYLES, (TEXT_SIDE,), (PER_MODULE,)]
+    expected = [draw(pipe, erased=list(names), output_type="latent") for names in sets]
+    compile_whole(pipe, graphs)
+    for names, latents in zip(sets, expected, strict=True):
+        torch.testing.assert_close(draw(pipe, erased=list(names), output_type="latent"), latents, atol=1e-4, rtol=1e-4)
+    assert graphs.frame_count == 1
+    assert erased_in(draw(pipe, erased=list(STYLES)))
+    # The other prompt of the batch is left to the bit.
+    assert torch.equal(expected[2][1], expected[0][1])
+    assert torch.equal(expected[3][0], expected[0][0])
+
+
 def test_an_exported_unet_keeps_the_erasure_it_was_exported_with(erased):
     latents, step, text = torch.randn(2, 4, 16, 16), torch.tensor(10), encode(erased, PROMPTS)
     exported = torch.export.export(erased.unet.eval(), (latents, step, text), strict=False).module()
