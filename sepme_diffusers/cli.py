@@ -164,16 +164,19 @@ def bench(
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"{dtype!r} is none of float32, float16, bfloat16")
-    try:
-        with console.status("...") as status:
-            measured = benchmarks.run(
-                benchmarks.Bench(device, getattr(torch, dtype), repeats),
-                tuple(only or ()),
-                lambda name: status.update(name),
-            )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(as_rich(measured))
+    chosen = benchmarks.Bench(device, getattr(torch, dtype), repeats)
+    measured = []
+    with console.status("...") as status:
+        try:
+            results = benchmarks.run(chosen, tuple(only or ()), status.update)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        try:
+            measured.extend(results)
+        finally:
+            # Also those before one that failed: an hour's work is not lost.
+            if measured:
+                console.print(as_rich(benchmarks.table(chosen, measured)))
 
 
 @app.command()

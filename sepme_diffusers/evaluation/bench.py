@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,10 @@ class Bench(Making):
 MEASURES = tuple(name for kind in (Bench, Making) for name in vars(kind) if not name.startswith("_"))
 
 
-def run(bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], None] | None = None) -> Table:
-    """The measurements as a table.
+def run(
+    bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], None] | None = None
+) -> Iterator[Result]:
+    """The measurements, each when it is made, so that one that fails loses none before it.
 
     Args:
         bench: Where and how often.
@@ -179,15 +181,22 @@ def run(bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], No
         on_measure: Called with the name of each before it starts.
 
     Raises:
-        ValueError: On a name that is none of them.
+        ValueError: On a name that is none of them, before any is made.
     """
     if unknown := [name for name in only if name not in MEASURES]:
         raise ValueError(f"unknown measures {unknown}; there are {list(MEASURES)}")
-    results: list[Result] = []
-    for name in only or MEASURES:
+    return _each(bench, only or MEASURES, on_measure)
+
+
+def _each(bench: Bench, names: tuple[str, ...], on_measure: Callable[[str], None] | None) -> Iterator[Result]:
+    for name in names:
         if on_measure is not None:
             on_measure(name)
-        results += getattr(bench, name)()
+        yield from getattr(bench, name)()
+
+
+def table(bench: Bench, results: Iterable[Result]) -> Table:
+    """The measurements as a table."""
     cells = tuple((one.measure, one.bar, one.figure, one.detail) for one in results)
     return Table(f"Speed and memory on {bench.device}, {bench.dtype}", ("", "bar", "measured", "detail"), cells)
 
