@@ -1,8 +1,6 @@
 """The benchmarks that are quick enough, and what the slow ones are made of, at small sizes."""
 
 import copy
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -106,8 +104,7 @@ def test_a_training_step_takes_turns_with_the_papers(small_bench):
 def test_a_peak_does_not_start_from_that_of_the_process_that_asks(pipe):
     held = torch.ones(150_000_000)  # 600 MB
     here = bench_base.peak_resident()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-        there = alone.submit(bench_base.peak_resident).result()
+    there = bench_making.alone(bench_base.peak_resident)
     assert there < here - held.nbytes / 2
 
 

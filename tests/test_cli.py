@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from sepme_diffusers import pocket
 from sepme_diffusers.cli import app
 from sepme_diffusers.evaluation import demo as demonstration
+from sepme_diffusers.evaluation.bench import Bench
+from sepme_diffusers.evaluation.bench_base import Result
 
 
 def test_help_names_the_commands():
@@ -34,6 +36,24 @@ def test_bench_names_what_is_valid(option, value, valid):
     assert shown.exit_code == 2
     assert value in shown.output
     assert valid in shown.output
+
+
+def test_bench_shows_what_it_measured_before_a_measure_that_fails(monkeypatch):
+    """Whoever waited an hour keeps the figures, and the failure is told."""
+
+    def measured(_):
+        yield Result("switching the erased set", ">= 100 x faster", "345 x", "one pair")
+
+    def failing(_):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(Bench, "switching", measured)
+    monkeypatch.setattr(Bench, "disk", failing)
+    shown = CliRunner().invoke(app, ["bench", "--only", "switching", "--only", "disk"])
+    assert "345 x" in shown.output
+    assert shown.exit_code == 1
+    assert str(shown.exception) == "out of memory"
 
 
 def test_the_command_line_imports_nothing_heavy():

@@ -170,9 +170,7 @@ class Bench(Making):
 MEASURES = tuple(name for kind in (Bench, Making) for name in vars(kind) if not name.startswith("_"))
 
 
-def run(
-    bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], None] | None = None
-) -> Iterator[Result]:
+def run(bench: Bench, only: tuple[str, ...] = (), on_measure: Callable[[str], None] | None = None) -> Iterator[Result]:
     """The measurements, each when it is made, so that one that fails loses none before it.
 
     Args:

@@ -7,9 +7,9 @@ import gc
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from sepme_diffusers.pocket.concepts import BANKED_STYLES, GUARDS, regular_for_s
 from sepme_diffusers.subspace import null_space
 from sepme_diffusers.training import SepMETrainer
 
+T = TypeVar("T")
+
 
 class Making(Workbench):
     """The measurements on making increments, each a method."""
@@ -38,10 +40,10 @@ class Making(Workbench):
 
     def training_step(self) -> Iterator[Result]:
         """One training step, against the paper's: seconds, and peak memory."""
-        yield self._step_time(self.large)
-        # The processes whose peaks are measured need the memory that the pipeline and its copies held here.
-        del self.large
+        # What earlier measures built here leaves its memory to the processes that each part runs in.
+        vars(self).pop("large", None)
         gc.collect()
+        yield alone(step_time, str(self.device), self.dtype, self.repeats)
         yield self._step_memory()
 
     def hundred_concepts(self) -> Iterator[Result]:
@@ -103,10 +105,7 @@ class Making(Workbench):
 
     def _step_memory(self) -> Result:
         """Each in a process of its own, which builds the pipeline, takes two steps and says its peak."""
-        peaks = {}
-        for kind in PEAKS:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                peaks[kind] = alone.submit(peak_of, kind, str(self.device), self.dtype).result()
+        peaks = {kind: alone(peak_of, kind, str(self.device), self.dtype) for kind in PEAKS}
         what = "resident memory of the process" if self.device.type != "cuda" else "memory allocated on the device"
         detail = f"peak {what}, GB: " + ", ".join(f"{kind} {peak / 1e9:.2f}" for kind, peak in peaks.items())
         ratio = peaks["ours"] / peaks["paper"]
@@ -169,6 +168,18 @@ def picture(pipe: Any) -> tuple[Tensor, Tensor]:
     """Noise as large as the pipeline's latents (1, channels, h, w), and a timestep (1,)."""
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     return torch.randn(1, channels, size, size).to(pipe.device), torch.tensor([500], device=pipe.device)
+
+
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a new process: its memory starts empty, and all of it is given back."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def step_time(device: str, dtype: torch.dtype, repeats: int) -> Result:
+    """The time of a training step, for a process that does nothing else."""
+    bench = Making(device, dtype, repeats)
+    return bench._step_time(bench.large)
 
 
 def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
