@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A cast or a fused LoRA changes a weight's norm by less than this share, another checkpoint by more.
 _SAME_NORM = 1e-2
+# What records of format versions 1 to 4 do not say, and what was so when they were made.
+_BEFORE_VERSION_5 = {"steps_per_batch": 1}
 
 
 @dataclass(frozen=True)
@@ -387,7 +389,7 @@ def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entr
         ValueError: If the record's settings or prompts are not usable.
     """
     concept = Concept.from_dict({"name": name, **record["concept"]})
-    config = SepMEConfig.from_dict(record["config"])
+    config = SepMEConfig.from_dict(_BEFORE_VERSION_5 | record["config"])
     return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
 
 

@@ -36,6 +36,7 @@ class SepMEConfig:
         min_steps: Training never stops before this many steps.
         max_steps: Training always stops after this many steps.
         batch_size: Noisy pictures a step.
+        steps_per_batch: Steps on each of these batches, for all of which the original model predicts once.
         n_images: Pictures x_0 that the original model makes of the concept beforehand.
         image_steps: Denoising steps for those pictures.
         guidance_scale: Guidance for those pictures.
@@ -72,6 +73,7 @@ class SepMEConfig:
     min_steps: int = 10
     max_steps: int = 300
     batch_size: int = 8
+    steps_per_batch: int = 4
     n_images: int = 24
     image_steps: int = 20
     guidance_scale: float = 4.0
@@ -120,10 +122,11 @@ class SepMEConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> SepMEConfig:
-        """The paper's constants: full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4, 10 to 1000 steps."""
+        """The paper's constants: full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4, 10 to 1000 steps, each on
+        noise of its own."""
         constants = {
             "basis": "full", "learning_rate": 0.1, "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6,
-            "tolerance": 1e-4, "relative": False, "min_steps": 10, "max_steps": 1000,
+            "tolerance": 1e-4, "relative": False, "min_steps": 10, "max_steps": 1000, "steps_per_batch": 1,
         }  # fmt: skip
         return cls(**(constants | changes))
 
@@ -150,7 +153,7 @@ class SepMEConfig:
 
 
 _POSITIVE = (
-    "rank", "learning_rate", "beta", "tolerance", "min_steps", "max_steps", "batch_size", "n_images",
-    "image_steps", "ridge",
+    "rank", "learning_rate", "beta", "tolerance", "min_steps", "max_steps", "batch_size", "steps_per_batch",
+    "n_images", "image_steps", "ridge",
 )  # fmt: skip
 _AT_LEAST_0 = ("sparsity", "guidance_scale", "soft_guard_weight", "name_weight", "seed")

@@ -19,7 +19,7 @@ from sepme_diffusers.concepts import look_alikes, slug
 from sepme_diffusers.config import SepMEConfig
 
 MANIFEST = "sepme_bank.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
 MODULE_FILE = "module_increment.safetensors"
 WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sepme_diffusers.concepts import Concept, Encoded
 from sepme_diffusers.config import SepMEConfig
+from sepme_diffusers.objective import concept_representation, correlation_loss
 
 _KNOWN = ("epsilon", "v_prediction", "sample")
 
@@ -61,6 +62,27 @@ class Batch:
         if self.prediction_type == "sample":
             return (noisy - alpha.sqrt() * output) / (1 - alpha).sqrt()
         return alpha.sqrt() * output + (1 - alpha).sqrt() * noisy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A noisy batch, and what the original model predicts on it: ε(x_t, without the concept), and its r_c."""
+
+    batch: Batch
+    without: Tensor
+    representation: Tensor
+
+    @property
+    def correlation(self) -> float:
+        """L_cor of the original model with itself: the mean square of its r_c."""
+        return correlation_loss(self.representation, self.representation).item()
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, unet: nn.Module, batch: Batch) -> Reference:
+        """What this denoiser predicts on the batch, with and without the concept in one pass."""
+        with_concept, without = batch.predict_noise(unet, batch.with_concept.then(batch.without)).chunk(2)
+        return cls(batch, without, concept_representation(with_concept, without))
 
 
 class NoisyPictures:

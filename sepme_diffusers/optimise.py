@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sepme_diffusers.config import SepMEConfig
 from sepme_diffusers.increment import Increment
-from sepme_diffusers.noise import Batch, NoisyPictures
+from sepme_diffusers.noise import NoisyPictures, Reference
 from sepme_diffusers.objective import MomentumStop, balance, concept_representation, correlation_loss, sparsity
 from sepme_diffusers.targets import linear_of, text_projections
 
@@ -61,6 +61,7 @@ class Learner:
         self.device = next(iter(weights.values())).device
         self.basis = basis.float().to(self.device)
         self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
+        self.steps_per_batch = config.steps_per_batch
         self.stopped = False
         self.warm = start is not None
         self.factors = {key: factor.requires_grad_() for key, factor in self._first(config, start).items()}
@@ -74,6 +75,12 @@ class Learner:
         coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
         factors = {_SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
+
+    def reference(self, unet: nn.Module) -> Reference:
+        """What the next step learns from: a new noisy batch whenever one has served its steps."""
+        if self.stop.step % self.steps_per_batch == 0:
+            self._reference = Reference.of(unet, self.pictures.next())
+        return self._reference
 
     def delta_weights(self) -> Iterator[Tensor]:
         """ΔW_m for each module, with gradient to the factors."""
@@ -120,6 +127,8 @@ def learn(
     for one in learners if first == 0 else ():
         if one.warm:
             scale_warm_start(pipe.unet, one)
+    # Only between batches: going on then draws the next one.
+    save_every = config.steps_per_batch * max(1, _SAVE_EVERY // config.steps_per_batch)
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.update(first)
         for step in range(first, config.max_steps):
@@ -130,7 +139,7 @@ def learn(
             bar.update()
             bar.set_description(", ".join(one.name for one in active))
             bar.set_postfix(momentum=f"{max(one.stop.value for one in active):+.1e}")
-            if state is not None and (step + 1) % _SAVE_EVERY == 0:
+            if state is not None and (step + 1) % save_every == 0:
                 state.save(step + 1, learners, optimizer)
 
 
@@ -141,7 +150,8 @@ def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
     The momentum statistic starts at the first loss and forgets it slowly, so a start that is a little too weak or too
     strong costs dozens of steps.
     """
-    found = [correlation(unet, learner.pictures.next(), [learner]) for _ in range(_BATCHES_TO_SCALE)]
+    batches = (learner.pictures.next() for _ in range(_BATCHES_TO_SCALE))
+    found = [correlation(unet, Reference.of(unet, batch), [learner]) for batch in batches]
     edited, original = (sum(map(float, values)) for values in zip(*found, strict=True))
     if edited < original:  # else it is no start at all, and training has to turn it round
         for factor in learner.factors.values():
@@ -159,7 +169,7 @@ def _take_step(
     factors = [factor for one in active for factor in one.factors.values()]
     losses, scales, gradients = [], [], []
     for one in active:
-        loss, scale = correlation(unet, one.pictures.next(), learners)
+        loss, scale = correlation(unet, one.reference(unet), learners)
         refuse_divergence(loss, one.name, one.stop.step + 1)
         gradients.append(torch.autograd.grad(loss, factors, allow_unused=True))
         losses.append(loss.item())
@@ -193,21 +203,16 @@ def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
         )
 
 
-def correlation(unet: nn.Module, batch: Batch, learners: Sequence[Learner]) -> tuple[Tensor, float]:
-    """L_cor of the model with increments, with gradient, and that of the original: the mean square of its r_c.
+def correlation(unet: nn.Module, reference: Reference, learners: Sequence[Learner]) -> tuple[Tensor, float]:
+    """L_cor of the model with increments, with gradient, and that of the original.
 
-    Three passes: both frozen ones in one batch without gradient, one edited with. The edited model's prediction
-    without the concept is taken from the frozen one: exact for a guarded prompt, and for any other the reference that
-    the edit must not drift from.
+    One pass beside those of the reference. The edited model's prediction without the concept is taken from the
+    original: exact for a guarded prompt, and for any other the reference that the edit must not drift from.
     """
-    with torch.no_grad():
-        both = batch.with_concept.then(batch.without)
-        frozen_with, frozen_without = batch.predict_noise(unet, both).chunk(2)
     with attached(unet, learners):
-        edited = batch.predict_noise(unet, batch.with_concept)
-    frozen = concept_representation(frozen_with, frozen_without)
-    loss = correlation_loss(concept_representation(edited, frozen_without), frozen)
-    return loss, correlation_loss(frozen, frozen).item()
+        edited = reference.batch.predict_noise(unet, reference.batch.with_concept)
+    representation = concept_representation(edited, reference.without)
+    return correlation_loss(representation, reference.representation), reference.correlation
 
 
 @contextmanager

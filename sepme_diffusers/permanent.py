@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sepme_diffusers.config import SepMEConfig
-from sepme_diffusers.noise import Batch, NoisyPictures
+from sepme_diffusers.noise import Batch, NoisyPictures, Reference
 from sepme_diffusers.objective import MomentumStop, concept_representation, correlation_loss
 from sepme_diffusers.optimise import Step, refuse_divergence
 from sepme_diffusers.targets import cross_attentions
@@ -64,15 +64,14 @@ def _unlearn(
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.set_description(name)
         for _ in range(config.max_steps):
-            batch = pictures.next()
-            with torch.no_grad():
-                frozen = _representation(pipe.unet, batch)
-            loss = correlation_loss(_representation(edited_unet, batch), frozen)
+            if stop.step % config.steps_per_batch == 0:
+                reference = Reference.of(pipe.unet, pictures.next())
+            loss = correlation_loss(_representation(edited_unet, reference.batch), reference.representation)
             refuse_divergence(loss, name, stop.step + 1)
             optimizer.zero_grad()
             loss.backward(inputs=list(weights.values()))
             optimizer.step()
-            stopping = stop.update(loss.item(), correlation_loss(frozen, frozen).item())
+            stopping = stop.update(loss.item(), reference.correlation)
             bar.update()
             bar.set_postfix(momentum=f"{stop.value:+.1e}")
             if on_step is not None:

@@ -54,7 +54,7 @@ def test_a_bank_of_version_1_still_loads_and_becomes_one_of_today(tmp_path):
     assert weights.items() <= tree(tmp_path / "bank").items()
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_bank_of_an_older_version_still_loads_and_becomes_one_of_today(tmp_path, version):
     bank = ConceptBank.from_pretrained(FIXTURES / f"bank-version-{version}")
     assert same(bank, tiny_bank())

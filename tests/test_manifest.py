@@ -78,7 +78,7 @@ def test_every_fault_is_listed_at_once(manifest):
         (b'{"format": "sepme_bank", "version": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b'{"format": "sepme_bank", "name": "\\ud800"}', "surrogates"),
         (b'\xff\xfe{"format": "sepme_bank"}', "not JSON"),
-        (b'{"format": "sepme_bank", "version": 5}', "version 5.*Upgrade"),
+        (b'{"format": "sepme_bank", "version": 6}', "version 6.*Upgrade"),
         (b'{"format": "sepme_bank", "version": "1"}', "version '1'"),
         (b'{"format": "sepme_bank", "version": true}', "version True"),
         (b'{"format": "other"}', "not the manifest of a concept bank"),

@@ -13,8 +13,8 @@ from conftest import CONCEPTS, TRAIN, random_pipeline
 
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.concepts import Encoded, encode, rows
-from sepme_diffusers.noise import NoisyPictures
-from sepme_diffusers.optimise import Learner, attached, correlation, scale_warm_start
+from sepme_diffusers.noise import NoisyPictures, Reference
+from sepme_diffusers.optimise import Learner, attached, correlation, learn, scale_warm_start
 from sepme_diffusers.subspace import null_space
 from sepme_diffusers.targets import projection_weights
 
@@ -61,7 +61,7 @@ def test_the_loss_is_the_papers(pipe):
         for factor in one.factors.values():
             factor.normal_()
     batch = one.pictures.next()
-    loss, scale = correlation(pipe.unet, batch, [one])
+    loss, scale = correlation(pipe.unet, Reference.of(pipe.unet, batch), [one])
     with torch.no_grad():
         frozen = [batch.predict_noise(pipe.unet, text) for text in (batch.with_concept, batch.without)]
         with attached(pipe.unet, [one]):
@@ -69,6 +69,20 @@ def test_the_loss_is_the_papers(pipe):
     product = (edited[0] - edited[1]) * (frozen[0] - frozen[1])
     assert loss.item() == pytest.approx(product.mean().item(), rel=1e-3)
     assert scale == pytest.approx((frozen[0] - frozen[1]).square().mean().item(), rel=1e-4)
+
+
+def test_a_noisy_batch_serves_its_steps(pipe):
+    """The original model, which is two of three passes, is asked once for all of them, and anew for the next batch."""
+    passes = []
+    pipe.unet.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    counts = {}
+    for share in (1, 3):
+        config = replace(TRAIN, min_steps=6, max_steps=6, steps_per_batch=share)
+        one = learner(pipe, WOODCUT, config)
+        passes.clear()
+        learn(pipe, [one], config)
+        counts[share] = (passes.count(False), passes.count(True))
+    assert counts == {1: (6, 6), 3: (2, 6)}
 
 
 def test_a_warm_start_is_the_closed_form(pipe):
@@ -93,11 +107,11 @@ def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
         start = replace(closed, B=strength * closed.B)
         pictures = NoisyPictures(pipe, WOODCUT, config, Encoded(pipe))
         one = Learner("woodcut", 0.01 * basis, projection_weights(pipe.unet), pictures, config, start)
-        batches = [one.pictures.next() for _ in range(4)]
-        found = [correlation(pipe.unet, batch, [one]) for batch in batches]
+        references = [Reference.of(pipe.unet, one.pictures.next()) for _ in range(4)]
+        found = [correlation(pipe.unet, reference, [one]) for reference in references]
         before, scale = sum(loss.item() for loss, _ in found), sum(scale for _, scale in found)
         scale_warm_start(pipe.unet, one)
-        after = sum(correlation(pipe.unet, batch, [one])[0].item() for batch in batches)
+        after = sum(correlation(pipe.unet, reference, [one])[0].item() for reference in references)
         left.append(abs(after) / scale)
         assert abs(after) < max(abs(before), 0.2 * scale)
     assert max(left) < 0.3
@@ -109,7 +123,7 @@ def test_joint_gradients_of_mutually_guarded_concepts_are_the_separate_ones(pipe
     with torch.no_grad():
         for factor in (*woodcut.factors.values(), *neon.factors.values()):
             factor.normal_()
-    batch = woodcut.pictures.next()
+    batch = Reference.of(pipe.unet, woodcut.pictures.next())
     own, others = list(woodcut.factors.values()), list(neon.factors.values())
     alone = torch.autograd.grad(correlation(pipe.unet, batch, [woodcut])[0], own)
     together = torch.autograd.grad(correlation(pipe.unet, batch, [woodcut, neon])[0], [*own, *others])
@@ -166,8 +180,16 @@ def test_nan_is_refused_and_the_bank_untouched(pipe, text_bank):
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in pipe.unet.modules())
 
 
-@pytest.mark.parametrize("changes", [{}, {"coupling": "joint", "parametrisation": "text"}])
-def test_interrupted_training_goes_on_with_the_same_result(pipe, tmp_path, changes, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"steps_per_batch": 1}, 4),
+        ({"steps_per_batch": 2}, 5),
+        ({"steps_per_batch": 2, "coupling": "joint", "parametrisation": "text"}, 5),
+    ],
+)
+def test_interrupted_training_goes_on_with_the_same_result(pipe, tmp_path, changes, first, monkeypatch):
+    """From the last state, which is written between noisy batches, so that none of them is drawn anew or left out."""
     monkeypatch.setattr("sepme_diffusers.optimise._SAVE_EVERY", 3)
     config = replace(TRAIN, max_steps=8, min_steps=8, **changes)
     whole = SepMETrainer(pipe, config).erase([WOODCUT, NEON])
@@ -183,7 +205,7 @@ def test_interrupted_training_goes_on_with_the_same_result(pipe, tmp_path, chang
         SepMETrainer(pipe, config, on_step=stop_at_5, state=tmp_path).erase([WOODCUT, NEON])
     seen = []
     resumed = SepMETrainer(pipe, config, on_step=seen.append, state=tmp_path).erase([WOODCUT, NEON])
-    assert [step.step for step in seen if step.concept == "neon"] == [4, 5, 6, 7, 8]
+    assert [step.step for step in seen if step.concept == "neon"] == list(range(first, 9))
     assert all(equal(whole[name].increment, resumed[name].increment) for name in whole)
     assert all(whole[name].metrics == resumed[name].metrics for name in whole)
     seen.clear()

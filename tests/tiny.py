@@ -25,7 +25,7 @@ def tiny_bank(seed: int = 0) -> ConceptBank:
         name: Entry(
             Concept(name, ((f"a cat, {name}", "a cat"),)),
             increment,
-            SepMEConfig(rank=RANK),
+            SepMEConfig(rank=RANK, steps_per_batch=1),  # as in the banks of all versions
             ("", *(other for other in increments if other != name)),
             {"leakage": 1e-8, "leakage_of": {}, "seconds": 0.5, "note": "é"},
         )
