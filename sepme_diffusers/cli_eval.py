@@ -126,7 +126,7 @@ def variants(
     steps: Steps = 20,
 ) -> None:
     """Every variant of the method on the same two styles; and a bank on another UNet."""
-    with _working(len(only or ()) or 13) as advance:
+    with _working(len(only or ()) or 14) as advance:
         from sepme_diffusers.evaluation import variants as making
         from sepme_diffusers.evaluation.report import bars_table
         from sepme_diffusers.evaluation.scenes import built_in

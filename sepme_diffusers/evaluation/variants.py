@@ -102,6 +102,7 @@ VARIANTS: dict[str, Callable[[Workshop], Made]] = {
     "full basis, prompt pairs": lambda shop: shop.bank(basis="full"),
     "full basis, against the blank prompt": lambda shop: shop.bank(against_blank=True, basis="full"),
     "aligned basis, prompt pairs": lambda shop: shop.bank(),
+    "aligned basis, new noise each step": lambda shop: shop.bank(steps_per_batch=1),
     "aligned basis, against the blank prompt": lambda shop: shop.bank(against_blank=True),
     "aligned basis, text-side": lambda shop: shop.bank(parametrisation="text"),
     "closed form": lambda shop: shop.bank(solver="closed_form"),
