@@ -108,6 +108,7 @@ def shown(tmp_path_factory) -> tuple[str, str, Path]:
     return first, output, folder
 
 
+@pytest.mark.slow
 def test_demo_erases_guards_and_restores(shown):
     """On a quarter of its pictures the demonstration's table says what the method promises."""
     first, output, folder = shown

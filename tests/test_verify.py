@@ -142,7 +142,7 @@ def other_alpha(folder: Path) -> None:
         (lambda f: reseal(f, lambda m: m["concepts"]["neon"]["metrics"].pop("leakage")), r"metrics\.leakage"),
         (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(rank=5)), "rank 6, not 5"),
         (lambda f: reseal(f, lambda m: m["base"]["projections"].popitem()), "other modules or heights"),
-        (lambda f: reseal(f, lambda m: m.update(version=5)), "version 5"),
+        (lambda f: reseal(f, lambda m: m.update(version=6)), "version 6"),
     ],
 )  # fmt: skip
 def test_tampering_is_found(saved, tamper, message):
