@@ -62,6 +62,7 @@ class Learner:
         self.basis = basis.float().to(self.device)
         self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
         self.steps_per_batch = config.steps_per_batch
+        self._reference: Reference
         self.stopped = False
         self.warm = start is not None
         self.factors = {key: factor.requires_grad_() for key, factor in self._first(config, start).items()}

@@ -53,3 +53,14 @@ def test_the_papers_constants():
 def test_divergence_is_refused(pipe):
     with pytest.raises(FloatingPointError, match="'woodcut'"):
         SepMETrainer(pipe, replace(CONFIG, learning_rate=1e30)).erase_permanently([WOODCUT])
+
+
+def test_a_noisy_batch_serves_its_steps(pipe):
+    """The original model predicts once for all of them."""
+    passes = []
+    config = replace(CONFIG, min_steps=6, max_steps=6, steps_per_batch=3)
+    trainer = SepMETrainer(pipe, config, on_step=lambda step: passes.append("step"))
+    pipe.unet.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else passes.append("original"))
+    trainer.erase_permanently([WOODCUT])
+    first = passes.index("step")
+    assert passes[first - 1 :] == ["original", *["step"] * 3, "original", *["step"] * 3]

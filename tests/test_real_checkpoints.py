@@ -5,10 +5,8 @@ Each case runs in a process of its own, whose peak of resident memory is logged 
 """
 
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 
 from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer
 from sepme_diffusers.concepts import encode
-from sepme_diffusers.evaluation import shapes
+from sepme_diffusers.evaluation import bench_making, shapes
 from sepme_diffusers.evaluation.bench_base import peak_resident
 from sepme_diffusers.export import single_file_tensors
 
@@ -100,8 +98,7 @@ def measured(act: Callable[..., None], *args: object) -> str:
 
 
 def alone(act: Callable[..., None], *args: object) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        taken = process.submit(measured, act, *args).result()
+    taken = bench_making.alone(measured, act, *args)
     logging.getLogger(__name__).info("%s %s: %s", act.__name__, args[:2], taken)
 
 
