@@ -1,4 +1,4 @@
-"""Real pipelines at small size: one with random weights for theorems, the built-in one for behaviour."""
+"""Fixtures over the pipelines of `small.py`, and over the built-in model for behaviour."""
 
 from __future__ import annotations
 
@@ -6,93 +6,11 @@ import os
 
 # Read when huggingface_hub is imported: the Hub on loopback (hub.py) stores files by LFS.
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, SepMEXLPipeline, pocket
-
-WIDTH, TOKENS = 384, 16
-
-
-def random_pipeline(seed: int = 0, text_seed: int = 0) -> SepMEPipeline:
-    """An untrained Stable Diffusion with the built-in model's tokenizer; equal for equal seeds."""
-    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
-    torch.manual_seed(text_seed)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )
-    ).eval()  # fmt: skip
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4,
-        cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
-    # Untrained attention is nearly blind to the text; make it look.
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "attn2" in name:
-                parameter.mul_(3)
-    pipe = SepMEPipeline(
-        vae=vae.eval(), text_encoder=text, tokenizer=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def random_xl_pipeline() -> SepMEXLPipeline:
-    """An untrained SDXL whose text encoders differ in width, by which single-file readers tell them apart."""
-    tokenizer = CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer")
-    torch.manual_seed(0)
-    first, second = (
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=37, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=16, projection_dim=width, bos_token_id=0, eos_token_id=1,
-            pad_token_id=1,
-        )
-        for width in (32, 64)
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4), norm_num_groups=4,
-        cross_attention_dim=96, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 64,
-    )  # fmt: skip
-    pipe = SepMEXLPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ).eval(),
-        text_encoder=CLIPTextModel(first).eval(), text_encoder_2=CLIPTextModelWithProjection(second).eval(),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-CONCEPTS = [
-    Concept("neon", (("a cat in the style of neon", "a cat"), ("neon dog", "a dog"))),
-    Concept("cat", (("a cat", ""), ("a picture of a cat", ""))),
-    Concept("pencil", (("a pencil picture of a fox", "a picture of a fox"),)),
-]
-CLOSED = SepMEConfig(solver="closed_form", rank=6, soft_guard_weight=0.0)
-TRAIN = SepMEConfig(
-    solver="train", rank=8, beta=0.02, min_steps=4, max_steps=6, batch_size=2, n_images=2, image_steps=2
-)
+from sepme_diffusers import Concept, ConceptBank, SepMEPipeline, SepMETrainer, pocket
+from small import CLOSED, CONCEPTS, TRAIN, random_pipeline
 
 
 @pytest.fixture
@@ -119,22 +37,3 @@ def pocket_pipe() -> SepMEPipeline:
     loaded = SepMEPipeline.from_pretrained(pocket.path())
     loaded.set_progress_bar_config(disable=True)
     return loaded
-
-
-def reseal(folder: Path, edit: Callable[[dict], object]) -> None:
-    """Edit a bank's manifest and give it the digest that docs/format.md asks for, as a knowing tamperer would."""
-    manifest = json.loads((folder / "sepme_bank.json").read_text("utf-8"))
-    zeros = "0" * 64
-    if "digest" in manifest:
-        manifest["digest"] = zeros
-    edit(manifest)
-    data = json.dumps(manifest).encode()
-    sealed = data.replace(zeros.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
-    (folder / "sepme_bank.json").write_bytes(sealed)
-
-
-def latents(pipe: SepMEPipeline, prompt: str | list[str], seed: int = 0, **kwargs: object) -> torch.Tensor:
-    """Latents of a short run from a fixed seed."""
-    generator = torch.Generator().manual_seed(seed)
-    made = pipe(prompt, num_inference_steps=3, guidance_scale=4.0, generator=generator, output_type="latent", **kwargs)
-    return made.images

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import hub
 import pytest
 
+import hub
 import sepme_diffusers
-from sepme_diffusers.cli import app
+from sepme_diffusers.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

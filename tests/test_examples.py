@@ -42,6 +42,7 @@ def test_techniques_draw_every_style_repeatably():
 
 def test_captions_never_name_a_held_out_pair():
     from rasterise import CLASSES
+
     from text import training_pairs
 
     seen = {(CLASSES[style], list(OBJECTS)[object_]) for style, object_ in training_pairs()}

@@ -29,8 +29,8 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from sepme_diffusers import ErasureNotInForce, SepMEPipeline, attach, pocket
-from sepme_diffusers.concepts import encode
-from sepme_diffusers.targets import cross_attentions, linear_of, projection_weights, text_projections
+from sepme_diffusers.doors.linears import cross_attentions, linear_of, projection_weights, text_projections
+from sepme_diffusers.text.concept import encode
 
 TEXT_SIDE, PER_MODULE = "woodcut", "neon"
 STYLES = (TEXT_SIDE, PER_MODULE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sepme_diffusers.bank import BaseModel, ConceptBank, Entry
-from sepme_diffusers.concepts import Concept
-from sepme_diffusers.config import SepMEConfig
-from sepme_diffusers.increment import Increment
+from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.concept import Concept
 
 WIDTH, RANK = 8, 2
 PROJECTIONS = {"mid.attn2.to_k": (4, 2.5), "mid.attn2.to_v": (6, 3.0)}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import typer
 
 from sepme_diffusers import SepMEPipeline, pocket
-from sepme_diffusers.absorb import from_lora
-from sepme_diffusers.evaluation.baselines import uce
-from sepme_diffusers.evaluation.metrics import generate, judged, largest_change, mean_change
+from sepme_diffusers.evaluation.baselines.uce import uce
+from sepme_diffusers.evaluation.measures.metrics import generate, judged, largest_change, mean_change
+from sepme_diffusers.interchange.adopt import from_lora
 from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
 from sepme_diffusers.pocket.vocabulary import STYLES
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sepme_diffusers import ConceptBank
-from sepme_diffusers.export import kohya_tensors, merged_increment, strengths_of
-from sepme_diffusers.fit import refuse_other_weights
-from sepme_diffusers.manifest import MANIFEST
+from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.interchange.export import kohya_tensors, merged_increment, strengths_of
 
 
 class EraseConcepts:

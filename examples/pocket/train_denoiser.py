@@ -22,12 +22,12 @@ from diffusers.training_utils import EMAModel, compute_snr
 from rasterise import CLASSES
 from rich.progress import Progress
 from safetensors.torch import load_file
-from text import WIDTH, caption, contrast, encoder, tokenize, tokenizer, training_pairs
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sepme_diffusers.pocket.judge import Judge
 from sepme_diffusers.pocket.vocabulary import OBJECTS, WATERMARK
+from text import WIDTH, caption, contrast, encoder, tokenize, tokenizer, training_pairs
 
 EVERY = 500  # steps between checkpoints
 

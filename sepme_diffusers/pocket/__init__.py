@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sepme_diffusers.bank import ConceptBank
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.pocket.judge import Judge
 from sepme_diffusers.pocket.vocabulary import OBJECTS, PLAIN, STYLES
-from sepme_diffusers.soft_guards import SoftGuards
 
 styles: tuple[str, ...] = tuple(STYLES)
 objects: tuple[str, ...] = tuple(OBJECTS)

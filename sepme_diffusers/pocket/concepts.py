@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sepme_diffusers.concepts import BLANK, Concept
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.text.concept import BLANK, Concept
 
 # Increments see these objects only; they are judged on the rest.
 EDIT_OBJECTS: tuple[str, ...] = tuple(words.OBJECTS)[::2]

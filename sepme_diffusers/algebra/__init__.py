@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: null spaces, closed forms, the objective."""

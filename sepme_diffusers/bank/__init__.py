@@ -1,0 +1,1 @@
+"""Erasures by name: in memory, on disk and on the Hub."""

@@ -1,0 +1,249 @@
+"""The model card of a bank: what people and the Hub read about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from yaml import YAMLError
+
+from sepme_diffusers.text.concept import Concept
+
+if TYPE_CHECKING:
+    from sepme_diffusers.bank.bank import ConceptBank
+
+CARD = "README.md"
+# Beside the concepts' folders; not part of the bank, and never read by it.
+ASSETS = "assets"
+_PLACEHOLDER = "path/or/repository/of/this/bank"
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# Concept bank for {{ title }}
+
+Separable erasures (SepME, arXiv 2402.05947) of {{ rows | length }} concepts. Loading the bank erases nothing by
+itself{{ policy }}; any subset can be erased, and restored bit for bit.
+{% if gallery %}
+<Gallery />
+{% endif %}
+```python
+from sepme_diffusers import SepMEPipeline
+
+pipe = SepMEPipeline.from_pretrained({{ base }})
+pipe.load_sepme({{ repository }})
+pipe.set_erased([{{ first }}])
+```
+
+## Concepts
+
+| concept | form | rank | solver | guarded prompts | measured |
+|---|---|---|---|---|---|
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+Prompts, anchors and every measurement are in `sepme_bank.json`.
+
+## Guard
+
+An increment leaves the prompts that it guards exactly as they were. Guarded by increments of this bank:
+{{ guards }}.
+
+## Settings
+{% for names, config in settings %}
+{{ names }}:
+
+```json
+{{ config }}
+```
+{% endfor %}
+## Limits
+
+- An increment that is not merged into the base can be removed by whoever holds the weights. Erasure is for a host who
+  controls the pipeline, not a lock on published weights.
+- Guards are exact for the prompts that are listed. Every other prompt is protected softly, and moves a little.
+- Erasure acts on what the UNet reads from the text; it does not remove knowledge from the image side. A prompt that
+  says a concept in words it was not made with can still draw it.
+- The figures are of the base above, measured by whoever made the bank.
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on a card.
+
+    Args:
+        name: Its file's name, without folder and suffix.
+        text: What is said below it; the prompt, at least.
+        image: The picture.
+
+    Raises:
+        ValueError: If the name has anything but lower-case ASCII letters, digits and hyphens.
+    """
+
+    name: str
+    text: str
+    image: Image.Image
+
+    def __post_init__(self) -> None:
+        if self.name != Concept(self.name).slug:
+            raise ValueError(f"a picture's name has lower-case ASCII letters, digits and hyphens only: {self.name!r}")
+
+    @property
+    def path(self) -> str:
+        """Its file in a bank's folder."""
+        return f"{ASSETS}/{self.name}.png"
+
+
+def card_pictures(
+    pipe: Any, bank: ConceptBank, prompts: Mapping[str, str] | None = None, seed: int = 0, **call: Any
+) -> tuple[Picture, ...]:
+    """Pictures for a card: for each concept before, erased and restored, from the same noise.
+
+    Args:
+        pipe: A pipeline with `load_sepme`, and no bank loaded.
+        bank: The bank; loaded for the while.
+        prompts: {concept: the prompt to draw}. Default: the first prompt of the bank's first three concepts.
+        seed: Of the noise.
+        call: Passed on to the pipeline: `num_inference_steps`, `guidance_scale`, ...
+
+    Raises:
+        ValueError: If a bank is loaded.
+        KeyError: If the bank lacks a concept.
+    """
+    if pipe.erasable:
+        raise ValueError("unload_sepme() first: the pictures before an erasure are the plain model's")
+    prompts = prompts or {name: bank[name].concept.prompts[0] for name in list(bank)[:3]}
+    # What a policy always erases could not be shown restored, nor the bank be unloaded.
+    pipe.load_sepme(replace(bank.subset([*prompts, *bank.always]), always=()))
+    try:
+        return tuple(
+            picture for name, prompt in prompts.items() for picture in _moments(pipe, name, prompt, seed, call)
+        )
+    finally:
+        pipe.unload_sepme()
+
+
+def _moments(pipe: Any, name: str, prompt: str, seed: int, call: Mapping[str, Any]) -> list[Picture]:
+    pictures = []
+    for moment, erased in (("before", []), ("erased", [name]), ("restored", [])):
+        generator = torch.Generator().manual_seed(seed)
+        image = pipe(prompt, erased=erased, generator=generator, **call).images[0]
+        pictures.append(Picture(f"{Concept(name).slug}-{moment}", f"{prompt} ({moment})", image))
+    return pictures
+
+
+def write_pictures(folder: Path, pictures: Iterable[Picture]) -> None:
+    """Put a card's pictures into a bank's folder."""
+    for picture in pictures:
+        file = folder / picture.path
+        file.parent.mkdir(exist_ok=True)
+        picture.image.save(file)
+
+
+def model_card(
+    manifest: Mapping[str, Any],
+    repository: str | None = None,
+    license: str | None = None,
+    pictures: Sequence[Picture] = (),
+    previous: str | None = None,
+) -> str:
+    """The README.md of a bank.
+
+    Args:
+        manifest: The bank's.
+        repository: Where it is published.
+        license: Of the bank. Default: the previous card's.
+        pictures: To show, beside those of the previous card.
+        previous: The card that this one replaces.
+    """
+    base, always, concepts = manifest["base"]["name"], manifest["policy"]["always"], manifest["concepts"]
+    data = _metadata(base, license, pictures, previous)
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=_escaped(base),
+        base=_quoted(base),
+        repository=_quoted(repository or _PLACEHOLDER),
+        first=_quoted(next(iter(concepts), "")),
+        policy=_escaped(f", except {', '.join(always)}, which its policy always erases" if always else ""),
+        gallery=bool(data.to_dict().get("widget")),
+        rows=[_row(name, record) for name, record in concepts.items()],
+        guards=_listed({prompt or "the blank prompt" for record in concepts.values() for prompt in record["guards"]}),
+        settings=_settings(concepts),
+    )
+    return str(card)
+
+
+def _metadata(base: str, license: str | None, pictures: Sequence[Picture], previous: str | None) -> ModelCardData:
+    kept = _metadata_of(previous)
+    shown = {picture.path for picture in pictures}
+    widget = [entry for entry in kept.get("widget") or [] if entry["output"]["url"] not in shown]
+    widget += [{"text": picture.text, "output": {"url": picture.path}} for picture in pictures]
+    data = {
+        "license": license or kept.get("license"),
+        "tags": ["sepme", "text-to-image"],
+        "pipeline_tag": "text-to-image",
+        **({"base_model": base, "base_model_relation": "adapter"} if _is_repository(base) else {}),
+        **({"widget": widget} if widget else {}),
+    }
+    return ModelCardData(library_name="diffusers", **data)
+
+
+def _metadata_of(card: str | None) -> dict[str, Any]:
+    """What a card says of its licence and pictures; nothing, if somebody's edits made it unreadable."""
+    if card is None:
+        return {}
+    try:
+        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+        widget = [entry for entry in data.get("widget") or [] if str(entry["output"]["url"]).startswith(f"{ASSETS}/")]
+    except (YAMLError, ValueError, TypeError, KeyError):
+        return {}
+    return {"license": data.get("license"), "widget": widget}
+
+
+def _is_repository(name: str) -> bool:
+    """The Hub refuses a card whose base model is a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _row(name: str, record: Mapping[str, Any]) -> list[str]:
+    figures = [f"{key} {value:.4g}" for key, value in record["metrics"].items() if isinstance(value, (int, float))]
+    made = (record["form"], record["rank"], record["config"]["solver"], len(record["guards"]))
+    return [_escaped(str(cell)) for cell in (name, *made, ", ".join(figures))]
+
+
+def _settings(concepts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each config that was used, with the concepts it made."""
+    made: dict[str, list[str]] = {}
+    for name, record in concepts.items():
+        made.setdefault(json.dumps(record["config"]), []).append(name)
+    return [(_listed(names), config) for config, names in made.items()]
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(_escaped(text) for text in sorted(texts))
+
+
+def _quoted(text: str) -> str:
+    """A Python string: JSON's quoting is one, as long as nothing beyond its controls is escaped."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,93 @@
+"""Whether a bank's increments fit a base: the shape and weights of its text projections, and its text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.text.concept import encode
+
+# A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
+_FOREIGN_LEAKAGE = 1e-2
+
+
+def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> None:
+    """Check that a bank's increments fit the text projections of a base.
+
+    Args:
+        bank: The bank.
+        weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
+
+    Raises:
+        ValueError: If they were made for another width, other modules, or other weights (per-module increments).
+    """
+    width = next(iter(weights.values())).shape[1]
+    if width != bank.base.width:
+        raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this base's are {width} wide")
+    per_module = {name: entry for name, entry in bank.items() if entry.increment.form == "module"}
+    if per_module and not bank.base.has_projections(
+        {n: (len(w), float(w.float().norm())) for n, w in weights.items()}
+    ):
+        raise ValueError(
+            f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
+            "Text-side increments (solver='closed_form') serve every base with the same text encoder"
+        )
+    for name, entry in per_module.items():
+        try:
+            entry.increment.refuse_other_modules(weights)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+
+
+def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
+    """Check that the pipeline's text encoders are those that the banks were made with.
+
+    Raises:
+        ValueError: If the increments read what their guards should hide from them, or there is no encoder to ask.
+    """
+    if not _encoders(pipe):
+        raise ValueError(
+            "the pipeline has no text encoder, so it cannot be seen whether the bank was made for its embeddings; "
+            "load the bank first, then drop the encoder"
+        )
+    leaks = {name: leak for bank in banks for name, leak in _leaks(pipe, bank).items() if not leak <= _FOREIGN_LEAKAGE}
+    if leaks:
+        raise ValueError(
+            "the bank was made for another text encoder than this pipeline's: with this one its increments move "
+            f"the prompts that they guard (share of the embedding that they read: {leaks})"
+        )
+
+
+def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
+    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
+    exact = {
+        name: [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
+        for name, entry in bank.items()
+    }
+    asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
+    if not asked:
+        return {}
+    prompts = sorted(set().union(*asked.values()))
+    tokens = torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1)
+    bases = [entry.increment.A.float() for entry in bank.values()]
+    read = (tokens @ torch.cat([a / a.norm() for a in bases]).T).split([len(a) for a in bases], dim=-1)
+    shares = {name: part.norm(dim=-1).amax(dim=-1).tolist() for name, part in zip(bank, read, strict=True)}
+    return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
+
+
+def _encoders(pipe: Any) -> list[Any]:
+    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return [encoder for encoder in found if encoder is not None]
+
+
+def text_state(pipe: Any) -> tuple[tuple[int, int, int], ...]:
+    """What changes when a text encoder is swapped, gets adapters or other weights; cheap enough for every call."""
+    return tuple(
+        (id(encoder), len(parameters), sum(0 if p.is_inference() else p._version for p in parameters))
+        for encoder in _encoders(pipe)
+        for parameters in [list(encoder.parameters())]
+    )

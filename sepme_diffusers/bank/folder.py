@@ -1,0 +1,372 @@
+"""A bank's folder: its files, read without trusting them and written wholly or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sepme_diffusers.bank import manifest as manifests
+from sepme_diffusers.bank.card import ASSETS, CARD
+from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, MODULE_FILE, TEXT_FILE, BankError
+from sepme_diffusers.increment.increment import Increment
+
+LOCK = ".sepme_bank.lock"
+# Everything that a save prepares stands here until it is moved into place.
+_STAGING = ".sepme_bank.writing"
+_FORMER = "former.json"
+
+# What a safetensors header takes for the two tensors of a module, generously.
+_HEADER = 2048
+_MAX_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class ConceptFiles:
+    """A concept as it is written.
+
+    Args:
+        name: The concept's name.
+        slug: The folder that it goes to, if that is free.
+        files: {file name: content}, the weights first.
+        record: Its record in the manifest, but for what the folder adds: `file`, `sha256` and `beside`.
+    """
+
+    name: str
+    slug: str
+    files: Mapping[str, bytes]
+    record: Mapping[str, Any]
+
+
+class BankFolder:
+    """A bank's folder; the manifest alone says what belongs to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def manifest(self, wanted: Sequence[str] | None = None) -> dict[str, Any]:
+        """The manifest, with no concepts but the wanted ones.
+
+        Raises:
+            BankError: If it is missing, damaged, unsafe or of a newer format.
+            KeyError: If it lacks one of the wanted.
+            ValueError: If `wanted` leaves out a concept that the policy always erases.
+        """
+        manifest = manifests.parse(self.manifest_bytes(), self.folder / MANIFEST)
+        if wanted is None:
+            return manifest
+        concepts, always = manifest["concepts"], manifest["policy"]["always"]
+        if unknown := [name for name in wanted if name not in concepts]:
+            raise KeyError(f"no concepts {unknown} in this bank; it has {list(concepts)}")
+        if left_out := sorted(set(always) - set(wanted)):
+            raise ValueError(f"the bank's policy always erases {left_out}; load them as well")
+        return {**manifest, "concepts": {name: record for name, record in concepts.items() if name in wanted}}
+
+    def manifest_bytes(self) -> bytes:
+        """The manifest as it stands there.
+
+        Raises:
+            BankError: If there is none, or it is no plain file of a sensible size.
+        """
+        if not os.path.lexists(self.folder / MANIFEST):
+            raise BankError(f"{self.folder} is no concept bank: it has no {MANIFEST}")
+        return self.file(MANIFEST, manifests.MAX_BYTES)
+
+    def increment(self, name: str, record: Mapping[str, Any], base: Mapping[str, Any]) -> Increment:
+        """A concept's increment.
+
+        Args:
+            name: The concept's name.
+            record: Its record in the manifest.
+            base: The manifest's `base`, whose shapes the increment must have.
+
+        Raises:
+            BankError: If its file is missing, damaged, larger than its shapes allow, or holds no such increment.
+        """
+        file = self.folder / record["file"]
+        data = self.file(record["file"], _largest(record, base))
+        if sha256(data) != record["sha256"]:
+            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
+        try:
+            tensors = load_tensors(data)
+            increment = replace(_increment(record["file"].rpartition("/")[2], tensors), gate=record.get("gate"))
+        except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
+        if wrong := _misfit(increment, record, base):
+            raise BankError(f"concept {name!r}: {file} does not fit the manifest: {wrong}")
+        return increment
+
+    def file(self, path: str, most: int) -> bytes:
+        """The bytes of a file of this folder.
+
+        Args:
+            path: In the folder, with "/".
+            most: The most bytes that it may have; a larger one is not read.
+
+        Raises:
+            BankError: If it is missing, a link, no plain file, larger, or outside of the folder.
+        """
+        file, parts = self.folder / path, PurePosixPath(path).parts
+        if ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path or not path.isprintable():
+            raise BankError(f"{path!r} is not a file of {self.folder}")
+        try:
+            if self.is_link(file):
+                raise BankError(f"{file} is a symbolic link; a bank's files are plain files")
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise BankError(f"{file} is not a plain file")
+            if status.st_size > most:
+                raise BankError(f"{file} has {status.st_size} bytes; what the manifest says needs at most {most}")
+            return file.read_bytes()
+        except FileNotFoundError as error:
+            raise BankError(f"{file} is missing") from error
+        except OSError as error:
+            raise BankError(f"{file} cannot be read: {error}") from error
+
+    def is_link(self, file: Path) -> bool:
+        """Whether the file or its folder is a link, other than those of huggingface_hub's cache to its own blobs."""
+        steps = [file, *file.parents][: len(file.relative_to(self.folder).parts)]
+        if not any(step.is_symlink() for step in steps):
+            return False
+        here, target = (Path(os.path.realpath(path)) for path in (self.folder, file))
+        blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
+        return any(step.is_symlink() for step in steps[1:]) or target.parent not in blobs
+
+    def write(
+        self, head: Mapping[str, Any], concepts: Iterable[ConceptFiles], card: Callable[[Mapping[str, Any]], str]
+    ) -> None:
+        """Replace what the folder holds by this bank: wholly, or not at all.
+
+        Everything is written under names that nothing yet refers to; replacing the manifest is the one step that makes
+        it the bank. Files that do not change are left alone. Killed at any moment, the next save tidies up.
+
+        Args:
+            head: The manifest but for its concepts.
+            concepts: What to write, in the bank's order.
+            card: The model card, from the manifest.
+
+        Raises:
+            BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
+                down, or another process is saving there. The folder's bank is as it was.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self._tidy()
+            self._refuse_other_content()
+            try:
+                records, moves = self._stage(concepts)
+                manifest = {**head, "concepts": records}
+                self._commit(manifests.seal(manifest, self.folder / MANIFEST), card(manifest), moves)
+            finally:
+                self._tidy()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time; the lock dies with its holder."""
+        path = self.folder / LOCK
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BankError(f"{self.folder}: another process is saving there; nothing was written") from error
+        except OSError as error:
+            raise BankError(f"{path} cannot be locked: {error}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps an open file; it does no harm
+                path.unlink()
+            lock.release()
+
+    def _refuse_other_content(self) -> None:
+        if (self.folder / CARD).is_dir():
+            raise BankError(f"{self.folder / CARD} is a folder; the model card goes there")
+        if os.path.lexists(self.folder / MANIFEST):
+            return
+        if any(file.name != LOCK for file in self.folder.iterdir()):
+            raise BankError(f"{self.folder} is not empty and holds no concept bank; choose another folder")
+
+    def _stage(self, concepts: Iterable[ConceptFiles]) -> tuple[dict[str, Any], list[str]]:
+        """Write the files of new or changed concepts aside; the records of all, and the folders to move."""
+        (self.folder / _STAGING).mkdir()
+        records: dict[str, Any] = {}
+        taken = {ASSETS: True}
+        for concept in concepts:
+            target, there = self._target(concept, taken)
+            taken[target] = there
+            if not there:
+                _write_folder(self.folder / _STAGING / target, concept.files)
+            weights, *others = concept.files
+            records[concept.name] = {
+                "file": f"{target}/{weights}",
+                "sha256": sha256(concept.files[weights]),
+                "beside": {file: sha256(concept.files[file]) for file in others},
+                **concept.record,
+            }
+        return records, [target for target, there in taken.items() if not there]
+
+    def _target(self, concept: ConceptFiles, taken: Mapping[str, bool]) -> tuple[str, bool]:
+        """The concept's folder, and whether it is there already: its slug, with a hash where that is other content."""
+        other = sha256(b"\0".join([concept.name.encode(), *concept.files.values()]))[:12]
+        for name in (concept.slug, f"{concept.slug}-{other}"):
+            exists = os.path.lexists(self.folder / name)
+            if name not in taken and (not exists or self._holds(name, concept.files)):
+                return name, exists
+        raise BankError(f"{self.folder / concept.slug} holds other files than the bank's; remove them and save again")
+
+    def _holds(self, target: str, files: Mapping[str, bytes]) -> bool:
+        with suppress(BankError):
+            return all(self.file(f"{target}/{name}", len(data)) == data for name, data in files.items())
+        return False
+
+    def _commit(self, sealed: bytes, card: str, moves: Iterable[str]) -> None:
+        staging = self.folder / _STAGING
+        # Before the first move, so that whoever tidies up knows what was to come and what was there.
+        _write(staging / MANIFEST, sealed)
+        if (self.folder / MANIFEST).exists():
+            _write(staging / _FORMER, self.manifest_bytes())
+        _write(staging / CARD, card.encode())
+        _persist(staging)
+        for target in moves:
+            os.replace(staging / target, self.folder / target)
+        os.replace(staging / MANIFEST, self.folder / MANIFEST)
+        os.replace(staging / CARD, self.folder / CARD)
+        _persist(self.folder)
+
+    def _tidy(self) -> None:
+        """Remove what a finished or interrupted save left: the concepts that no manifest but its own names."""
+        staging = self.folder / _STAGING
+        kept = self._folders(self.folder)
+        if staging.is_symlink():
+            staging.unlink()
+        for folder in (self._folders(staging) | self._folders(staging, _FORMER)) - kept:
+            _remove(self.folder / folder)
+        _remove(staging)
+
+    def _folders(self, where: Path, file: str = MANIFEST) -> set[str]:
+        """The concepts' folders that a manifest names.
+
+        Raises:
+            BankError: If the bank's own manifest is not valid. A staged one may be cut short: then it names none.
+        """
+        if not os.path.lexists(where / file):
+            return set()
+        try:
+            data = BankFolder(where).file(file, manifests.MAX_BYTES)
+            manifest = manifests.parse(data, where / file)
+        except BankError:
+            if where == self.folder:
+                raise
+            return set()
+        return {record["file"].split("/")[0] for record in manifest["concepts"].values()}
+
+
+def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> dict[str, bytes]:
+    """The files of a concept's folder, the weights first.
+
+    Args:
+        increment: What they hold.
+        dtype: Of B or C; None leaves each as it is. A is in float32: it carries the separability. A compact increment
+            stays as it is altogether.
+
+    Raises:
+        ValueError: If a number is too large for the dtype.
+    """
+    if increment.is_compact:
+        file = TEXT_FILE if increment.form == "text" else MODULE_FILE
+        return {file: save_tensors(_contiguous(increment.tensors()), {"format": "pt"})}
+    b, c = increment.B, increment.C
+    b = None if b is None else b.to(dtype or b.dtype)
+    c = None if c is None else {name: tensor.to(dtype or tensor.dtype) for name, tensor in c.items()}
+    stored = Increment(increment.A.float(), b, c)
+    if stored.form == "text":
+        return {TEXT_FILE: save_tensors(_contiguous(stored.tensors()), {"format": "pt"})}
+    tensors, config = stored.lora()
+    settings = {key: value for key, value in config.to_dict().items() if value is not None}
+    settings["target_modules"] = sorted(settings["target_modules"])
+    plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
+    return {LORA_FILE: save_tensors(_contiguous(tensors), {"format": "pt"}), LORA_CONFIG: plain}
+
+
+def _increment(file: str, tensors: dict[str, Tensor]) -> Increment:
+    """The increment, without its gate, that the tensors of a file of this name hold."""
+    if file == LORA_FILE:
+        return Increment.from_lora(tensors)
+    a = tensors.pop("A")
+    return Increment(a, C=tensors) if file == MODULE_FILE else Increment(a, **tensors)
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
+    """The most bytes that an increment of this rank for this base can take, in float64."""
+    rank, width = record["rank"], base["width"]
+    heights = [width] if record["form"] == "text" else [d_out for d_out, _ in base["projections"].values()]
+    numbers = sum(rank * (width + height) for height in heights)
+    return min(8 * numbers + _HEADER * (len(heights) + 1), _MAX_BYTES)
+
+
+def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """What of an increment is not as the manifest says; empty if all is."""
+    found = []
+    if increment.rank != record["rank"]:
+        found.append(f"rank {increment.rank}, not {record['rank']}")
+    if increment.A.shape[1] != base["width"]:
+        found.append(f"width {increment.A.shape[1]}, not {base['width']}")
+    if increment.C is not None:
+        heights = {name: d_out for name, (d_out, _) in base["projections"].items()}
+        wrong = {name for name, _ in {name: len(c) for name, c in increment.C.items()}.items() ^ heights.items()}
+        found += [f"other modules or heights than the base's: {sorted(wrong)}"] if wrong else []
+    return ", ".join(found)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, data in files.items():
+        _write(folder / name, data)
+    _persist(folder)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """A new file, on the disk when this returns."""
+    with open(file, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is one: what else has the name is not ours (and opening a pipe would wait for ever)."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _persist(folder: Path) -> None:
+    """Make a folder's names survive a loss of power; Windows has no such call."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

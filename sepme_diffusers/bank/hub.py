@@ -1,0 +1,418 @@
+"""A bank on the Hugging Face Hub: pulled in part, pushed in part, and never over what others pushed meanwhile."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from sepme_diffusers.bank.bank import ConceptBank, Origin, base_model
+from sepme_diffusers.bank.card import ASSETS, CARD, Picture, model_card, write_pictures
+from sepme_diffusers.bank.folder import BankFolder
+from sepme_diffusers.bank.manifest import MANIFEST, BankError, seal
+from sepme_diffusers.bank.signing import SIGNATURE, sign
+from sepme_diffusers.runtime.names import listed
+
+# What a repository may hold before the first push: the Hub makes the one, people write the other.
+_EMPTY = {".gitattributes", CARD}
+# As often as others push in between before this gives up.
+_ATTEMPTS = 5
+_MOVED_ON = 412
+# huggingface_hub lets its HTTP library's errors through when a transfer breaks off; which library that is, depends on
+# its version.
+_BROKEN_OFF: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class DownloadError(BankError):
+    """A bank could not be downloaded whole."""
+
+
+class PushConflict(RuntimeError):
+    """The Hub holds another version of a concept than the one that a push was made from."""
+
+
+def pull(
+    repository: str,
+    wanted: list[str] | None,
+    subfolder: str,
+    signed: bool,
+    hub: Mapping[str, Any],
+    read: Callable[[Path], ConceptBank],
+) -> ConceptBank:
+    """A repository's bank, with the files of the wanted concepts alone; it remembers where it came from.
+
+    Args:
+        repository: Its id.
+        wanted: Names, or None for all.
+        subfolder: Where in the repository the bank is.
+        signed: Download the signature as well.
+        hub: Passed on to `snapshot_download`.
+        read: What reads and checks the downloaded folder.
+
+    Raises:
+        BankError: If the bank cannot be trusted or understood, even when downloaded again.
+        DownloadError: If it could not be downloaded whole.
+    """
+
+    def attempt(hub: Mapping[str, Any]) -> ConceptBank:
+        folder, records = _download(repository, wanted, subfolder, signed, hub)
+        bank = read(folder)
+        # A push goes to the top of a repository, so a bank from below has nothing there to compare with.
+        origin = None if subfolder else Origin(repository, bank.always, dict(bank.entries), records)
+        return replace(bank, origin=origin)
+
+    try:
+        return attempt(hub)
+    except DownloadError:
+        raise
+    except BankError:
+        if hub.get("local_files_only") or hub.get("force_download") or constants.is_offline_mode():
+            raise
+    # The cache trusts what it once stored: a download that was damaged on its way must be replaced to be repaired.
+    return attempt({**hub, "force_download": True})
+
+
+def _download(
+    repository: str, wanted: list[str] | None, subfolder: str, signed: bool, hub: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """A folder with the manifest and the wanted concepts' files, all of one commit; and every concept's record."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    heads = [MANIFEST, SIGNATURE] if signed else [MANIFEST]
+    snapshot = _snapshot(repository, [prefix + file for file in heads], hub)
+    bank = BankFolder(snapshot / subfolder)
+    files = [prefix + glob.escape(str(record["file"])) for record in bank.manifest(wanted)["concepts"].values()]
+    # The snapshot's folder is named by its commit: a push in between must not mix two banks.
+    _snapshot(repository, files, {**hub, "revision": snapshot.name})
+    return bank.folder, bank.manifest()["concepts"]
+
+
+def _snapshot(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, **hub))
+    except HFValidationError as error:
+        raise BankError(f"{repository!r} is neither a folder nor a repository id: {error}") from error
+    except (HfHubHTTPError, FileNotFoundError):
+        raise  # the Hub's own answer, or what the cache lacks: said best by huggingface_hub
+    except (_BROKEN_OFF, OSError) as error:
+        raise DownloadError(f"the download of {repository!r} broke off: {error}") from error
+
+
+def push(
+    bank: ConceptBank,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    concepts: Iterable[str] | None = None,
+    remove: Iterable[str] = (),
+    license: str | None = None,
+    pictures: Iterable[Picture] = (),
+    dtype: torch.dtype | None = None,
+    signing_key: str | Path | None = None,
+    endpoint: str | None = None,
+) -> CommitInfo:
+    """See `ConceptBank.push_to_hub`.
+
+    Args:
+        bank: What to push.
+        repository: Its id.
+        private: See there, as the others up to `remove`.
+        token: See there.
+        revision: See there.
+        create_pr: See there.
+        commit_message: See there.
+        concepts: See there.
+        remove: See there.
+        license: For the card. Default: what the card on the Hub says.
+        pictures: For the card, beside those it has.
+        dtype: Of B or C. Default: as they are.
+        signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed is
+            signed too. Without one, a signature on the Hub that is no longer true is removed.
+        endpoint: Of the Hub.
+
+    Raises:
+        PushConflict: See there, as the others.
+    """
+    named = None if concepts is None else tuple(bank[name].concept.name for name in dict.fromkeys(listed(concepts)))
+    api = HfApi(
+        endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
+    )
+    repository = _prepare(api, repository, private, None if create_pr else revision)
+    with TemporaryDirectory(prefix="sepme-push-") as scratch:
+        change = _Change.of(bank, repository, named, tuple(remove), Path(scratch) / "bank", dtype)
+        dress = _Dress(repository, license, tuple(pictures), signing_key)
+        expected = None
+        for attempt in range(_ATTEMPTS):
+            head = _Head.of(api, repository, revision, Path(scratch) / "cache")
+            expected = change.expected(head) if expected is None else expected
+            manifest = _merged(head, change, expected)
+            files = dress.files(head, manifest, Path(scratch) / f"attempt-{attempt}")
+            try:
+                info = api.create_commit(
+                    repository,
+                    [*_operations(head, manifest, change), *files],
+                    commit_message=commit_message or change.message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head.commit,
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code != _MOVED_ON:
+                    raise
+                continue
+            if not create_pr:
+                change.remember(manifest)
+            return info
+    raise PushConflict(f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published")
+
+
+def _prepare(api: HfApi, repository: str, private: bool | None, branch: str | None) -> str:
+    """The repository's whole id, once it is there, and the branch."""
+    if "/" not in repository:
+        repository = f"{api.whoami()['name']}/{repository}"
+    try:
+        public = not api.model_info(repository).private
+    except RepositoryNotFoundError:
+        api.create_repo(repository, private=private, exist_ok=True)
+        public = False
+    if private and public:
+        raise ValueError(f"{repository!r} exists and is public; make it private first, or push without private=True")
+    if branch is not None and not branch.startswith("refs/"):
+        api.create_branch(repository, branch=branch, exist_ok=True)
+    return repository
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a branch holds at one commit."""
+
+    commit: str
+    files: frozenset[str]
+    manifest: dict[str, Any] | None
+    data: bytes
+    card: str | None
+
+    @classmethod
+    def of(cls, api: HfApi, repository: str, revision: str | None, cache: Path) -> _Head:
+        info = api.model_info(repository, revision=revision)
+        files = frozenset(file.rfilename for file in info.siblings)
+        if MANIFEST not in files and files - _EMPTY:
+            raise BankError(f"{repository!r} holds other files and no concept bank; choose another repository")
+        if not (there := [file for file in (MANIFEST, CARD) if file in files]):
+            return cls(info.sha, files, None, b"", None)
+        snapshot = api.snapshot_download(repository, revision=info.sha, allow_patterns=there, cache_dir=cache)
+        contents = {file: (Path(snapshot) / file).read_bytes() for file in there}
+        manifest = BankFolder(Path(snapshot)).manifest() if MANIFEST in files else None
+        card = contents[CARD].decode("utf-8", errors="replace") if CARD in files else None
+        return cls(info.sha, files, manifest, contents.get(MANIFEST, b""), card)
+
+    @property
+    def records(self) -> dict[str, Any]:
+        return self.manifest["concepts"] if self.manifest else {}
+
+    @property
+    def always(self) -> list[str]:
+        return self.manifest["policy"]["always"] if self.manifest else []
+
+    def inside(self, folder: str) -> set[str]:
+        return {file for file in self.files if file.startswith(f"{folder}/")}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a push wants to be different on the Hub: concepts, written to a folder as a bank is, and removals."""
+
+    bank: ConceptBank
+    origin: Origin | None
+    named: tuple[str, ...] | None
+    remove: tuple[str, ...]
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        bank: ConceptBank,
+        repository: str,
+        named: tuple[str, ...] | None,
+        remove: tuple[str, ...],
+        folder: Path,
+        dtype: torch.dtype | None,
+    ) -> _Change:
+        origin = bank.origin if bank.origin and bank.origin.repository == repository else None
+        pulled = origin.entries if origin else {}
+        names = named if named is not None else [name for name, entry in bank.items() if pulled.get(name) is not entry]
+        if both := sorted(set(names) & set(remove)):
+            raise ValueError(f"{both} cannot be both pushed and removed")
+        replace(bank, entries={name: bank[name] for name in names}, always=()).save_pretrained(folder, dtype)
+        return cls(bank, origin, named, remove, folder, BankFolder(folder).manifest())
+
+    @property
+    def records(self) -> dict[str, Any]:
+        return self.manifest["concepts"]
+
+    @property
+    def message(self) -> str:
+        parts = {"Push": self.records, "Remove": self.remove}
+        return "; ".join(f"{verb} {_shown(names)}" for verb, names in parts.items() if names) or "Update the card"
+
+    @property
+    def relaxed(self) -> set[str]:
+        """What the bank's holder has taken out of the policy. A push of some concepts alone does not change it."""
+        return set(self.origin.always) - set(self.bank.always) if self.origin and self.named is None else set()
+
+    def expected(self, head: _Head) -> dict[str, Any]:
+        """The records that this change replaces or removes, as its maker last saw them: None where there was none.
+
+        What is named is known by being named; for the rest, a bank only knows what it was pulled with.
+        """
+        seen = self.origin.records if self.origin else head.records
+        pulled = self.origin.entries if self.origin else {}
+        known = {*pulled, *(self.named or ()), *self.remove}
+        if unknown := [name for name in self.remove if name not in {**seen, **head.records}]:
+            raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {list(head.records)}")
+        return {name: seen.get(name) if name in known else None for name in (*self.records, *self.remove)}
+
+    def remember(self, manifest: Mapping[str, Any]) -> None:
+        """Let the bank know what it has pushed, so that its next push is not taken for a conflict with this one."""
+        if self.origin is None:
+            return
+        for name in self.records:
+            self.origin.records[name] = manifest["concepts"][name]
+            self.origin.entries.setdefault(name, self.bank[name])
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest that the Hub shall have; the present one itself, if nothing is different."""
+    _refuse_conflicts(head, change, expected)
+    if head.manifest is not None:
+        _refuse_other_base(head.manifest["base"], change.manifest["base"])
+    records = {name: record for name, record in head.records.items() if name not in change.remove}
+    taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
+    for name, record in change.records.items():
+        if not _alike(record, records.get(name)):
+            records[name] = {**record, "file": _place(record, records.get(name), taken)}
+            taken.add(_folder(records[name]))
+    always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
+    if missing := [name for name in always if name not in records]:
+        raise ValueError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
+    base = head.manifest["base"] if head.manifest and change.named is not None else change.manifest["base"]
+    policy = {**change.manifest["policy"], "always": always}
+    merged = {**change.manifest, "base": base, "policy": policy, "concepts": records}
+    same = head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts"))
+    return head.manifest if same else merged
+
+
+def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any]) -> None:
+    conflicts = [
+        name
+        for name, record in expected.items()
+        if not _alike(head.records.get(name), record) and not _alike(head.records.get(name), change.records.get(name))
+    ]
+    if not conflicts:
+        return
+    if change.origin is None and change.named is None:
+        raise PushConflict(
+            f"the Hub has other versions of {conflicts}, and this bank was not pulled from there. Pull it and change "
+            "that, or name them in concepts= to replace what the Hub has. Nothing was published"
+        )
+    raise PushConflict(
+        f"{conflicts} changed on the Hub since this push's bank was made or pulled. Pull the bank again and make the "
+        "change on that one. Nothing was published"
+    )
+
+
+def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    same = all(theirs[key] == mine[key] for key in ("width", "n_tokens"))
+    if not (same and base_model({"base": theirs}).has_projections(mine["projections"])):
+        raise BankError(
+            f"the bank on the Hub is for {theirs['name']!r} and this one for {mine['name']!r}, another base; push it "
+            "to a repository of its own"
+        )
+
+
+def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two records say the same, wherever their files are."""
+    if record is None or other is None:
+        return record is other
+    return {**record, "file": None} == {**other, "file": None}
+
+
+def _place(record: Mapping[str, Any], former: Mapping[str, Any] | None, taken: set[str]) -> str:
+    """Where a record's weights go: the concept's former folder, or one that nothing on the Hub has."""
+    folder, weights = record["file"].split("/")
+    if former is not None:
+        folder = _folder(former)
+    elif folder in taken:
+        folder = f"{folder}-{record['sha256'][:12]}"
+    return f"{folder}/{weights}"
+
+
+def _folder(record: Mapping[str, Any]) -> str:
+    return record["file"].split("/")[0]
+
+
+def _operations(
+    head: _Head, manifest: Mapping[str, Any], change: _Change
+) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
+    """The concepts' files that a commit adds, replaces and deletes."""
+    records = manifest["concepts"]
+    added = set()
+    for name, record in change.records.items():
+        if records[name] is not head.records.get(name):
+            for file in sorted((change.folder / _folder(record)).iterdir()):
+                added.add(f"{_folder(records[name])}/{file.name}")
+                yield CommitOperationAdd(f"{_folder(records[name])}/{file.name}", file)
+    gone = [record for name, record in head.records.items() if records.get(name) is not record]
+    for path in sorted({path for record in gone for path in head.inside(_folder(record))} - added):
+        yield CommitOperationDelete(path)
+
+
+@dataclass(frozen=True)
+class _Dress:
+    """What a commit holds beside concepts: the manifest, its card, pictures and signature."""
+
+    repository: str
+    license: str | None
+    pictures: tuple[Picture, ...]
+    signing_key: str | Path | None
+
+    def files(
+        self, head: _Head, manifest: Mapping[str, Any], folder: Path
+    ) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
+        folder.mkdir()
+        changed = manifest is not head.manifest
+        data = seal(manifest, folder / MANIFEST) if changed else head.data
+        (folder / MANIFEST).write_bytes(data)
+        card = model_card(manifest, self.repository, self.license, self.pictures, head.card)
+        (folder / CARD).write_text(card, "utf-8")
+        write_pictures(folder, self.pictures)
+        if self.signing_key is not None:
+            sign(folder, self.signing_key)
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            yield CommitOperationAdd(file.relative_to(folder).as_posix(), file)
+        if SIGNATURE in head.files and changed and self.signing_key is None:
+            yield CommitOperationDelete(SIGNATURE)

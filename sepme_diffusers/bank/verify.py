@@ -1,0 +1,297 @@
+"""Whether a bank is what it says: every fault of its files, its increments and its guards, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry, base_model, entry_of
+from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.folder import CARD, LOCK, BankFolder, increment_files, sha256
+from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
+from sepme_diffusers.bank.signing import SIGNATURE
+from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.concept import encode
+
+# Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
+_HUGE = 300.0
+# What a guarded prompt's projections may move by, in float32; a lower precision moves them by so many of its steps.
+_EXACT, _STEPS = 1e-4, 16
+_MAX_CONFIG = 2**20
+# Beside a bank there may stand what people and repositories need, and no loader reads.
+_HARMLESS = {MANIFEST, SIGNATURE, CARD, LOCK, "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore"}
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+_TOOLS = {".git", ".cache"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of one concept.
+
+    Args:
+        form: "text" or "module"; None if it could not be read.
+        rank: Of the increment.
+        norm: The largest share ‖ΔW‖ / ‖W‖ of a module; in text-side form the largest by which an embedding can be
+            stretched.
+        leakage: The largest that was measured on a guard; None without a pipeline.
+        faults: What is wrong with it.
+    """
+
+    form: str | None = None
+    rank: int | None = None
+    norm: float | None = None
+    leakage: float | None = None
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Args:
+        folder: Faults of the folder, the manifest, or the bank as a whole.
+        concepts: {concept: what was found of it}.
+        notes: What could not be checked, and why.
+    """
+
+    folder: tuple[str, ...]
+    concepts: Mapping[str, Checked]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Every fault, with the concept that has it."""
+        each = (f"concept {name!r}: {fault}" for name, found in self.concepts.items() for fault in found.faults)
+        return (*self.folder, *each)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+
+def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
+    """Check a bank, and list everything that is wrong with it.
+
+    Checks the manifest against its schema and its digest, every file against its hash, the folder for anything that
+    does not belong there, each increment's numbers, shape, rank and norm, and that what it claims is written down.
+    With a pipeline also that the bank fits the base, and that no guarded prompt moves, by the pipeline's own text
+    encoders.
+
+    Args:
+        bank: A bank, or its folder.
+        pipe: The base. In float32 leakage is measured most sharply.
+
+    Raises:
+        ValueError: If the pipeline has no text encoder.
+
+    Example:
+        >>> from sepme_diffusers import SepMEPipeline, pocket
+        >>> verify(pocket.bank("styles"), SepMEPipeline.from_pretrained(pocket.path())).ok
+        True
+    """
+    if isinstance(bank, ConceptBank):
+        base, entries, folder, faults, notes = bank.base, dict(bank), [], {}, []
+    else:
+        base, entries, folder, faults, notes = _read(BankFolder(Path(bank)))
+    leaks: dict[str, dict[str, float]] = {}
+    if pipe is None:
+        notes.append("guards and base were not checked: that takes a pipeline")
+    elif base is not None:
+        fault = _base_fault(pipe, base, entries)
+        folder += [fault] if fault else []
+        leaks = {} if fault else _leaks(pipe, entries)
+    for name, entry in entries.items():
+        faults[name] = [*faults.get(name, []), *_entry_faults(entry, base)]
+        faults[name] += _guard_faults(entry, leaks[name], _tolerance(pipe)) if name in leaks else []
+    checked = {name: _checked(entries.get(name), base, leaks.get(name), tuple(faults[name])) for name in faults}
+    return Report(tuple(folder), checked, tuple(notes))
+
+
+def _checked(
+    entry: Entry | None, base: BaseModel | None, leaks: Mapping[str, float] | None, faults: tuple[str, ...]
+) -> Checked:
+    if entry is None or base is None:
+        return Checked(faults=faults)
+    increment = entry.increment
+    leakage = max(leaks.values()) if leaks else None
+    return Checked(increment.form, increment.rank, _norm(increment, base), leakage, faults)
+
+
+# --- the folder
+
+
+def _read(
+    folder: BankFolder,
+) -> tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]:
+    """The base, the entries that can be read, faults of the folder, faults by concept, and notes."""
+    try:
+        manifest, found = examine(folder.manifest_bytes())
+    except BankError as error:
+        return None, {}, [str(error), *_strays(folder, {})], {}, []
+    faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in found]
+    faults += _strays(folder, manifest["concepts"] if manifest else {})
+    if manifest is None:
+        return None, {}, faults, {}, []
+    entries: dict[str, Entry] = {}
+    by_concept: dict[str, list[str]] = {}
+    for name, record in manifest["concepts"].items():
+        by_concept[name] = []
+        try:
+            increment = folder.increment(name, record, manifest["base"])
+            entries[name] = entry_of(name, record, increment)
+        except (BankError, TypeError, ValueError) as error:
+            by_concept[name].append(str(error))
+        by_concept[name] += _beside_faults(folder, record, entries.get(name))
+    return base_model(manifest), entries, faults, by_concept, _notes(manifest)
+
+
+def _notes(manifest: Mapping[str, Any]) -> list[str]:
+    if manifest["version"] > 1:
+        return []
+    return [
+        "format version 1 has no digest of its manifest and no hash of adapter_config.json, so a change of these may "
+        "go unnoticed; save the bank again"
+    ]
+
+
+def _strays(folder: BankFolder, concepts: Mapping[str, Any]) -> Iterator[str]:
+    """Links, special files, names that some systems cannot tell apart, and files that the manifest does not name."""
+    named = _HARMLESS | {record["file"] for record in concepts.values()}
+    for record in concepts.values():
+        named |= {_beside(record, name) for name in record.get("beside", _config_of(record))}
+    for where, folders, files in os.walk(folder.folder):
+        folders[:] = [name for name in folders if Path(where) != folder.folder or name not in _TOOLS]
+        yield from _twins(Path(where), [*folders, *files])
+        for path in (Path(where, name) for name in files):
+            if fault := _stray(folder, path, named):
+                yield fault
+        yield from (f"{Path(where, name)} is a symbolic link" for name in folders if Path(where, name).is_symlink())
+
+
+def _twins(where: Path, names: list[str]) -> Iterator[str]:
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(name.casefold(), []).append(name)
+    yield from (f"{where}: some systems take {sorted(same)} for one name" for same in folded.values() if len(same) > 1)
+
+
+def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
+    relative = path.relative_to(folder.folder).as_posix()
+    if folder.is_link(path):
+        return f"{path} is a symbolic link"
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return f"{path} is not a plain file"
+    if relative in named or path.suffix.lower() in _PICTURES:
+        return None
+    return f"{path} is not named by the manifest: nobody knows whose it is"
+
+
+def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
+    """What is wrong with the files beside the weights, which this package writes for other tools and never reads."""
+    wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
+    for name, digest in wanted.items():
+        path = _beside(record, name)
+        try:
+            data = folder.file(path, _MAX_CONFIG)
+        except BankError as error:
+            yield str(error)
+            continue
+        if digest is not None and sha256(data) != digest:
+            yield f"{folder.folder / path} is damaged or was changed (its SHA-256 is not the manifest's)"
+        elif entry is not None and (keys := _differing(data, entry.increment)):
+            yield f"{folder.folder / path} tells other tools something else than the manifest: {keys}"
+
+
+def _beside(record: Mapping[str, Any], name: str) -> str:
+    return f"{record['file'].rpartition('/')[0]}/{name}"
+
+
+def _config_of(record: Mapping[str, Any]) -> list[str]:
+    """The config that a record's weights need beside them: a LoRA's."""
+    return [LORA_CONFIG] if record["file"].endswith(f"/{LORA_FILE}") else []
+
+
+def _differing(data: bytes, increment: Increment) -> list[str]:
+    """The settings of a PEFT config that are not those of the increment's LoRA."""
+    if increment.form == "text" or increment.is_compact:
+        return ["an increment that is no LoRA has none"]
+    ours = json.loads(increment_files(increment, torch.float32)[LORA_CONFIG])
+    try:
+        theirs = dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        return ["it is not JSON"]
+    # Releases of PEFT differ in which settings they write that are off.
+    keys = (ours.keys() | theirs.keys()) - {"peft_version"}
+    return sorted(key for key in keys if (ours.get(key) or None) != (theirs.get(key) or None))
+
+
+# --- the increments
+
+
+def _entry_faults(entry: Entry, base: BaseModel) -> Iterator[str]:
+    norm = _norm(entry.increment, base)
+    if not norm <= _HUGE:
+        yield f"its increment is huge: {norm:.3g} times what it changes; {_HUGE:g} is the most that is plausible"
+    if "leakage" not in entry.metrics:
+        yield "it does not say how far it moves its guards (metrics.leakage)"
+    if not entry.guards:
+        yield "it guards no prompt"
+
+
+def _norm(increment: Increment, base: BaseModel) -> float:
+    # With A = R Q, Q orthonormal rows, ‖C A‖ is ‖C R‖: an (r, r) factor in place of an (r, d) one.
+    r = torch.linalg.qr(increment.A.double().T).R.T
+    if increment.B is not None:
+        return float(torch.linalg.matrix_norm(increment.B.double() @ r, 2))
+    norms = {name: max(norm, 1e-12) for name, (_, norm) in base.projections.items()}
+    return max(float((c.double() @ r).norm()) / norms[name] for name, c in increment.C.items())
+
+
+# --- with a pipeline
+
+
+def _base_fault(pipe: Any, base: BaseModel, entries: Mapping[str, Entry]) -> str | None:
+    try:
+        refuse_other_weights(ConceptBank(base, entries), projection_weights(pipe.unet))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
+    """The leakage of each guard of each concept, by the pipeline's text encoders and weights."""
+    if getattr(pipe, "text_encoder", None) is None:
+        raise ValueError("the pipeline has no text encoder, so its guards cannot be recomputed")
+    prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
+    if not prompts:
+        return {}
+    weights = projection_weights(pipe.unet)
+    tokens: dict[str, Tensor] = dict(zip(prompts, encode(pipe, prompts), strict=True))
+    leaks = {}
+    for name, entry in entries.items():
+        if entry.guards:
+            measured = entry.increment.leakage(torch.stack([tokens[prompt] for prompt in entry.guards]), weights)
+            leaks[name] = dict(zip(entry.guards, measured.tolist(), strict=True))
+    return leaks
+
+
+def _tolerance(pipe: Any) -> float:
+    return max(_EXACT, _STEPS * torch.finfo(pipe.text_encoder.dtype).eps)
+
+
+def _guard_faults(entry: Entry, leaks: Mapping[str, float], tolerance: float) -> Iterator[str]:
+    claimed = entry.metrics.get("leakage_of", {})
+    for prompt, leak in leaks.items():
+        # A leak that the bank owns up to is no fault; twice as much is.
+        if not leak <= max(tolerance, 2 * claimed.get(prompt, 0.0)):
+            yield f"it moves the guarded prompt {prompt!r} by {leak:.2g} of its projections"

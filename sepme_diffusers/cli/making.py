@@ -1,0 +1,185 @@
+"""Commands that make erasures: `sepme erase`, `sepme capacity`, `sepme soft-guards`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table as RichTable
+
+from sepme_diffusers.cli.console import console, quieten
+
+if TYPE_CHECKING:
+    from sepme_diffusers.bank.bank import ConceptBank
+    from sepme_diffusers.making.trainer import SepMETrainer
+    from sepme_diffusers.text.concept import Concept
+
+Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
+Names = Annotated[list[str] | None, typer.Option("--concept", help="A concept's name; give one option a concept.")]
+Templates = Annotated[
+    list[str] | None, typer.Option("--template", help='A prompt that shows it, with "{concept}" for its name.')
+]
+Withouts = Annotated[list[str] | None, typer.Option("--without", help="The same prompt without it; one a template.")]
+Anchors = Annotated[list[str] | None, typer.Option("--anchor", help="What takes its place: a phrase, a hypernym.")]
+File = Annotated[
+    Path | None,
+    typer.Option("--concepts", help='JSON: a list of {"name", "template", "without", "anchor"} or {"name", "pairs"}.'),
+]
+Hard = Annotated[list[str] | None, typer.Option("--guard", help="A prompt that must stay exactly as it is.")]
+Soft = Annotated[
+    Path | None, typer.Option(help="Regular prompts: a text file, one a line, or what `sepme soft-guards` wrote.")
+]
+Settings = Annotated[Path | None, typer.Option("--config", help="JSON: fields of SepMEConfig.")]
+Solver = Annotated[str | None, typer.Option(help="train, closed_form or closed_form+train.")]
+Add = Annotated[str | None, typer.Option(help="A bank, folder or Hub id, that the concepts join.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps ...")]
+
+
+def erase(
+    base: Base,
+    output: Annotated[Path, typer.Argument(help="Folder for the bank; a bank that is there is added to.")],
+    concept: Names = None,
+    template: Templates = None,
+    without: Withouts = None,
+    anchor: Anchors = None,
+    concepts: File = None,
+    guard: Hard = None,
+    soft_guards: Soft = None,
+    solver: Solver = None,
+    config: Settings = None,
+    add: Add = None,
+    state: Annotated[Path | None, typer.Option(help="Folder to resume an interrupted training from.")] = None,
+    device: Device = "cpu",
+    license: Annotated[str | None, typer.Option(help="Of the bank, for its card.")] = None,
+) -> None:
+    """Make erasures and write them into a bank. `accelerate launch -m sepme_diffusers.cli` shares them out."""
+    from accelerate import PartialState
+
+    try:
+        wanted = _concepts(concept, template, without, anchor, concepts)
+        trainer = _trainer(base, guard, soft_guards, solver, config, state, device)
+        bank = trainer.erase(wanted, _bank(add or output))
+        if PartialState().is_main_process:
+            bank.save_pretrained(output, license=license)
+            console.print(_made(bank, [one.name for one in wanted]))
+            console.print(f"Wrote {output}", soft_wrap=True)
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def capacity(
+    base: Base,
+    concept: Names = None,
+    template: Templates = None,
+    without: Withouts = None,
+    anchor: Anchors = None,
+    concepts: File = None,
+    guard: Hard = None,
+    soft_guards: Soft = None,
+    config: Settings = None,
+    add: Add = None,
+    device: Device = "cpu",
+) -> None:
+    """Tell how much room there is for erasures, and what one more would cost, before anything is made."""
+    try:
+        wanted = _concepts(concept, template, without, anchor, concepts)
+        found = _trainer(base, guard, soft_guards, None, config, None, device).capacity(wanted, _bank(add))
+    except (OSError, TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    table = RichTable(title=f"Of {next(iter(found.values())).dimensions} dimensions")
+    for column in ("concept", "left for it", "its name takes", "names guarded", "reach", "leakage"):
+        table.add_column(column)
+    for name, room in found.items():
+        cells = (room.dimensions_left, room.dimensions_taken, "exactly" if room.exact else "damped")
+        table.add_row(name, *map(str, cells), f"{room.reach:.2f}", f"{room.leakage:.1e}")
+    console.print(table)
+
+
+def soft_guards(
+    base: Base,
+    prompts: Annotated[Path, typer.Argument(help="Text file of regular prompts, one a line.")],
+    output: Annotated[Path, typer.Argument(help="What to write: a .safetensors file.")],
+    device: Device = "cpu",
+) -> None:
+    """Make a small file of regular prompts that erasures should change little."""
+    from sepme_diffusers.making.soft_guards import SoftGuards
+
+    try:
+        made = SoftGuards.from_file(_pipeline(base, device), prompts)
+        made.save(output)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(f"Wrote {output}: {len(made.prompts)} prompts, {output.stat().st_size / 1e3:.0f} KB", soft_wrap=True)
+
+
+def _pipeline(base: str, device: str) -> Any:
+    console.print("Loading torch and the base model ...")
+    quieten()
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(base).to(device)
+
+
+def _concepts(
+    names: list[str] | None,
+    templates: list[str] | None,
+    withouts: list[str] | None,
+    anchors: list[str] | None,
+    file: Path | None,
+) -> list[Concept]:
+    from sepme_diffusers.text.concept import Concept, as_concepts
+
+    found = []
+    for name in names or ():
+        found.append(
+            Concept.from_template(name, templates, withouts or [], anchors or None) if templates else Concept(name)
+        )
+    for values in json.loads(file.read_text(encoding="utf-8")) if file is not None else ():
+        if "pairs" in values:
+            found.append(Concept.from_dict(values))
+        else:
+            found.append(Concept.from_template(**values))
+    return as_concepts(found)
+
+
+def _trainer(
+    base: str,
+    guards: list[str] | None,
+    soft: Path | None,
+    solver: str | None,
+    settings: Path | None,
+    state: Path | None,
+    device: str,
+) -> SepMETrainer:
+    from sepme_diffusers.increment.config import SepMEConfig
+    from sepme_diffusers.making.soft_guards import SoftGuards
+    from sepme_diffusers.making.trainer import SepMETrainer
+
+    values = json.loads(settings.read_text(encoding="utf-8")) if settings is not None else {}
+    config = SepMEConfig.from_dict(values | ({"solver": solver} if solver else {}))
+    pipe, regular = _pipeline(base, device), ()
+    if soft is not None:
+        regular = SoftGuards.load(soft) if soft.suffix == ".safetensors" else SoftGuards.from_file(pipe, soft)
+    return SepMETrainer(pipe, config, guards or (), regular, state=state)
+
+
+def _bank(where: str | Path | None) -> ConceptBank | None:
+    from sepme_diffusers.bank.bank import ConceptBank
+    from sepme_diffusers.bank.manifest import MANIFEST
+
+    if where is None or (isinstance(where, Path) and not (where / MANIFEST).exists()):
+        return None
+    return ConceptBank.from_pretrained(where)
+
+
+def _made(bank: ConceptBank, names: list[str]) -> RichTable:
+    table = RichTable(title="Made")
+    for column in ("concept", "form", "rank", "steps", "leakage"):
+        table.add_column(column)
+    for name in names:
+        entry = bank[name]
+        steps = str(entry.metrics.get("steps", ""))
+        table.add_row(name, entry.increment.form, str(entry.increment.rank), steps, f"{entry.metrics['leakage']:.1e}")
+    return table

@@ -1,0 +1,1 @@
+"""Other erasers, for comparison."""

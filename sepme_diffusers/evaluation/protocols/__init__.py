@@ -1,0 +1,1 @@
+"""What is drawn and compared, and in which order."""

@@ -1,0 +1,90 @@
+"""With which settings the evaluation erases: the one place that knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.evaluation.measures.probes import Kind
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.making.soft_guards import SoftGuards
+from sepme_diffusers.making.trainer import SepMETrainer
+from sepme_diffusers.pocket.concepts import (
+    BANKED_OBJECTS,
+    BANKED_STYLES,
+    GUARDS,
+    object_concept,
+    regular_for_styles,
+    regular_prompts,
+    style_concept,
+)
+from sepme_diffusers.text.concept import Concept
+
+_GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.6, name_weight=0.0)
+# Other wordings of an object read less of it than those of a style do, so its gate is lower.
+GATED: dict[Kind, SepMEConfig] = {"styles": _GATED, "objects": replace(_GATED, gate=0.42)}
+# What a LoRA could hold as well: it acts on every prompt in proportion.
+LINEAR: dict[Kind, SepMEConfig] = {
+    "styles": SepMEConfig(solver="closed_form"),
+    "objects": SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=30.0, name_weight=0.0),
+}
+
+
+class Eraser:
+    """Makes increments of the built-in model's styles and objects.
+
+    Args:
+        pipe: Its pipeline, with nothing erased while increments are made.
+        objects: The objects that erasing one of them should leave alone.
+        settings: With which settings, by kind.
+    """
+
+    def __init__(
+        self, pipe: Any, objects: Sequence[str] = BANKED_OBJECTS, settings: Mapping[Kind, SepMEConfig] = GATED
+    ) -> None:
+        self.pipe, self.objects, self.settings = pipe, tuple(objects), settings
+        self._soft: dict[Kind, SoftGuards] = {}
+
+    def erase(
+        self, kind: Kind, names: Sequence[str], bank: ConceptBank | None = None, others: Iterable[str] = ()
+    ) -> ConceptBank:
+        """The bank with an increment for each name, guarded by the bank's, each other's and the other names.
+
+        Increments that the bank holds are untouched, so they do not know these.
+
+        Args:
+            kind: What the names are of.
+            names: Styles or objects.
+            bank: Default: an empty one.
+            others: More names to guard.
+        """
+        trainer = SepMETrainer(self.pipe, self.settings[kind], GUARDS, self._soft_guards(kind), tuple(others))
+        return trainer.erase([self.concept(kind, name) for name in names], bank)
+
+    def concept(self, kind: Kind, name: str) -> Concept:
+        """The style or object as a concept, mapped to the mean of the same prompts with others of its kind."""
+        if kind == "objects":
+            return object_concept(name)
+        # The plain prompt has its words at other places: an object that comes late in the styled one can get lost.
+        return style_concept(name, [other for other in BANKED_STYLES if other != name])
+
+    def seen(self, kind: Kind, names: Iterable[str]) -> set[str]:
+        """Every prompt that making these increments reads, guarded names apart."""
+        concepts = [self.concept(kind, name) for name in names]
+        own = {prompt for one in concepts for pair in one.pairs for prompt in pair}
+        return (
+            own | {prompt for one in concepts for anchors in one.anchors for prompt in anchors} | self._regular(kind)
+        )
+
+    def _regular(self, kind: Kind) -> set[str]:
+        """The soft guards' prompts; those that name the concept are passed over by the trainer."""
+        if kind == "styles":
+            return {prompt for name in BANKED_STYLES for prompt in regular_for_styles(name)}
+        return {prompt for name in self.objects for prompt in regular_prompts(name)}
+
+    def _soft_guards(self, kind: Kind) -> SoftGuards:
+        if kind not in self._soft:
+            self._soft[kind] = SoftGuards.from_prompts(self.pipe, sorted(self._regular(kind)))
+        return self._soft[kind]

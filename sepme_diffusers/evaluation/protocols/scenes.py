@@ -1,0 +1,299 @@
+"""The paper's four scenes on the built-in model: concepts are erased, restored and joined over time, and measured.
+
+Of nine concepts c0 ... c8 six get erased at some moment; three are regular and guarded by name throughout. In scenes 1
+and 2 all six are made at once, in 3 and 4 each when it is first erased, with the earlier increments left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from PIL import Image
+
+from sepme_diffusers import pocket
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.evaluation.measures.features import frechet_distance, perceptual_distance, pooled_features
+from sepme_diffusers.evaluation.measures.metrics import generate, judged, largest_change
+from sepme_diffusers.evaluation.measures.probes import PARAPHRASES, Kind, Probe, Studio, plain_probe, probe
+from sepme_diffusers.evaluation.protocols.making import GATED, Eraser
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.pocket.concepts import GUARDS
+from sepme_diffusers.runtime.pipeline import SepMEPipeline
+
+# What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only
+# that concepts join later. Every scene ends with everything restored.
+SCENES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (3, 4, 5), ()),
+    2: ((0, 1, 2, 3, 4, 5), (0, 1, 2, 5), (0, 1, 2), ()),
+    3: ((0, 1), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (4, 5), ()),
+    4: ((0, 1, 2), (1, 2), (1, 2, 3, 4), (2, 3, 4), (2, 3, 4, 5), (3, 4, 5), ()),
+}
+ITERATIVE = (3, 4)
+# Six to erase, all but mosaic with a second name; then three regular ones.
+CONCEPTS: dict[Kind, tuple[str, ...]] = {
+    "styles": ("woodcut", "neon", "blueprint", "pencil", "pixel", "mosaic", "stencil", "watercolour", "halftone"),
+    "objects": ("cat", "frog", "donut", "car", "umbrella", "airplane", "rabbit", "castle", "sunflower"),
+}
+REGULAR = slice(6, 9)
+NEVER_SEEN: dict[Kind, tuple[str, ...]] = {"styles": words.UNBANKED_STYLES, "objects": words.UNBANKED_OBJECTS}
+_UNSEEN_CELLS = 2
+_FEW_STEPS = 5
+# Pictures for the bars, per picture of a moment.
+BAR_PICTURES = 4
+ERASED, RESTORED, PENDING, GUARDED = "erased", "restored", "not yet erased", "regular, guarded"
+SECOND_NAME, PARAPHRASED = "erased, by its second name", "erased, paraphrased"
+UNSEEN, PLAIN = "regular, never seen", "regular, plain objects"
+GROUPS = (ERASED, RESTORED, PENDING, GUARDED, UNSEEN, PLAIN, SECOND_NAME, PARAPHRASED)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Prompts for one concept, or for others of one role; every cell of a role has the same number of pictures."""
+
+    concept: str
+    role: str
+    probe: Probe
+
+
+def cells(kind: Kind, n: int, seed: int) -> list[Cell]:
+    """What is drawn at every moment, with n pictures a cell (half of them for other words).
+
+    Args:
+        kind: Of what is erased.
+        n: Pictures; those of a smaller n are the first ones.
+        seed: Each cell has a stretch of seeds of its own after it.
+    """
+    own = {"styles": words.STYLES, "objects": words.OBJECTS}[kind]
+    starts = iter(range(seed, seed + 10**6, 1000))
+    made = [Cell(name, "", probe(kind, name, n, next(starts))) for name in CONCEPTS[kind]]
+    for index in range(_UNSEEN_CELLS):
+        names = NEVER_SEEN[kind][index::_UNSEEN_CELLS]
+        parts = [probe(kind, name, -(-n // len(names)), next(starts)) for name in names]
+        made.append(Cell(" ".join(names), UNSEEN, _in_turn(parts, n)))
+    if kind == "styles":
+        made.append(Cell(words.PLAIN, PLAIN, plain_probe(n, next(starts))))
+    half = -(-n // 2)
+    for name in CONCEPTS[kind][: REGULAR.start]:
+        if own[name]:
+            made.append(Cell(name, SECOND_NAME, probe(kind, name, half, next(starts), word=own[name])))
+        made.append(Cell(name, PARAPHRASED, probe(kind, name, half, next(starts), PARAPHRASES)))
+    return made
+
+
+def _in_turn(parts: Sequence[Probe], n: int) -> Probe:
+    """The first n cases of probes of one length, taken in turn."""
+    cases = [zip(one.prompts, one.styles, one.objects, one.seeds, strict=True) for one in parts]
+    turns = [case for turn in zip(*cases, strict=True) for case in turn][:n]
+    return Probe(*zip(*turns, strict=True))
+
+
+def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Sequence[str]) -> str | None:
+    """What a cell is at a moment; None if it says nothing then (other words for what is not erased).
+
+    Args:
+        cell: The cell.
+        erased: What is erased now.
+        earlier: What was erased at any earlier moment.
+        regular: What never is.
+    """
+    if cell.role in (SECOND_NAME, PARAPHRASED):
+        return cell.role if cell.concept in erased else None
+    if cell.role:
+        return cell.role
+    if cell.concept in erased:
+        return ERASED
+    if cell.concept in regular:
+        return GUARDED
+    return RESTORED if cell.concept in set(earlier) else PENDING
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on a group, the original model's beside it.
+
+    Args:
+        pictures: How many.
+        acc: Of the kind that is erased (style or object), percent, and `original_acc`.
+        kept: Of the other one (object or style), percent, and `original_kept`.
+        distance: Mean perceptual distance, see `features`.
+        fid: Mean over the cells of the Fréchet distance, each of the pictures of one cell; None for other words, which
+            have fewer.
+    """
+
+    pictures: int
+    acc: float
+    kept: float
+    original_acc: float
+    original_kept: float
+    distance: float
+    fid: float | None
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What must be so to the bit, on pictures drawn in one batch of the same shape each time.
+
+    Args:
+        guards: Largest change of the blank prompt and the watermark, /255.
+        names: Largest change of each concept name that every active increment guards, /255.
+        alone: Whether all pictures equal those of a pipeline that holds the erased concepts and nothing else.
+    """
+
+    guards: int
+    names: dict[str, int]
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a scene: what is erased, the figures by group, what is exact, and one picture a cell."""
+
+    erased: tuple[str, ...]
+    figures: dict[str, Figures]
+    exact: Exactness
+    pictures: dict[str, Image.Image]
+
+
+class Stage:
+    """One kind of concept, with the pipelines, pictures and increments that its scenes share.
+
+    Args:
+        kind: Styles or objects.
+        seed: Of the pictures.
+        pictures: A concept and moment.
+        steps: Denoising steps a picture.
+        settings: With which the increments are made, by kind.
+    """
+
+    def __init__(
+        self, kind: Kind, seed: int, pictures: int, steps: int = 20, settings: Mapping[Kind, SepMEConfig] = GATED
+    ) -> None:
+        self.kind, self.seed, self.pictures = kind, seed, pictures
+        self.concepts = CONCEPTS[kind]
+        # The second one never holds anything but what is erased.
+        self.pipe, self.other = built_in(), built_in()
+        self.studio, self.eraser = Studio(self.pipe, steps), Eraser(self.pipe, settings=settings)
+        self.cells = cells(kind, pictures, seed)
+        held_out = [cell.probe.prompts[0] for cell in self.cells[:5]]
+        self._exact_prompts = (*self.concepts, *held_out)
+        self._exact_original = self._exact_pictures(self.pipe)
+
+    @cached_property
+    def at_once(self) -> ConceptBank:
+        """All six made at once."""
+        return self._erase(self.concepts[: REGULAR.start], None)
+
+    def _erase(self, names: Sequence[str], bank: ConceptBank | None) -> ConceptBank:
+        self.pipe.unload_sepme()
+        return self.eraser.erase(self.kind, names, bank, self.concepts[REGULAR])
+
+    def play(self, scene: int, on_moment: Callable[[str], None] | None = None) -> list[Moment]:
+        """The moments of a scene, each measured.
+
+        Args:
+            scene: 1 to 4.
+            on_moment: Called with what is erased before each.
+        """
+        bank, earlier, moments = None, [], []
+        for indexes in SCENES[scene]:
+            erased = tuple(self.concepts[index] for index in indexes)
+            if on_moment is not None:
+                on_moment(", ".join(erased) or "nothing")
+            if scene not in ITERATIVE:
+                bank = self.at_once
+            elif joining := [name for name in erased if bank is None or name not in bank]:
+                bank = self._erase(joining, bank)
+            moments.append(self.moment(bank, erased, earlier))
+            earlier += erased
+        return moments
+
+    def moment(self, bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str]) -> Moment:
+        """Draw and measure what a bank gives with these concepts erased."""
+        figures, pictures = self.measure(self.cells, bank, erased, earlier)
+        return Moment(erased, figures, self.exactness(bank, erased), pictures)
+
+    def measure(
+        self, asked: Sequence[Cell], bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str] = ()
+    ) -> tuple[dict[str, Figures], dict[str, Image.Image]]:
+        """Figures by group, and the first picture of each cell that shows a concept under its own name."""
+        grouped = [(cell, group(cell, erased, earlier, self.concepts[REGULAR])) for cell in asked]
+        grouped = [(cell, where) for cell, where in grouped if where is not None]
+        self._set(self.pipe, bank, ())
+        originals = self.studio.draw([cell.probe for cell, _ in grouped])
+        self._set(self.pipe, bank, erased)
+        drawn = self.studio.draw([cell.probe for cell, _ in grouped])
+        parts: dict[str, list[Figures]] = {}
+        for (cell, where), now, before in zip(grouped, drawn, originals, strict=True):
+            parts.setdefault(where, []).append(self._figures(cell, now, before))
+        shown = {cell.concept: now[0] for (cell, _), now in zip(grouped, drawn, strict=True) if _own(cell)}
+        return {where: _mean(parts[where]) for where in GROUPS if where in parts}, shown
+
+    def _figures(self, cell: Cell, now: list[Image.Image], before: list[Image.Image]) -> Figures:
+        probe = cell.probe
+        accuracies = [judged(pictures, probe.styles, probe.objects) for pictures in (now, before)]
+        (acc, kept), (original_acc, original_kept) = (a if self.kind == "styles" else a[::-1] for a in accuracies)
+        fid = frechet_distance(pooled_features(now), pooled_features(before)) if _own(cell) else None
+        distance = perceptual_distance(now, before)
+        return Figures(len(now), acc, kept, original_acc, original_kept, distance, fid)
+
+    def exactness(self, bank: ConceptBank, erased: tuple[str, ...]) -> Exactness:
+        """Compare with the original, and with a pipeline that never held the other concepts."""
+        self._set(self.pipe, bank, erased)
+        here = self._exact_pictures(self.pipe)
+        self._set(self.other, bank.subset(erased), erased)
+        alone = largest_change(here, self._exact_pictures(self.other)) == 0
+        changes = [largest_change([now], [before]) for now, before in zip(here, self._exact_original, strict=True)]
+        names = dict(zip(self.concepts, changes[len(GUARDS) :], strict=False))
+        guarded = {name: names[name] for name in names if all(name in bank[other].guards for other in erased)}
+        return Exactness(max(changes[: len(GUARDS)]), guarded, alone)
+
+    def _exact_pictures(self, pipe: SepMEPipeline) -> list[Image.Image]:
+        """Blank prompt and watermark as a user would draw them; others in a few steps, which show any bit."""
+        guards = generate(pipe, GUARDS, self.seed + 10**6, self.studio.steps)
+        return guards + generate(pipe, self._exact_prompts, self.seed + 10**6, min(_FEW_STEPS, self.studio.steps))
+
+    def _set(self, pipe: SepMEPipeline, bank: ConceptBank, erased: Sequence[str]) -> None:
+        if pipe.get_bank() is not bank:
+            pipe.unload_sepme()
+            if bank:
+                pipe.load_sepme(bank)
+        if bank:
+            pipe.set_erased(erased)
+
+    def originals(self) -> dict[str, Image.Image]:
+        """One picture a cell of the original model's."""
+        own = [cell for cell in self.cells if _own(cell)]
+        self.pipe.unload_sepme()
+        return {
+            cell.concept: drawn[0] for cell, drawn in zip(own, self.studio.draw([c.probe for c in own]), strict=True)
+        }
+
+    def six_erased(self) -> Moment:
+        """Six erased at once, on `BAR_PICTURES` times as many pictures."""
+        erased, many = self.concepts[: REGULAR.start], cells(self.kind, BAR_PICTURES * self.pictures, self.seed)
+        figures, pictures = self.measure(many, self.at_once, erased)
+        return Moment(erased, figures, self.exactness(self.at_once, erased), pictures)
+
+
+def built_in() -> SepMEPipeline:
+    """The built-in model's pipeline, silent."""
+    pipe = SepMEPipeline.from_pretrained(pocket.path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _own(cell: Cell) -> bool:
+    return cell.role not in (SECOND_NAME, PARAPHRASED)
+
+
+def _mean(parts: Sequence[Figures]) -> Figures:
+    """Figures of cells of one size, averaged."""
+    values = torch.tensor([[one.acc, one.kept, one.original_acc, one.original_kept, one.distance] for one in parts])
+    fids = [one.fid for one in parts if one.fid is not None]
+    return Figures(
+        sum(one.pictures for one in parts), *values.double().mean(0).tolist(), sum(fids) / len(fids) if fids else None
+    )

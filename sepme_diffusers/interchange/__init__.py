@@ -1,0 +1,1 @@
+"""Banks in other tools' formats, and other erasers' files as banks."""

@@ -1,0 +1,223 @@
+"""Other erasers made separable: what they change, kept off the guards and cut down to what the concept feels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sepme_diffusers.algebra.closed_form import imitation
+from sepme_diffusers.bank.bank import ConceptBank, Entry
+from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
+from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
+from sepme_diffusers.making.trainer import SepMETrainer
+from sepme_diffusers.text.concept import BLANK, Concept, Encoded, as_concepts, rows
+
+Method = Literal["imitate", "project"]
+
+# An eraser of rank r has r effects; what rounding adds lies below this share of the largest.
+_LEAST_EFFECT = 1e-6
+# Below this share of an eraser's effect, or of the concept's embedding, what the guards leave is rounding.
+_LEAST_KEPT = 1e-4
+
+
+def from_lora(
+    source: Source,
+    pipe: Any,
+    concepts: Iterable[Concept | str],
+    guards: Sequence[str] = (BLANK,),
+    soft_guards: SoftGuards | Sequence[str] = (),
+    bank: ConceptBank | None = None,
+    config: SepMEConfig | None = None,
+    method: Method = "imitate",
+    difference: bool = False,
+) -> ConceptBank:
+    """A bank from an eraser that was made with another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
+
+    Its change of the text projections is brought into the null space of the guards and factored by reduced rank, cut
+    by effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
+    and leaves the guarded prompts exactly alone. What it changes elsewhere cannot be kept.
+
+    What each step cost stands in the entry's metrics. `effect_kept_within_guards` and, after the cut to the rank,
+    `effect_kept`: how much of the wanted change of the concept's keys and values is made (1: all of it).
+    `guard_damage_before` and `guard_damage_after`: how much of the guarded prompts' keys and values changes.
+    `share_representable`: the text projections' share of the eraser's whole change; `parts_outside`: how many other
+    modules it changes.
+
+    Args:
+        source: Tensors by name, a .safetensors file or a folder with one, see `foreign.read_change`.
+        pipe: The pipeline that the eraser was made for; only read.
+        concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
+        guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
+        soft_guards: Regular prompts that should change little, or `SoftGuards`; only where the eraser is imitated.
+        bank: The bank to add to.
+        config: Its `rank`, `guard_tolerance`, `ridge` and `soft_guard_weight` are used.
+        method: "imitate" solves for the edit inside the null space that does to the concept's prompts what the eraser
+            does. "project" takes ΔW NᵀN: what the eraser does to any prompt, less what the guards have in common with
+            it, which weakens it on the concept too.
+        difference: The source's weights are differences, not edited weights.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If nothing in the source is understood or representable, it was made for another base, it does
+            nothing to a concept that the guards leave room for, or the pipeline has erasures active.
+
+    Example:
+        >>> from sepme_diffusers import SepMEPipeline, pocket
+        >>> from sepme_diffusers.interchange.adopt import from_lora
+        >>> from sepme_diffusers.interchange.export import export_lora
+        >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
+        >>> file = export_lora(pocket.bank("styles"), pipe, ["neon"], "neon.safetensors", format="kohya")
+        >>> list(from_lora(file, pipe, ["neon"]))
+        ['neon']
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
+    found = as_concepts(concepts)
+    config = config or SepMEConfig(solver="closed_form")
+    base = SepMETrainer(pipe, config).base()
+    bank = bank if bank is not None else ConceptBank(base)
+    if bank.base.width != base.width:
+        raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {base.width}")
+    change = read_change(source, pipe.unet, difference)
+    if not change.inside:
+        raise ValueError(
+            f"nothing of this eraser can be kept: it leaves attn2.to_k and attn2.to_v as they are and changes "
+            f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
+        )
+    encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
+    names = dict.fromkeys((*bank, *(concept.name for concept in found)))
+    room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
+    entries = []
+    for concept in found:
+        regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
+        penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
+        penalty = sum(penalties) if penalties else None
+        entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
+    return bank.with_entries(entries)
+
+
+def imitated(
+    deltas: Mapping[str, Tensor],
+    concept: Tensor,
+    null: Tensor,
+    penalty: Tensor | None = None,
+    ridge: float = 1e-5,
+) -> dict[str, Tensor]:
+    """The changes (d_out, d), float64, with rows in the null space that do to the concept's tokens what ΔW does.
+
+    With X = E Nᵀ and K of `closed_form.imitation` it is ΔW K, the ridge regression of E ΔWᵀ on X: one K for all
+    modules.
+
+    Args:
+        deltas: ΔW_m (d_out, d) by module name.
+        concept: E, the concept's token rows, (n, d).
+        null: N, orthonormal rows of the guard's null space, (k, d).
+        penalty: P, what moving other tokens costs, (d, d).
+        ridge: ε, relative to the mean square of X.
+    """
+    operator = imitation(concept, null, penalty, ridge)
+    return {name: delta.double() @ operator for name, delta in deltas.items()}
+
+
+def separable_factors(
+    deltas: Mapping[str, Tensor], concept: Tensor, null: Tensor, rank: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Factors A (r, d) and C_m (d_out, r), float64, of the rank-r part of ΔW NᵀN that the concept feels most.
+
+    Of all D of rank r with rows in the null space it minimises Σ_m ‖E (ΔW_m NᵀN − D_m)ᵀ‖² with one A shared by all
+    modules (Eckart–Young on ΔW Nᵀ (N EᵀE Nᵀ)^½, modules stacked), and acts on every other token as ΔW does within
+    these directions.
+
+    Args:
+        deltas: ΔW_m (d_out, d) by module name.
+        concept: E, the concept's token rows, (n, d).
+        null: N, orthonormal rows of the guard's null space, (k, d).
+        rank: r; fewer where fewer directions have an effect.
+
+    Raises:
+        ValueError: If there is no effect at all.
+    """
+    null = null.double()
+    _, sizes, directions = torch.linalg.svd(concept.double() @ null.T, full_matrices=False)
+    probes = (directions @ null).T * sizes
+    effects = {name: delta.double() @ probes for name, delta in deltas.items()}
+    squares, right = torch.linalg.eigh(sum(effect.T @ effect for effect in effects.values()))
+    if not squares[-1] > 0:
+        raise ValueError("its change does nothing to the concept's tokens that the guards leave room for")
+    values = squares.clamp(min=0).sqrt().flip(0)[:rank]
+    kept = values > _LEAST_EFFECT * values[0]
+    right = right.flip(1)[:, :rank][:, kept] / values[kept]
+    c = {name: effect @ right for name, effect in effects.items()}
+    a = sum(c[name].T @ delta.double() for name, delta in deltas.items())
+    return a @ null.T @ null, c
+
+
+def _entry(
+    concept: Concept,
+    room: Guards,
+    penalty: Tensor | None,
+    encoded: Encoded,
+    change: WeightChange,
+    pipe: Any,
+    config: SepMEConfig,
+    method: Method,
+) -> Entry:
+    guards = room.prompts(concept)
+    weights = {name: weight.detach().cpu() for name, weight in projection_weights(pipe.unet).items()}
+    deltas = {name: delta.cpu() for name, delta in change.inside.items()}
+    tokens, guarded = (rows(encoded(prompts)).cpu().double() for prompts in (concept.prompts, guards))
+    null = room.null(concept).cpu()
+    _refuse_without_effect(concept, guards, deltas, tokens, null)
+    if method == "imitate":
+        inside = imitated(deltas, tokens, null, penalty, config.ridge)
+    else:
+        inside = {name: delta.double() @ null.T @ null for name, delta in deltas.items()}
+    a, c = separable_factors(inside, tokens, null, config.rank)
+    c = {name: c.get(name, torch.zeros(len(weight), len(a))).float() for name, weight in weights.items()}
+    increment = Increment(a.float(), C=c)
+    made = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
+    original = _norm(weights, guarded)
+    metrics = {
+        "effect_kept_within_guards": _kept(inside, deltas, tokens),
+        "effect_kept": _kept(made, deltas, tokens),
+        "guard_damage_before": _norm(deltas, guarded) / original,
+        "guard_damage_after": _norm(made, guarded) / original,
+        "source": change.kind,
+        "method": method,
+        "share_representable": change.share_inside,
+        "parts_outside": len(change.outside),
+        "tensors_unread": len(change.unread),
+        "dimensions_left": len(null),
+        **increment.measured_leakage(guards, encoded(guards).cpu(), weights, room.damped),
+    }
+    return Entry(concept, increment, config, guards, metrics)
+
+
+def _refuse_without_effect(
+    concept: Concept, guards: Sequence[str], deltas: Mapping[str, Tensor], tokens: Tensor, null: Tensor
+) -> None:
+    if not (whole := _norm(deltas, tokens)):
+        raise ValueError(f"this eraser does nothing to the tokens of {concept.name!r}: {list(concept.prompts)}")
+    free = tokens @ null.T @ null
+    if free.norm() < _LEAST_KEPT * tokens.norm() or _norm(deltas, free) < _LEAST_KEPT * whole:
+        raise ValueError(
+            f"the {len(guards)} guard prompts take away all that this eraser does to {concept.name!r}; guard fewer"
+        )
+
+
+def _norm(deltas: Mapping[str, Tensor], tokens: Tensor) -> float:
+    """‖E ΔWᵀ‖ over all modules side by side."""
+    return float(sum((tokens @ delta.double().T).square().sum() for delta in deltas.values())) ** 0.5
+
+
+def _kept(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
+    """⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
+    pairs = ((tokens @ made[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
+    return float(sum((mine * theirs).sum() for mine, theirs in pairs)) / _norm(wanted, tokens) ** 2

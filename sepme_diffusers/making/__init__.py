@@ -1,0 +1,1 @@
+"""How increments are made."""

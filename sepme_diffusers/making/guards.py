@@ -1,0 +1,155 @@
+"""Guards: what an increment may not change at all, what it is made to change little, and how much room that leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from sepme_diffusers.algebra.subspace import null_space, row_space
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.text.concept import Concept, Encoded, rows
+
+logger = logging.get_logger(__name__)
+
+# Below this share of its embedding, what the guards leave of a concept is rounding.
+_LEAST_REACH = 1e-4
+# Two prompts whose embeddings differ by less than this share are one prompt to the text encoder.
+_SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What there is room for, before anything is made.
+
+    Args:
+        concept: What would be erased.
+        dimensions: d, of the text embedding.
+        dimensions_left: Of these, how many an increment of the concept may use.
+        dimensions_taken: How many its name takes from every other increment that guards it exactly.
+        exact: Whether the names of the other concepts are guarded exactly. If not they are damped.
+        reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
+        leakage: The largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which its closed-form increment moves another name.
+    """
+
+    concept: str
+    dimensions: int
+    dimensions_left: int
+    dimensions_taken: int
+    exact: bool
+    reach: float
+    leakage: float
+
+
+class Guards:
+    """The guards of the increments of one bank.
+
+    While the names of all concepts leave room they are guarded exactly, each by every other increment. Above that,
+    names are damped: moving them costs, by how much of them a direction holds. The prompts listed as guards are always
+    exact.
+
+    Args:
+        encoded: Embeddings of prompts.
+        hard: Prompts that no increment may change.
+        names: Of the concepts.
+        config: `guard_tolerance`, `reserve`, `name_weight`.
+    """
+
+    def __init__(self, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> None:
+        self._encoded, self.hard, self.config = encoded, tuple(hard), config
+        self.names = tuple(name for name in names if name not in self.hard)
+        self.width = encoded(self.hard).shape[-1]
+        room = int((1 - config.reserve) * self.width)
+        everything = row_space(rows(encoded((*self.hard, *self.names))), config.guard_tolerance)
+        self.exact = not self.names or len(everything) <= room
+        if not self.exact:
+            logger.warning(
+                f"guards and the names of {len(self.names)} concepts take {len(everything)} of {self.width} "
+                f"dimensions, and reserve={config.reserve:g} keeps {self.width - room} free: names are damped, not "
+                "guarded exactly; what they leak is measured and stored in the bank"
+            )
+
+    def prompts(self, concept: Concept) -> tuple[str, ...]:
+        """What an increment of the concept guards: the hard prompts, and every name but its own."""
+        return (*self.hard, *(name for name in self.names if name != concept.name))
+
+    @property
+    def damped(self) -> tuple[str, ...]:
+        """The names that are not guarded exactly."""
+        return () if self.exact else self.names
+
+    def null(self, concept: Concept) -> Tensor:
+        """N, orthonormal rows (k, d) of what an increment of the concept may use."""
+        return self._exact_null(concept) if self.exact else self._hard_null
+
+    def penalty(self, concept: Concept) -> Tensor | None:
+        """The damped names' outer product, summed over names and averaged over tokens, weighted, (d, d); or None."""
+        if self.exact:
+            return None
+        own = [name for name in self.names if name == concept.name]
+        energy = self._name_energy - self._energy(own) if own else self._name_energy
+        return self.config.name_weight * energy
+
+    def penalty_inside(self, concept: Concept) -> Tensor | None:
+        """N P Nᵀ (k, k) of `penalty` P and `null` N; what all names have in common is computed once. Or None."""
+        if self.exact:
+            return None
+        energy = self._name_energy_inside
+        if concept.name in self.names:
+            own = rows(self._encoded([concept.name])).double() @ self._hard_null.T
+            energy = energy - own.T @ own / len(own)
+        return self.config.name_weight * energy
+
+    def refuse_unreachable(self, concept: Concept) -> float:
+        """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all.
+
+        Raises:
+            ValueError: If that is nothing, with the guards to blame where one is the same prompt.
+        """
+        guarded, embeddings = self._encoded(self.prompts(concept)), self._encoded(concept.prompts)
+        for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
+            # The last tokens alone tell nearly all prompts apart, and are no farther from each other than the wholes.
+            least = _SAME * embedding.norm()
+            alike = ((guarded[:, -1] - embedding[-1]).norm(dim=1) < least).nonzero().flatten().tolist()
+            if same := [index for index in alike if (guarded[index] - embedding).norm() < least]:
+                raise ValueError(
+                    f"the prompt {prompt!r} of concept {concept.name!r} is to the text encoder the guard "
+                    f"{self.prompts(concept)[same[0]]!r}: no dimension is left to tell them apart; drop one of them"
+                )
+        embeddings = rows(embeddings).double()
+        reach = float((embeddings @ self.null(concept).T).norm() / embeddings.norm())
+        if reach < _LEAST_REACH:
+            raise ValueError(
+                f"the {len(self.prompts(concept))} guard prompts fill the space that {concept.name!r} lives in (reach "
+                f"{reach:.1e}): nothing can be erased; guard fewer prompts, or move some of them to the soft guards"
+            )
+        return reach
+
+    def dimensions_taken(self, concept: Concept) -> int:
+        """How many dimensions the concept's name takes from each increment that guards it exactly."""
+        with_it = row_space(rows(self._encoded((*self.prompts(concept), concept.name))), self.config.guard_tolerance)
+        without = row_space(rows(self._encoded(self.prompts(concept))), self.config.guard_tolerance)
+        return len(with_it) - len(without)
+
+    def _exact_null(self, concept: Concept) -> Tensor:
+        return null_space(rows(self._encoded(self.prompts(concept))), self.config.guard_tolerance)
+
+    @cached_property
+    def _hard_null(self) -> Tensor:
+        return null_space(rows(self._encoded(self.hard)), self.config.guard_tolerance)
+
+    @cached_property
+    def _name_energy(self) -> Tensor:
+        return self._energy(self.names)
+
+    @cached_property
+    def _name_energy_inside(self) -> Tensor:
+        return self._hard_null @ self._name_energy @ self._hard_null.T
+
+    def _energy(self, names: Sequence[str]) -> Tensor:
+        tokens = self._encoded(names).double()
+        return torch.einsum("nti,ntj->ij", tokens, tokens) / tokens.shape[1]

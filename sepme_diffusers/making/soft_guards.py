@@ -1,0 +1,159 @@
+"""Soft guards: regular prompts that an increment should change little, remembered by their covariance; its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sepme_diffusers.algebra.closed_form import covariance, nearest_covariance
+from sepme_diffusers.text.concept import Concept, encode, rows
+
+_AT_A_TIME = 1024
+# A file's float32 leaves less than this share of its largest direction.
+_ROUNDING = 1e-3
+_FORMAT = "sepme_soft_guards"
+
+
+@dataclass(frozen=True, eq=False)
+class SoftGuards:
+    """Regular prompts and the mean outer product of their tokens.
+
+    Args:
+        prompts: The prompts.
+        covariance: SᵀS / n over all their tokens, (d, d).
+
+    Raises:
+        ValueError: If there are no prompts, or the covariance is not a finite symmetric matrix.
+
+    Example:
+        >>> from sepme_diffusers import SepMEPipeline, pocket
+        >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
+        >>> SoftGuards.from_prompts(pipe, ["a cat", "a dog"]).covariance.shape
+        torch.Size([384, 384])
+    """
+
+    prompts: tuple[str, ...]
+    covariance: Tensor
+
+    def __post_init__(self) -> None:
+        c = self.covariance
+        if not self.prompts:
+            raise ValueError("soft guards need at least one prompt")
+        square = c.ndim == 2 and c.shape[0] == c.shape[1]
+        if not square or not torch.isfinite(c).all() or not torch.allclose(c, c.T, rtol=1e-4, atol=1e-6):
+            raise ValueError(f"the covariance must be a finite symmetric matrix (d, d), not of shape {tuple(c.shape)}")
+
+    @classmethod
+    def from_prompts(cls, pipe: Any, prompts: Sequence[str]) -> SoftGuards:
+        """The soft guards that some prompts are; encoded in parts, so that there may be very many.
+
+        Raises:
+            TypeError: If a single string is given.
+            ValueError: If there are none.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"give a list of prompts: [{prompts!r}], not {prompts!r}")
+        prompts = tuple(dict.fromkeys(prompts))
+        if not prompts:
+            raise ValueError("soft guards need at least one prompt")
+        return cls(prompts, _mean_covariance(pipe, prompts))
+
+    @classmethod
+    def from_file(cls, pipe: Any, path: str | Path) -> SoftGuards:
+        """The soft guards in a text file of prompts, one a line.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it has no prompts.
+        """
+        lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+        return cls.from_prompts(pipe, [line for line in lines if line])
+
+    def save(self, path: str | Path) -> None:
+        """Write them into a .safetensors file, wholly or not at all: d (d + 1) / 2 numbers and the prompts."""
+        path = Path(path)
+        triangle = self.covariance.float().cpu()[_upper(len(self.covariance))].contiguous()
+        metadata = {"format": _FORMAT, "version": "1", "prompts": json.dumps(self.prompts, ensure_ascii=False)}
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        staged.write_bytes(save({"covariance": triangle}, metadata))
+        os.replace(staged, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SoftGuards:
+        """What `save` wrote.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it holds something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, triangle = file.metadata() or {}, file.get_tensor("covariance")
+            prompts = tuple(map(str, json.loads(metadata["prompts"])))
+            d = round((2 * len(triangle) + 0.25) ** 0.5 - 0.5)
+            matrix = torch.zeros(d, d)
+            matrix[_upper(d)] = triangle.float()
+            known = (metadata.get("format"), metadata.get("version")) == (_FORMAT, "1")
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no soft guards that this version can read: {error}") from error
+        if not known:
+            raise ValueError(f"{path} holds no soft guards that this version can read: {metadata}")
+        return cls(prompts, matrix + matrix.triu(1).T)
+
+    def without(self, pipe: Any, concept: Concept) -> Tensor:
+        """The covariance of the prompts that neither name the concept nor are its own, (d, d), float64.
+
+            (n S − n_own S_own) / (n − n_own)
+
+        Nobody can erase a concept and leave its prompts alone, so one list of regular prompts serves every concept.
+
+        Raises:
+            ValueError: If no prompt is left, or they are of another text encoder.
+        """
+        named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
+        own = [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
+        if not own:
+            return nearest_covariance(self.covariance)
+        if len(own) == len(self.prompts):
+            raise ValueError(f"every soft guard prompt is about {concept.name!r}; give regular ones")
+        share = len(own) / len(self.prompts)
+        own_covariance = _mean_covariance(pipe, own).to(self.covariance.device)
+        left = (self.covariance.double() - share * own_covariance) / (1 - share)
+        nearest = nearest_covariance(left)
+        if torch.linalg.matrix_norm(left - nearest, 2) > _ROUNDING * torch.linalg.matrix_norm(left, 2):
+            raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")
+        return nearest
+
+
+def _mean_covariance(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    parts = [prompts[start : start + _AT_A_TIME] for start in range(0, len(prompts), _AT_A_TIME)]
+    return sum(len(part) * covariance(rows(encode(pipe, part))) for part in parts) / len(prompts)
+
+
+def _upper(d: int) -> tuple[Tensor, Tensor]:
+    first, second = torch.triu_indices(d, d)
+    return first, second
+
+
+def as_soft_guards(pipe: Any, guards: SoftGuards | Tensor | Iterable[str]) -> SoftGuards | Tensor | None:
+    """Soft guards from themselves, a covariance, or prompts; None for no prompts.
+
+    Raises:
+        TypeError: If a single string is given: a path, perhaps, for which there is `SoftGuards.load`.
+    """
+    if isinstance(guards, Tensor):
+        return nearest_covariance(guards)
+    if isinstance(guards, SoftGuards):
+        return guards
+    prompts = guards if isinstance(guards, str) else list(guards)
+    return SoftGuards.from_prompts(pipe, prompts) if prompts else None

@@ -1,0 +1,1 @@
+"""Pipelines on which any subset of a bank can be erased."""

@@ -1,0 +1,1 @@
+"""What is to be erased, in prompts; and prompts as embeddings."""

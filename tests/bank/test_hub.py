@@ -1,0 +1,510 @@
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from PIL import Image
+
+import hub
+from folders import same, tree
+from hub import NARROW, STRANGER, WRITER, Fault
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, pocket
+from sepme_diffusers.bank.bank import Entry
+from sepme_diffusers.bank.hub import DownloadError
+from sepme_diffusers.bank.manifest import MANIFEST
+
+REPOSITORY = "me/my-bank"
+
+
+@pytest.fixture
+def server() -> Iterator[hub.Hub]:
+    with hub.running() as running:
+        yield running
+
+
+@pytest.fixture
+def push(server):
+    def pushed(bank: ConceptBank, repository: str = REPOSITORY, **options):
+        return bank.push_to_hub(repository, **{"endpoint": server.endpoint, "token": WRITER, **options})
+
+    return pushed
+
+
+@pytest.fixture
+def pull(server, tmp_path):
+    def pulled(repository: str = REPOSITORY, cache: str = "cache", **options) -> ConceptBank:
+        place = {"endpoint": server.endpoint, "cache_dir": tmp_path / cache}
+        return ConceptBank.from_pretrained(repository, **{**place, "token": False, **options})
+
+    return pulled
+
+
+def stronger(entry: Entry, factor: float = 2.0) -> Entry:
+    return replace(entry, increment=Increment(entry.increment.A, B=entry.increment.B * factor))
+
+
+def renamed(entry: Entry, name: str) -> Entry:
+    return replace(entry, concept=Concept(name, entry.concept.pairs))
+
+
+def grown(bank: ConceptBank, name: str) -> ConceptBank:
+    return bank.with_entries([renamed(stronger(bank["neon"], 3.0), name)])
+
+
+def test_pushed_and_pulled_is_the_same_bank(mixed_bank, push, pull):
+    bank = replace(mixed_bank, always=("cat",))
+    info = push(bank)
+    back = pull()
+    assert same(bank, back)
+    assert (back.base, back.always) == (bank.base, bank.always)
+    assert info.oid in info.commit_url
+
+
+def test_what_is_pushed_is_a_banks_folder(mixed_bank, push, server, tmp_path):
+    """What `save_pretrained` writes, but for the card, which names the repository."""
+    push(mixed_bank)
+    mixed_bank.save_pretrained(tmp_path / "bank")
+    files, saved = server.files(REPOSITORY), tree(tmp_path / "bank")
+    assert set(files) == {*saved, ".gitattributes"}
+    assert all(files[file] == data for file, data in saved.items() if "/" in file)
+    assert json.loads(files[MANIFEST]) == json.loads(saved[MANIFEST])
+
+
+def test_adding_one_of_a_hundred_uploads_that_one(push, pull, server):
+    push(pocket.bank("objects"))
+    bank = pull()
+    server.forget()
+    push(bank.with_entries([renamed(stronger(bank["cat"]), "kitten")]))
+    assert server.commits == [["README.md", "kitten/text_increment.safetensors", MANIFEST]]
+    assert len(server.uploaded) == 1
+    assert len(pull()) == 101
+
+
+def test_half_precision_stays_and_is_not_uploaded_again(text_bank, push, pull, server):
+    push(text_bank, dtype=torch.float16)
+    bank = pull()
+    assert bank["neon"].increment.B.dtype == torch.float16
+    server.forget()
+    push(replace(bank, origin=None))
+    assert (server.commits, server.uploaded) == ([], [])
+
+
+def test_pulling_two_of_a_hundred_fetches_two(push, pull, server):
+    push(pocket.bank("objects"))
+    server.forget()
+    bank = pull(concepts=["cat", "fox"])
+    assert list(bank) == ["cat", "fox"]
+    weights = "text_increment.safetensors"
+    assert sorted(server.fetched) == [f"cat/{weights}", f"fox/{weights}", MANIFEST]
+
+
+def test_a_lora_is_pulled_without_the_config_that_other_loaders_want(mixed_bank, push, pull, server):
+    push(mixed_bank)
+    server.forget()
+    pull(concepts=["woodcut"])
+    assert sorted(server.fetched) == [MANIFEST, "woodcut/adapter_model.safetensors"]
+
+
+def test_named_concepts_are_pushed_alone(text_bank, push, pull, server):
+    push(text_bank)
+    other = text_bank.with_entries(map(stronger, text_bank.values()))
+    server.forget()
+    push(other, concepts=["cat"])
+    assert server.commits == [["cat/text_increment.safetensors", MANIFEST]]
+    assert same(text_bank.with_entries([other["cat"]]), pull())
+
+
+def test_a_part_that_was_pulled_leaves_the_rest_on_the_hub(text_bank, push, pull):
+    push(text_bank)
+    push(grown(pull(concepts=["neon"]), "chalk"))
+    assert list(pull()) == [*text_bank, "chalk"]
+
+
+def test_pushing_the_same_bank_again_makes_no_commit(text_bank, push, pull, server):
+    push(text_bank)
+    server.forget()
+    push(text_bank)
+    push(pull())
+    assert server.commits == []
+
+
+def test_removal_is_said(mixed_bank, push, pull, server):
+    push(mixed_bank)
+    push(mixed_bank.subset(["neon"]))
+    assert set(pull()) == set(mixed_bank)
+    push(mixed_bank.subset(["neon"]), remove=["woodcut", "cat"])
+    assert set(pull()) == {"neon", "pencil"}
+    assert not [file for file in server.files(REPOSITORY) if file.startswith(("woodcut/", "cat/"))]
+    with pytest.raises(KeyError, match=r"cannot remove \['ghost'\]"):
+        push(mixed_bank, remove=["ghost"])
+
+
+def test_another_form_replaces_the_former_files(text_bank, mixed_bank, push, pull, server):
+    push(text_bank)
+    module = renamed(mixed_bank["woodcut"], "cat")
+    push(text_bank.with_entries([module]), concepts=["cat"])
+    files = {file for file in server.files(REPOSITORY) if file.startswith("cat/")}
+    assert files == {"cat/adapter_model.safetensors", "cat/adapter_config.json"}
+    assert pull()["cat"].increment.form == "module"
+
+
+def test_names_with_one_slug_do_not_collide_with_what_is_there(text_bank, push, pull):
+    push(grown(text_bank, "Neon!"))
+    push(text_bank.with_entries([renamed(text_bank["cat"], "neon?")]), concepts=["neon?"])
+    bank = pull()
+    assert set(bank) == {*text_bank, "Neon!", "neon?"}
+    assert torch.equal(bank["neon?"].increment.B, text_bank["cat"].increment.B)
+    assert torch.equal(bank["Neon!"].increment.B, text_bank["neon"].increment.B * 3.0)
+
+
+def test_a_new_and_a_pushed_version_of_one_bank_follow_each_other(text_bank, push, pull):
+    """A bank knows what it pushed: its next push is no conflict with its last."""
+    push(text_bank)
+    bank = grown(pull(), "chalk")
+    push(bank)
+    bank = bank.with_entries([stronger(bank["chalk"])])
+    push(bank)
+    assert same(bank, pull())
+
+
+class TestConcurrency:
+    def test_what_others_added_and_changed_since_the_pull_stays(self, text_bank, push, pull):
+        push(text_bank)
+        mine, theirs = pull(), pull()
+        theirs = grown(theirs, "crayon").with_entries([stronger(theirs["cat"])])
+        push(theirs)
+        push(grown(mine, "chalk"))
+        merged = pull()
+        assert list(merged) == [*text_bank, "crayon", "chalk"]
+        assert torch.equal(merged["cat"].increment.B, theirs["cat"].increment.B)
+
+    @pytest.mark.parametrize("named", [None, ["cat"]])
+    def test_two_versions_of_one_concept_are_a_conflict(self, named, text_bank, push, pull, server):
+        push(text_bank)
+        mine, theirs = pull(), pull()
+        push(theirs.with_entries([stronger(theirs["cat"])]))
+        before = server.files(REPOSITORY)
+        with pytest.raises(PushConflict, match=r"\['cat'\] changed on the Hub"):
+            push(mine.with_entries([stronger(mine["cat"], 5.0)]), concepts=named)
+        with pytest.raises(PushConflict, match=r"\['cat'\] changed on the Hub"):
+            push(mine, remove=["cat"])
+        assert server.files(REPOSITORY) == before
+
+    def test_a_bank_that_was_not_pulled_replaces_what_is_named_only(self, text_bank, push, pull):
+        push(text_bank)
+        other = text_bank.with_entries([stronger(text_bank["cat"])])
+        with pytest.raises(PushConflict, match=r"other versions of \['cat'\].*concepts="):
+            push(other)
+        push(other, concepts=["cat"])
+        assert same(other, pull())
+
+    def test_a_concept_that_the_hub_has_and_a_part_lacks_is_not_replaced_unknowingly(self, text_bank, push, pull):
+        push(text_bank)
+        part = pull(concepts=["neon"])
+        part = part.with_entries([stronger(text_bank["cat"])])
+        with pytest.raises(PushConflict):
+            push(part)
+        push(part, concepts=["cat"])
+        assert torch.equal(pull()["cat"].increment.B, part["cat"].increment.B)
+
+    def test_a_push_in_the_middle_of_a_push_is_noticed(self, text_bank, push, pull, server):
+        """The Hub refuses a commit whose parent is not the head any more; the push is made again on the newer one."""
+        push(text_bank)
+        banks = [grown(pull(), name) for name in ("chalk", "crayon")]
+        server.meet_before_commit(2)
+        threads = [threading.Thread(target=push, args=(bank,)) for bank in banks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert server.refused == 1
+        assert set(pull()) == {*text_bank, "chalk", "crayon"}
+
+    def test_two_clients_and_one_concept_in_the_same_moment(self, text_bank, push, pull, server):
+        push(text_bank)
+        banks = [pull().with_entries([stronger(text_bank["cat"], factor)]) for factor in (2.0, 3.0)]
+        server.meet_before_commit(2)
+        raised = []
+
+        def client(bank: ConceptBank) -> None:
+            try:
+                push(bank)
+            except PushConflict as error:
+                raised.append((bank, error))
+
+        threads = [threading.Thread(target=client, args=(bank,)) for bank in banks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [(loser, _)] = raised
+        [winner] = [bank for bank in banks if bank is not loser]
+        assert same(winner, pull())
+
+
+class TestPolicy:
+    def test_a_part_cannot_be_pushed_without_what_its_policy_always_erases(self, text_bank, push, server):
+        bank = replace(text_bank, always=("cat",))
+        with pytest.raises(ValueError, match=r"always erases \['cat'\]"):
+            push(bank, concepts=["neon"])
+        assert set(server.files(REPOSITORY)) == {".gitattributes"}
+        push(bank)
+        push(grown(bank, "chalk"), concepts=["chalk"])
+
+    def test_a_part_does_not_weaken_the_policy_on_the_hub(self, text_bank, push, pull):
+        push(replace(text_bank, always=("cat",)))
+        push(grown(text_bank, "chalk"))
+        push(grown(replace(pull(), always=()), "crayon"), concepts=["crayon"])
+        assert pull().always == ("cat",)
+
+    def test_policies_of_two_clients_add_up_and_their_owner_can_relax_them(self, text_bank, push, pull):
+        push(text_bank)
+        mine, theirs = pull(), pull()
+        push(replace(theirs, always=("cat",)))
+        push(replace(mine, always=("neon",)))
+        both = pull()
+        assert both.always == ("cat", "neon")
+        push(replace(both, always=("neon",)))
+        assert pull().always == ("neon",)
+
+    def test_what_is_always_erased_cannot_be_removed(self, text_bank, push, pull):
+        push(replace(text_bank, always=("cat",)))
+        with pytest.raises(ValueError, match=r"always erases \['cat'\]"):
+            push(text_bank.subset(["neon"]), remove=["cat"])
+
+
+def test_a_pull_request_leaves_main_alone(text_bank, push, pull, server):
+    push(text_bank)
+    info = push(grown(text_bank, "chalk"), token=STRANGER, create_pr=True)
+    assert info.pr_url.endswith(f"{REPOSITORY}/discussions/1")
+    assert "chalk" not in pull()
+    assert "chalk" in pull(revision="refs/pr/1")
+    push(grown(pull(revision="refs/pr/1"), "crayon"), revision="refs/pr/1")
+    assert list(pull(revision="refs/pr/1")) == [*text_bank, "chalk", "crayon"]
+
+
+def test_without_a_namespace_it_is_the_users_own(text_bank, push, pull):
+    push(text_bank, "my-bank")
+    assert same(text_bank, pull("me/my-bank"))
+
+
+def test_a_branch_is_made_and_pulled(text_bank, push, pull):
+    push(text_bank)
+    push(grown(text_bank, "chalk"), revision="next")
+    assert "chalk" not in pull()
+    assert "chalk" in pull(revision="next")
+
+
+def test_an_old_commit_can_be_pulled(text_bank, push, pull):
+    first = push(text_bank)
+    push(grown(text_bank, "chalk"))
+    assert same(text_bank, pull(revision=first.oid))
+
+
+class TestAccess:
+    def test_a_private_repository_is_for_its_owner(self, text_bank, push, pull):
+        push(text_bank, private=True)
+        assert same(text_bank, pull(token=WRITER))
+        with pytest.raises(RepositoryNotFoundError) as raised:
+            pull(cache="other")
+        assert raised.value.response.status_code == 401
+        with pytest.raises(RepositoryNotFoundError) as raised:
+            pull(cache="other", token=STRANGER)
+        assert raised.value.response.status_code == 404
+
+    @pytest.mark.parametrize(("token", "status"), [(STRANGER, 403), (False, 401)])
+    def test_a_gated_repository_is_for_whom_it_lets_in(self, token, status, text_bank, push, pull, server):
+        push(text_bank)
+        server.repositories[REPOSITORY].gated = True
+        with pytest.raises(GatedRepoError) as raised:
+            pull(token=token)
+        assert raised.value.response.status_code == status
+        assert same(text_bank, pull(token=WRITER))
+
+    @pytest.mark.parametrize(("token", "status"), [(STRANGER, 403), (NARROW, 403), (False, 401)])
+    def test_who_may_not_write_changes_nothing(self, token, status, text_bank, push, server):
+        push(text_bank)
+        before = server.files(REPOSITORY)
+        with pytest.raises(HfHubHTTPError) as raised:
+            push(grown(text_bank, "chalk"), token=token)
+        assert raised.value.response.status_code == status
+        assert server.files(REPOSITORY) == before
+
+    def test_a_private_push_does_not_end_in_public(self, text_bank, push, server):
+        push(text_bank)
+        server.forget()
+        with pytest.raises(ValueError, match="exists and is public"):
+            push(grown(text_bank, "secret"), private=True)
+        assert (server.commits, server.uploaded) == ([], [])
+
+    def test_what_is_not_there_is_said_by_the_hubs_own_errors(self, text_bank, push, pull):
+        with pytest.raises(RepositoryNotFoundError):
+            pull("me/ghost")
+        push(text_bank)
+        with pytest.raises(HfHubHTTPError, match="Revision Not Found"):
+            pull(revision="ghost")
+        with pytest.raises(KeyError, match="ghost"):
+            pull(concepts=["ghost"])
+
+    def test_no_path_and_no_id(self):
+        with pytest.raises(BankError, match="neither a folder nor a repository id"):
+            ConceptBank.from_pretrained("./not/a/folder")
+
+
+class TestOtherPeoplesRepositories:
+    def test_one_without_a_bank_is_not_written_to(self, text_bank, push, pull, server):
+        server.publish(REPOSITORY, {"model.safetensors": b"mine", "README.md": b"mine"})
+        with pytest.raises(BankError, match="holds other files and no concept bank"):
+            push(text_bank)
+        with pytest.raises(BankError, match=MANIFEST):
+            pull()
+
+    def test_a_bank_for_another_base_is_not_mixed_in(self, text_bank, push, server):
+        push(text_bank)
+        before = server.files(REPOSITORY)
+        norms = {name: (d_out, norm * 1.1) for name, (d_out, norm) in text_bank.base.projections.items()}
+        with pytest.raises(BankError, match="another base"):
+            push(grown(replace(text_bank, base=replace(text_bank.base, projections=norms)), "chalk"))
+        assert server.files(REPOSITORY) == before
+
+    def test_a_newer_format_is_left_alone(self, text_bank, push, server):
+        push(text_bank)
+        files = server.files(REPOSITORY)
+        manifest = json.loads(files[MANIFEST]) | {"version": 99}
+        server.publish(REPOSITORY, {**files, MANIFEST: json.dumps(manifest).encode()})
+        with pytest.raises(BankError, match="version 99"):
+            push(grown(text_bank, "chalk"))
+
+
+class TestTrouble:
+    """Whatever happens on the way: the old bank or the new one on the Hub, a whole bank or none on this side."""
+
+    @pytest.mark.parametrize("kind", ["die", "lose"])
+    def test_a_push_that_breaks_off_can_be_made_again(self, kind, text_bank, push, pull, server):
+        push(text_bank)
+        bank = grown(pull(), "chalk")
+        before = server.files(REPOSITORY)
+        server.faults = [Fault("POST .*/commit/", kind, times=1)]
+        with pytest.raises(Exception, match="disconnected"):
+            push(bank)
+        assert server.files(REPOSITORY).keys() - before.keys() in (set(), {"chalk/text_increment.safetensors"})
+        push(bank)
+        assert same(bank, pull())
+
+    def test_an_upload_that_breaks_off_once_is_made_again(self, text_bank, push, pull, server):
+        server.faults = [Fault("PUT /lfs/", "die", times=1)]
+        push(text_bank)
+        assert same(text_bank, pull())
+
+    @pytest.mark.parametrize("file", [MANIFEST, "neon/"])
+    @pytest.mark.parametrize("kind", ["truncate", "corrupt"])
+    def test_damage_on_the_way_is_refused_and_repaired(self, kind, file, text_bank, push, pull, server):
+        """The cache trusts what it once stored: a retry with a healthy server must not meet the broken file again."""
+        push(text_bank)
+        server.faults = [Fault(f"^GET .*/resolve/.*{file}", kind)]
+        with pytest.raises(BankError):
+            pull()
+        server.faults = []
+        assert same(text_bank, pull())
+        assert same(text_bank, pull(local_files_only=True))
+
+    def test_damage_that_happens_once_is_not_noticed(self, text_bank, push, pull, server):
+        push(text_bank)
+        server.faults = [Fault("^GET .*/neon/", "corrupt", times=1)]
+        assert same(text_bank, pull())
+
+    def test_damage_in_the_cache_is_repaired(self, text_bank, push, pull, tmp_path):
+        push(text_bank)
+        pull()
+        for blob in (tmp_path / "cache").rglob("blobs/*"):
+            blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+        with pytest.raises(BankError):
+            pull(local_files_only=True)
+        assert same(text_bank, pull())
+
+    def test_a_server_that_dies_in_the_middle(self, text_bank, push, pull, server):
+        push(text_bank)
+        server.faults = [Fault("^GET .*/neon/", "die", times=2)]
+        assert same(text_bank, pull())
+        server.faults = [Fault("^GET .*/neon/", "die")]
+        with pytest.raises(DownloadError, match=REPOSITORY):
+            pull(cache="other")
+        server.faults = []
+        assert same(text_bank, pull(cache="other"))
+
+    def test_a_slow_server_is_given_up(self, text_bank, push, pull, server, monkeypatch):
+        push(text_bank)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+        server.faults = [Fault("^GET .*/neon/", "slow", seconds=2.0)]
+        with pytest.raises(DownloadError, match="timed out"):
+            pull(cache="other")
+
+    def test_a_push_between_manifest_and_concepts_does_not_mix_two_banks(self, text_bank, push, pull, server):
+        """One commit is pulled, whatever the branch does meanwhile."""
+        push(text_bank)
+        newer = text_bank.with_entries(map(stronger, text_bank.values()))
+        server.before["GET .*/resolve/.*/neon/"] = lambda: push(newer, concepts=list(newer))
+        assert same(text_bank, pull())
+        assert same(newer, pull())
+
+
+def test_offline_the_cache_is_used(text_bank, push, pull, server):
+    push(text_bank)
+    with pytest.raises(FileNotFoundError):
+        pull(local_files_only=True)
+    part = pull(concepts=["neon"])
+    server.forget()
+    assert same(part, pull(concepts=["neon"], local_files_only=True))
+    with pytest.raises(FileNotFoundError):
+        pull(local_files_only=True)
+    assert server.fetched == []
+    pull()
+    assert sorted(server.fetched) == ["cat/text_increment.safetensors", "pencil/text_increment.safetensors"]
+
+
+def test_a_pipeline_pulls_by_name(pipe, mixed_bank, push, server, tmp_path):
+    push(mixed_bank)
+    pipe.load_sepme(REPOSITORY, concepts=["cat", "woodcut"], endpoint=server.endpoint, cache_dir=tmp_path)
+    pipe.set_erased(["woodcut"])
+    assert pipe.erasable == ("cat", "woodcut")
+
+
+def test_the_card_names_the_repository_and_keeps_its_licence(text_bank, push, server):
+    push(text_bank, license="mit")
+    push(grown(text_bank, "chalk"))
+    card = ModelCard(server.files(REPOSITORY)["README.md"].decode())
+    assert f'load_sepme("{REPOSITORY}")' in card.text
+    assert card.data.license == "mit"
+
+
+def test_a_base_in_a_folder_does_not_spoil_the_card(text_bank, push, server, tmp_path: Path):
+    push(replace(text_bank, base=replace(text_bank.base, name=str(tmp_path))))
+    assert "base_model" not in ModelCard(server.files(REPOSITORY)["README.md"].decode()).data.to_dict()
+
+
+def test_the_snippet_of_a_pushed_card_runs(push, server, monkeypatch, tmp_path):
+    """As it stands, with the repository's id in it."""
+    bank = pocket.bank("styles")
+    push(replace(bank, base=replace(bank.base, name=str(pocket.path()))))
+    snippet = re.search(r"```python\n(.*?)```", server.files(REPOSITORY)["README.md"].decode(), re.DOTALL)[1]
+    server.use(monkeypatch, tmp_path)
+    namespace: dict = {}
+    exec(compile(snippet, "card", "exec"), namespace)
+    assert namespace["pipe"].erased == (next(iter(bank)),)
+
+
+def test_pictures_are_pushed_beside_the_bank(text_bank, push, pull, server):
+    picture = Picture("cat-before", "a cat (before)", Image.new("RGB", (8, 8), "red"))
+    push(text_bank, pictures=[picture])
+    push(grown(text_bank, "chalk"))
+    push(grown(text_bank, "Assets"), concepts=["Assets"])
+    files = server.files(REPOSITORY)
+    assert [file for file in files if file.startswith("assets/")] == ["assets/cat-before.png"]
+    assert ModelCard(files["README.md"].decode()).data.widget[0]["output"]["url"] == "assets/cat-before.png"
+    assert set(pull()) == {*text_bank, "chalk", "Assets"}

@@ -1,0 +1,135 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from sepme_diffusers import pocket
+from sepme_diffusers.cli.app import app
+from sepme_diffusers.evaluation.bench.inference import Bench
+from sepme_diffusers.evaluation.bench.runner import Result
+from sepme_diffusers.evaluation.protocols import demo as demonstration
+
+
+def test_help_names_the_commands():
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+    assert "demo" in shown.output
+    assert "bench" in shown.output
+
+
+def test_bad_options_are_refused_before_any_work():
+    shown = CliRunner().invoke(app, ["demo", "--objects", "0"])
+    assert shown.exit_code == 2
+    assert "--objects" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "valid"), [("--only", "speed", "switching"), ("--dtype", "int8", "float16")]
+)
+def test_bench_names_what_is_valid(option, value, valid):
+    shown = CliRunner().invoke(app, ["bench", option, value])
+    assert shown.exit_code == 2
+    assert value in shown.output
+    assert valid in shown.output
+
+
+def test_bench_shows_what_it_measured_before_a_measure_that_fails(monkeypatch):
+    """Whoever waited an hour keeps the figures, and the failure is told."""
+
+    def measured(_):
+        yield Result("switching the erased set", ">= 100 x faster", "345 x", "one pair")
+
+    def failing(_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Bench, "switching", measured)
+    monkeypatch.setattr(Bench, "disk", failing)
+    shown = CliRunner().invoke(app, ["bench", "--only", "switching", "--only", "disk"])
+    assert "345 x" in shown.output
+    assert shown.exit_code == 1
+    assert str(shown.exception) == "out of memory"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    """The first line appears at once: torch waits until a command runs."""
+    check = "import sys, sepme_diffusers.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+BANK = str(Path(pocket.__file__).parent / "banks" / "styles")
+
+
+def exported(*options: str):
+    return CliRunner().invoke(app, ["export", BANK, "--base", str(pocket.path()), *options])
+
+
+@pytest.mark.parametrize(
+    ("format", "output", "file"),
+    [
+        ("kohya", "l.safetensors", "l.safetensors"),
+        ("peft", "l", "l/adapter_config.json"),
+        ("diffusers", "l", "l/pytorch_lora_weights.safetensors"),
+        ("checkpoint", "l", "l/model_index.json"),
+        ("single-file", "l.safetensors", "l.safetensors"),
+    ],
+)
+def test_export_writes_every_format(format, output, file, tmp_path):
+    options = ["--erased", "neon", "--erased", "woodcut=0.5", "--dtype", "float16"]
+    shown = exported(*options, "--format", format, "--output", str(tmp_path / output))
+    assert shown.exit_code == 0, shown.output
+    assert "erases neon, woodcut" in " ".join(shown.output.split())
+    assert (tmp_path / file).is_file()
+    if output.endswith(".safetensors"):
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert json.loads(opened.metadata()["sepme_export"])["erased"] == {"neon": 1.0, "woodcut": 0.5}
+
+
+def test_export_refuses_in_one_sentence(tmp_path):
+    shown = exported("--erased", "neno", "--output", str(tmp_path / "l.safetensors"))
+    assert shown.exit_code == 2
+    assert "Did you mean 'neon'" in " ".join(shown.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> tuple[str, str, Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "sepme_diffusers.cli", "demo", "--output", str(folder), "--objects", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = process.stdout.readline()
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return first, output, folder
+
+
+@pytest.mark.slow
+def test_demo_erases_guards_and_restores(shown):
+    """On a quarter of its pictures the demonstration's table says what the method promises."""
+    first, output, folder = shown
+    assert first.startswith("Loading")
+    row = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if line.startswith("│")}
+    numbers = {name: [float(cell) for cell in cells if cell.strip()] for name, cells in row.items()}
+    original, erased, _ = numbers["erased: style ACC %"]
+    assert original >= 85
+    assert erased <= 25
+    assert numbers["restored: style ACC %"][-1] == original
+    assert max(numbers["guarded: max, /255"]) <= 2
+    assert numbers["restored: max, /255"][-1] == 0
+    assert (folder / "grid.png").stat().st_size > 10_000
+    assert re.search(r"neon: \d+ steps of the paper", (folder / "report.html").read_text("utf-8"))
+
+
+@pytest.mark.slow
+def test_live_erasures_join_the_shipped_bank(pocket_pipe):
+    bank, seconds = demonstration.erase_live(pocket_pipe)
+    assert set(seconds) == {"neon", "halftone"}
+    shipped = pocket.bank("styles")
+    assert set(bank) == set(shipped)
+    assert (bank["neon"].config.solver, bank["halftone"].config.solver) == ("train", "closed_form")
+    assert set(bank["neon"].guards) == set(shipped["neon"].guards)
+    assert bank["neon"].metrics["stopped_by_rule"]

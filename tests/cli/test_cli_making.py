@@ -1,0 +1,68 @@
+"""`sepme erase`, `capacity` and `soft-guards` on the built-in model."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sepme_diffusers import ConceptBank, SoftGuards, pocket
+from sepme_diffusers.cli.app import app
+
+BASE = str(pocket.path())
+SAID = ["--concept", "neon", "--template", "a cat in the style of {concept}", "--without", "a cat"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_bank_is_made_and_added_to(tmp_path):
+    (tmp_path / "regular.txt").write_text("a cat\na dog\na pencil fox\n")
+    shown = run("soft-guards", BASE, tmp_path / "regular.txt", tmp_path / "regular.safetensors")
+    assert shown.exit_code == 0, shown.output
+    assert SoftGuards.load(tmp_path / "regular.safetensors").prompts == ("a cat", "a dog", "a pencil fox")
+    options = ["--solver", "closed_form", "--guard", "watermark", "--soft-guards"]
+    shown = run("erase", BASE, tmp_path / "bank", *SAID, *options, tmp_path / "regular.safetensors")
+    assert shown.exit_code == 0, shown.output
+    before = (tmp_path / "bank" / "neon" / "text_increment.safetensors").read_bytes()
+    concepts = [
+        {"name": "dog", "template": ["a {concept}"], "without": [""], "anchor": "cat"},
+        {"name": "fox", "pairs": [["a fox", ""]]},
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    (tmp_path / "settings.json").write_text(json.dumps({"solver": "closed_form", "rank": 3}))
+    more = ["--concepts", tmp_path / "concepts.json", "--config", tmp_path / "settings.json"]
+    shown = run("erase", BASE, tmp_path / "bank", *more, "--soft-guards", tmp_path / "regular.txt")
+    assert shown.exit_code == 0, shown.output
+    bank = ConceptBank.from_pretrained(tmp_path / "bank")
+    assert list(bank) == ["neon", "dog", "fox"]
+    assert bank["dog"].concept.anchors == (("a cat",),)
+    assert bank["fox"].increment.rank == 3
+    assert set(bank["neon"].guards) == {"", "watermark"}
+    assert (tmp_path / "bank" / "neon" / "text_increment.safetensors").read_bytes() == before
+
+
+def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = run("capacity", BASE, *SAID, "--concept", "pixel")
+    assert shown.exit_code == 0, shown.output
+    assert "Of 384 dimensions" in shown.output
+    assert shown.output.count("exactly") == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "no concept given"),
+        (("--concept", "neon", "--solver", "magic"), "'closed_form'"),
+        (("--concept", "neon", "--guard", "neon", "--solver", "closed_form"), "no dimension is left"),
+        (("--concepts", "missing.json"), "missing.json"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_written(options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = run("erase", BASE, "bank", *options)
+    assert shown.exit_code == 2
+    assert said in " ".join(shown.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())

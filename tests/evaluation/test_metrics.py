@@ -1,0 +1,65 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sepme_diffusers.evaluation import report
+from sepme_diffusers.evaluation.measures.metrics import accuracy, generate, largest_change, mean_change
+from sepme_diffusers.evaluation.protocols import demo
+from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
+
+
+def flat(value: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (value, value, value))
+
+
+def test_accuracy_is_the_share_of_right_answers_in_percent():
+    probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    assert accuracy(probabilities, ["a", "b", "b", "b"], ["a", "b"]) == 75.0
+
+
+def test_changes_are_counted_in_255ths_in_both_directions():
+    assert largest_change([flat(10), flat(200)], [flat(10), flat(50)]) == 150
+    assert largest_change([flat(0)], [flat(255)]) == 255
+    assert mean_change([flat(10), flat(200)], [flat(10), flat(50)]) == 75.0
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        largest_change([flat(1)], [])
+
+
+def test_a_picture_does_not_depend_on_its_batch(pocket_pipe):
+    """Prompt i starts from seed + i, however the prompts are batched."""
+    prompts = ["a neon cat", "a cat", "woodcut"]
+    together, alone = (generate(pocket_pipe, prompts, seed=3, steps=4, batch_size=size) for size in (3, 1))
+    assert largest_change(together, alone) <= 1
+
+
+def test_probes_use_nothing_that_an_edit_saw():
+    edited = {p for style in demo.ERASED for pair in style_concept(style).pairs for p in pair}
+    edited |= {p for style in demo.ERASED for p in regular_for_styles(style)}
+    for kind in ("erased", "regular"):
+        probe = demo.probes(6)[kind]
+        assert not edited & set(probe.prompts)
+        assert set(probe.objects) <= set(TEST_OBJECTS)
+        assert len(probe.prompts) == len(probe.styles) == len(probe.objects)
+    assert set(demo.probes(1)["erased"].styles) == set(demo.ERASED)
+    assert set(demo.probes(1)["regular"].styles) == {*demo.KEPT, *demo.NEVER_SEEN, words.PLAIN}
+
+
+def test_contact_sheet_places_every_picture():
+    sheet = report.contact_sheet([[flat(10), flat(20)], [flat(30), flat(40)]], ["x", "y"], ["a", "b"], scale=2)
+    found = set(np.unique(np.asarray(sheet)))
+    assert {10, 20, 30, 40} <= found
+
+
+def test_page_needs_no_other_file_and_escapes_what_it_shows(tmp_path):
+    table = report.Table("ACC <b>", ("", "original"), (("erased & kept", "97.0"),))
+    page = report.html_page("Title", "Summary", [table], flat(9), "Caption", "Footer")
+    report.write(tmp_path / "new", flat(9), page)
+    written = (tmp_path / "new" / "report.html").read_text("utf-8")
+    assert "ACC &lt;b&gt;" in written
+    assert "erased &amp; kept" in written
+    assert re.findall(r'(?:src|href)="(.{5})', written) == ["data:"]
+    assert Image.open(tmp_path / "new" / "grid.png").size == (8, 8)

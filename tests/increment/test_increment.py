@@ -1,0 +1,130 @@
+import peft
+import pytest
+import torch
+
+from sepme_diffusers import Increment
+from sepme_diffusers.algebra.subspace import leakage
+from sepme_diffusers.doors.linears import projection_weights
+
+
+def per_module(rank=3):
+    torch.manual_seed(0)
+    return Increment(torch.randn(rank, 6), C={"x.to_k": torch.randn(4, rank), "x.to_v": torch.randn(5, rank)})
+
+
+def test_text_side_edits_the_embedding_that_every_module_sees():
+    """(e + (e Aᵀ) Bᵀ) Wᵀ = e (W + ΔW)ᵀ for every module: one B serves any base."""
+    torch.manual_seed(0)
+    increment = Increment(torch.randn(3, 6), B=torch.randn(6, 3))
+    weights = {"to_k": torch.randn(4, 6), "to_v": torch.randn(9, 6)}
+    e = torch.randn(7, 6)
+    edited = e + (e @ increment.A.T) @ increment.B.T
+    for name, delta in increment.delta_weights(weights).items():
+        torch.testing.assert_close(edited @ weights[name].T, e @ (weights[name] + delta).T)
+
+
+def test_expansion_is_the_same_increment():
+    torch.manual_seed(0)
+    increment = Increment(torch.randn(3, 6), B=torch.randn(6, 3))
+    weights = {"to_k": torch.randn(4, 6)}
+    expanded = increment.expand(weights)
+    assert (increment.form, expanded.form) == ("text", "module")
+    assert torch.equal(expanded.delta_weights(weights)["to_k"], increment.delta_weights(weights)["to_k"])
+
+
+def test_lora_round_trip_is_exact():
+    increment = per_module()
+    tensors, config = increment.lora()
+    assert config.peft_type == peft.PeftType.LORA
+    assert config.lora_alpha == config.r == 3
+    back = Increment.from_lora(tensors)
+    assert torch.equal(back.A, increment.A)
+    assert all(torch.equal(back.C[name], c) for name, c in increment.C.items())
+
+
+def test_text_side_must_be_expanded_before_it_is_a_lora():
+    with pytest.raises(ValueError, match="expand it"):
+        Increment(torch.randn(2, 4), B=torch.randn(4, 2)).lora()
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({}, "either B .* or C"),
+        ({"B": torch.ones(6, 2), "C": {"m": torch.ones(4, 2)}}, "either B .* or C"),
+        ({"C": {}}, "either B .* or C"),
+        ({"B": torch.ones(5, 2)}, r"cannot hold: B \(5, 2\)"),
+        ({"C": {"m": torch.ones(4, 3), "n": torch.ones(4)}}, r"m \(4, 3\), n \(4,\)"),
+        ({"B": torch.full((6, 2), float("inf"))}, r"NaN or Inf in \['B'\]"),
+    ],
+)
+def test_bad_factors_are_refused(factors, message):
+    with pytest.raises(ValueError, match=message):
+        Increment(torch.ones(2, 6), **factors)
+
+
+def test_another_base_is_refused_with_its_differences(pipe):
+    weights = projection_weights(pipe.unet)
+    with pytest.raises(ValueError, match=r"another base: it lacks .* unknown \['x.to_k', 'x.to_v'\]"):
+        per_module().coefficients(weights)
+    with pytest.raises(ValueError, match=r"width 8; these modules differ"):
+        Increment(torch.ones(2, 8), B=torch.ones(8, 2)).coefficients(weights)
+    with pytest.raises(ValueError, match=r"shapes \(increment, base\) differ"):
+        per_module().coefficients({"x.to_k": torch.ones(4, 6), "x.to_v": torch.ones(3, 6)})
+
+
+def test_foreign_loras_are_refused_with_every_bad_key():
+    tensors, _ = per_module().lora()
+    with pytest.raises(ValueError, match=r"unet.a.*unet.b"):
+        Increment.from_lora({**tensors, "unet.a": torch.ones(1), "unet.b": torch.ones(1)})
+    tensors["base_model.model.x.to_v.lora_A.weight"] = torch.zeros(3, 6)
+    with pytest.raises(ValueError, match="share one lora_A"):
+        Increment.from_lora(tensors)
+
+
+def test_leakage_is_the_largest_over_tokens_and_modules():
+    torch.manual_seed(0)
+    weights = {"k": torch.randn(6, 8), "v": torch.randn(4, 8)}
+    increment = Increment(torch.randn(2, 8), B=torch.randn(8, 2))
+    tokens = torch.randn(3, 5, 8)
+    deltas = increment.delta_weights(weights)
+    each = torch.stack(
+        [leakage(tokens.flatten(0, 1), deltas[name], w).view(3, 5).amax(1) for name, w in weights.items()]
+    )
+    torch.testing.assert_close(increment.leakage(tokens, weights), each.amax(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_unusual_numbers_are_refused(dtype):
+    with pytest.raises(ValueError, match="floating point"):
+        Increment(torch.ones(2, 8).to(dtype), B=torch.ones(8, 2))
+
+
+def gated_increment():
+    """Reads the first of six coordinates; its gate is at 1."""
+    a, b = torch.eye(6)[:1], torch.ones(6, 1)
+    return Increment(a, B=b, gate=1.0)
+
+
+def tokens_reading(*values):
+    """A prompt for each value: two tokens, the stronger of which has it as its first coordinate."""
+    return torch.tensor([[[0.1 * value, 1, 0, 0, 0, 0], [value, 1, 0, 0, 0, 0]] for value in values])
+
+
+def test_a_prompt_that_leaves_the_gate_shut_leaks_nothing():
+    """What nearly opens it counts as open: other hardware may round it across."""
+    weights = {"to_k": torch.eye(6)}
+    leaks = gated_increment().leakage(tokens_reading(0.5, 0.95, 2.0), weights)
+    assert leaks[0] == 0
+    assert (leaks[1:] > 0.5).all()
+
+
+def test_a_gate_is_a_share_of_what_the_own_prompts_read_at_least():
+    gated = gated_increment().gated(tokens_reading(3.0, 2.0, -4.0), 0.5)
+    assert gated.gate == pytest.approx(1.0)
+    assert gated.expand({"to_k": torch.eye(6)}).gate == gated.gate
+
+
+def test_a_gate_that_every_prompt_opens_is_refused():
+    with pytest.raises(ValueError, match="gate of an increment is a finite number above zero"):
+        gated_increment().gated(tokens_reading(0.0, 2.0), 0.5)

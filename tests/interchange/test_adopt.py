@@ -1,0 +1,207 @@
+"""Erasers made elsewhere become increments: guarded exactly, restorable, and as close to the original as can be."""
+
+import pytest
+import torch
+
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMETrainer
+from sepme_diffusers.algebra.subspace import leakage, null_space
+from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.interchange.adopt import from_lora, imitated, separable_factors
+from sepme_diffusers.interchange.export import export_lora
+from sepme_diffusers.text.concept import encode, rows
+from small import CLOSED, CONCEPTS, latents, random_pipeline
+
+GUARDS = ["watermark", "a dog"]
+NEON = CONCEPTS[0]
+
+
+@pytest.fixture
+def edited(pipe) -> dict[str, torch.Tensor]:
+    """Weights of an eraser that knows no guards: every text value projection moves, as after UCE or ESD."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{name}.weight": weight.detach() + 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in projection_weights(pipe.unet).items()
+        if name.endswith("to_v")
+    }
+
+
+@pytest.mark.parametrize("method", ["imitate", "project"])
+@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya"])
+def test_a_separable_eraser_comes_in_unchanged(format, method, pipe, text_bank, tmp_path):
+    """Exported and absorbed under its own guards, an increment makes the latents that it made before."""
+    path = tmp_path / ("l.safetensors" if format == "kohya" else "l")
+    export_lora(text_bank, pipe, ["neon"], path, format=format)
+    guards = text_bank["neon"].guards
+    absorbed = from_lora(path, pipe, [NEON], guards=guards, method=method, config=SepMEConfig(ridge=1e-9))
+    pipe.load_sepme(text_bank)
+    pipe.set_erased(["neon"])
+    ours = latents(pipe, "a cat in the style of neon")
+    pipe.unload_sepme()
+    pipe.load_sepme(absorbed)
+    pipe.set_erased(["neon"])
+    torch.testing.assert_close(latents(pipe, "a cat in the style of neon"), ours, rtol=0, atol=1e-4)
+    metrics = absorbed["neon"].metrics
+    assert metrics["effect_kept"] == pytest.approx(1, abs=1e-3)
+    assert metrics["guard_damage_before"] < 1e-5
+
+
+@pytest.mark.parametrize("method", ["imitate", "project"])
+def test_edited_weights_become_separable(method, edited, pipe, text_bank):
+    """The eraser moved the guards; its increment does not, joins a bank, and is taken away bit for bit."""
+    foreign = Concept("foreign", NEON.pairs)
+    bank = from_lora(edited, pipe, [foreign], guards=GUARDS, bank=text_bank, method=method)
+    entry = bank["foreign"]
+    assert set(entry.guards) == {"", *GUARDS, *text_bank}
+    assert entry.metrics["guard_damage_before"] > 0.05
+    assert entry.metrics["guard_damage_after"] < 1e-6
+    assert entry.metrics["share_representable"] == 1
+    guarded = rows(encode(pipe, entry.guards))
+    deltas = entry.increment.delta_weights(projection_weights(pipe.unet))
+    for name, weight in projection_weights(pipe.unet).items():
+        assert leakage(guarded, deltas[name].detach(), weight.detach()).max() < 1e-5
+    original = {prompt: latents(pipe, prompt) for prompt in (*entry.guards, "neon dog")}
+    pipe.load_sepme(bank)
+    pipe.set_erased(["foreign"])
+    for prompt in entry.guards:
+        torch.testing.assert_close(latents(pipe, prompt), original[prompt], rtol=0, atol=1e-4)
+    assert (latents(pipe, "neon dog") - original["neon dog"]).abs().max() > 0.1
+    pipe.restore("foreign")
+    assert torch.equal(latents(pipe, "neon dog"), original["neon dog"])
+
+
+@pytest.mark.parametrize("method", ["imitate", "project"])
+def test_what_is_kept_is_what_the_keys_and_values_say(method, edited, pipe):
+    """Measured without the factors: the share of the wanted change of the concept's tokens that is made."""
+    entry = from_lora(edited, pipe, [NEON], guards=GUARDS, method=method)["neon"]
+    weights = projection_weights(pipe.unet)
+    wanted = torch.cat([(edited[f"{n}.weight"] - w).detach() for n, w in weights.items() if n.endswith("to_v")])
+    made = entry.increment.delta_weights(weights)
+    made = torch.cat([delta.detach() for name, delta in made.items() if name.endswith("to_v")])
+    tokens = rows(encode(pipe, NEON.prompts))
+    mine, theirs = tokens @ made.T, tokens @ wanted.T
+    kept = float((mine * theirs).sum() / theirs.square().sum())
+    assert entry.metrics["effect_kept"] == pytest.approx(kept, rel=1e-3)
+    assert 0 < entry.metrics["effect_kept"] < entry.metrics["effect_kept_within_guards"] < 1
+
+
+def test_imitating_keeps_more_of_an_eraser_than_projecting_it(edited, pipe):
+    kept = {
+        method: from_lora(edited, pipe, [NEON], guards=GUARDS, method=method)["neon"].metrics["effect_kept"]
+        for method in ("imitate", "project")
+    }
+    assert kept["imitate"] > 1.5 * kept["project"]
+
+
+def test_soft_guards_hold_regular_prompts(edited, pipe):
+    regular = rows(encode(pipe, ["a picture of a tiger", "a pig"]))
+    moved = {}
+    for soft in ((), ("a picture of a tiger", "a pig")):
+        entry = from_lora(edited, pipe, [NEON], soft_guards=soft)["neon"]
+        deltas = entry.increment.delta_weights(projection_weights(pipe.unet))
+        moved[bool(soft)] = float(sum((regular @ delta.detach().T).square().sum() for delta in deltas.values()))
+    assert moved[True] < 0.1 * moved[False]
+
+
+def test_imitation_solves_the_ridge_regression():
+    """No small step away from it, inside the null space, lowers the objective."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, change = (torch.randn(*shape, generator=generator).double() for shape in ((6, 20), (9, 20)))
+    null = null_space(torch.randn(3, 20, generator=generator))
+    regular = torch.randn(5, 20, generator=generator).double()
+    soft, weight, ridge = regular.T @ regular / 5, 0.7, 1e-2
+
+    def objective(made):
+        scale = (tokens @ null.T).square().sum() / len(tokens) / len(null)
+        fit = (tokens @ (made - change).T).square().sum() / len(tokens)
+        return fit + weight * torch.trace(made @ soft @ made.T) + ridge * scale * made.square().sum()
+
+    made = imitated({"m": change}, tokens, null, weight * soft, ridge)["m"]
+    torch.testing.assert_close(made @ null.T @ null, made)
+    for _ in range(5):
+        step = 1e-3 * torch.randn(9, len(null), generator=generator).double() @ null
+        assert objective(made + step) > objective(made)
+
+
+def test_the_rank_is_cut_by_effect_on_the_concept():
+    """No other matrix of that rank, such as the change's own leading directions, does the concept more justice."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(6, 20, generator=generator).double()
+    tokens[:, 10:] *= 0.01  # the concept hardly lives there ...
+    deltas = {name: torch.randn(9, 20, generator=generator).double() for name in "ab"}
+    for delta in deltas.values():
+        delta[:, 10:] *= 10  # ... where the change is largest
+    null = null_space(torch.randn(3, 20, generator=generator))
+    a, c = separable_factors(deltas, tokens, null, 2)
+    projected = torch.cat(list(deltas.values())) @ null.T @ null
+    assert a.shape == (2, 20)
+    torch.testing.assert_close(a @ null.T @ null, a)
+    error = (tokens @ (projected - torch.cat([c["a"], c["b"]]) @ a).T).norm()
+    best = torch.linalg.svdvals(tokens @ projected.T)[2:].norm()
+    assert error == pytest.approx(float(best), rel=1e-6)
+    u, s, v = torch.linalg.svd(projected)
+    assert error < 0.5 * (tokens @ (projected - (u[:, :2] * s[:2]) @ v[:2]).T).norm()
+
+
+def test_several_concepts_are_guarded_on_each_other(edited, pipe):
+    bank = from_lora(edited, pipe, [NEON, "cat"])
+    assert bank["neon"].guards == ("", "cat")
+    assert bank["cat"].guards == ("", "neon")
+
+
+def test_what_cannot_be_kept_is_counted(edited, pipe):
+    """A LoRA or checkpoint that also edits self-attention: its share is said, and without text projections no bank."""
+    own = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    elsewhere = {own: pipe.unet.state_dict()[own] + 1.0}
+    metrics = from_lora({**edited, **elsewhere}, pipe, [NEON])["neon"].metrics
+    assert metrics["parts_outside"] == 1
+    inside = sum(
+        float((edited[f"{n}.weight"] - w.detach()).square().sum())
+        for n, w in projection_weights(pipe.unet).items()
+        if n.endswith("to_v")
+    )
+    whole = inside + elsewhere[own].numel()
+    assert metrics["share_representable"] == pytest.approx(inside / whole, rel=1e-3)
+    with pytest.raises(ValueError, match=r"nothing of this eraser can be kept.*1 other modules.*attn1\.to_q"):
+        from_lora(elsewhere, pipe, [NEON])
+    with pytest.raises(ValueError, match="nothing of this eraser can be kept"):
+        from_lora({f"{n}.weight": w.detach() for n, w in projection_weights(pipe.unet).items()}, pipe, [NEON])
+
+
+def test_an_absorbed_bank_goes_to_disk_and_back(edited, pipe, tmp_path):
+    from_lora(edited, pipe, [NEON], guards=GUARDS).save_pretrained(tmp_path / "bank")
+    entry = ConceptBank.from_pretrained(tmp_path / "bank")["neon"]
+    assert entry.metrics["source"] == "weights"
+    assert entry.increment.form == "module"
+
+
+def test_bad_requests_are_refused(edited, pipe, text_bank):
+    with pytest.raises(ValueError, match="no concept given"):
+        from_lora(edited, pipe, [])
+    with pytest.raises(TypeError, match=r"\['neon'\]"):
+        from_lora(edited, pipe, "neon")
+    with pytest.raises(ValueError, match=r"no method 'copy'; choose one of \['imitate', 'project'\]"):
+        from_lora(edited, pipe, [NEON], method="copy")
+    with pytest.raises(ValueError, match="guard prompts take away all that this eraser does to 'neon'"):
+        from_lora(edited, pipe, [NEON], guards=NEON.prompts)
+    pipe.load_sepme(text_bank)
+    pipe.set_erased(["cat"])
+    with pytest.raises(ValueError, match=r"has erased \['cat'\]; restore them"):
+        from_lora(edited, pipe, [NEON])
+
+
+def test_the_pipeline_is_only_read(edited, pipe):
+    before = latents(random_pipeline(), "neon dog")
+    from_lora(edited, pipe, [NEON])
+    assert torch.equal(latents(pipe, "neon dog"), before)
+
+
+def test_an_eraser_of_ours_can_be_guarded_afterwards(pipe):
+    """Weight differences of an increment that knew no other concept, absorbed with two more guards."""
+    bank = SepMETrainer(pipe, CLOSED).erase([NEON])
+    deltas = bank["neon"].increment.delta_weights(projection_weights(pipe.unet))
+    source = {f"{name}.weight": delta.detach() for name, delta in deltas.items()}
+    entry = from_lora(source, pipe, [NEON], guards=["cat", "fox"], difference=True)["neon"]
+    assert entry.metrics["guard_damage_before"] > 1e-4
+    assert entry.metrics["guard_damage_after"] < 1e-6
+    assert entry.metrics["effect_kept"] > 0.5

@@ -1,0 +1,78 @@
+"""A bank that grew is made symmetric again: no increment moves a concept that joined after it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sepme_diffusers import Concept, ConceptBank, SepMETrainer
+from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.text.concept import encode, rows
+from small import CLOSED, CONCEPTS, latents, random_pipeline
+
+
+@pytest.fixture
+def decoupled(pipe, mixed_bank):
+    return mixed_bank.decouple(pipe)
+
+
+def test_the_newcomer_is_guarded_to_the_bit_whatever_is_erased(pipe, mixed_bank, decoupled):
+    before = latents(pipe, "woodcut")
+    pipe.load_sepme(mixed_bank, name="as it grew")
+    assert not torch.equal(latents(pipe, "woodcut", erased=["neon", "cat", "pencil"]), before)
+    pipe.unload_sepme()
+    pipe.load_sepme(decoupled)
+    assert torch.equal(latents(pipe, "woodcut", erased=["neon", "cat", "pencil"]), before)
+    assert decoupled.guarantees["woodcut"].exact
+    assert all(promise.exact for promise in decoupled.guarantees.values())
+
+
+def test_what_knew_everyone_is_left_as_it_is(mixed_bank, decoupled):
+    assert decoupled["woodcut"] is mixed_bank["woodcut"]
+    assert list(decoupled) == list(mixed_bank)
+    assert decoupled["neon"].guards == (*mixed_bank["neon"].guards, "woodcut")
+
+
+def test_it_says_what_it_cost(pipe, mixed_bank, decoupled):
+    """The share of the change of the concept's own keys and values that is left, by the dense increments."""
+    weights = projection_weights(pipe.unet)
+    for name in ("neon", "cat", "pencil"):
+        e = rows(encode(pipe, mixed_bank[name].concept.prompts)).double()
+        old, new = (bank[name].increment.delta_weights(weights) for bank in (mixed_bank, decoupled))
+        pairs = [(e @ old[m].double().T, e @ new[m].double().T) for m in weights]
+        share = sum((a * b).sum() for a, b in pairs) / sum((a * a).sum() for a, _ in pairs)
+        assert decoupled[name].metrics["effect_kept"] == pytest.approx(float(share), abs=1e-4)
+        assert 0.1 < share <= 1
+        assert decoupled[name].metrics["decoupled_from"] == ["woodcut"]
+
+
+def test_a_decoupled_bank_survives_the_disk(decoupled, tmp_path):
+    decoupled.save_pretrained(tmp_path / "bank")
+    back = ConceptBank.from_pretrained(tmp_path / "bank")
+    assert back["neon"].metrics == decoupled["neon"].metrics
+    assert torch.equal(back["neon"].increment.A, decoupled["neon"].increment.A)
+
+
+def test_a_newcomer_that_takes_everything_is_refused(pipe):
+    """Named as the concept's only prompt, it leaves no direction; nothing is half done."""
+    bank = SepMETrainer(pipe, CLOSED).erase([CONCEPTS[2]])
+    same = Concept("a pencil picture of a fox", (("a fox", ""),))
+    grown = SepMETrainer(pipe, replace(CLOSED, rank=2)).erase([same], bank)
+    with pytest.raises(ValueError, match=r"nothing would be left of the increment of 'pencil'"):
+        grown.decouple(pipe)
+
+
+def test_a_bank_of_another_base_is_refused(mixed_bank):
+    with pytest.raises(ValueError, match="other weights"):
+        mixed_bank.decouple(random_pipeline(seed=9))
+
+
+def test_a_gate_stays_at_the_same_share_of_what_the_own_prompts_read(pipe):
+    """The projection takes from what an increment reads; a gate left where it was could stay shut: fail open."""
+    trainer = SepMETrainer(pipe, replace(CLOSED, gate=0.5))
+    bank = trainer.erase(CONCEPTS[:1])
+    grown = trainer.erase(CONCEPTS[1:], bank).decouple(pipe)
+    own = encode(pipe, CONCEPTS[0].prompts)
+    old, new = bank["neon"].increment, grown["neon"].increment
+    assert not torch.equal(new.A, old.A)
+    assert new.gate == pytest.approx(0.5 * float(new.reading(own).min()))

@@ -1,0 +1,139 @@
+"""Room for guards: exact while it lasts, damped above, never silently dropped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sepme_diffusers import Concept, ConceptBank, SepMETrainer, pocket
+from sepme_diffusers.algebra.subspace import row_space
+from sepme_diffusers.bank.verify import verify
+from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.text.concept import Encoded, rows
+from small import CLOSED, CONCEPTS, TRAIN, latents, random_pipeline
+
+MANY = pocket.objects[:60]
+CAT, DOG = Concept("cat", (("a cat", ""),)), Concept("dog", (("a dog", ""),))
+
+
+@pytest.fixture(scope="module")
+def crowded() -> ConceptBank:
+    """Cat and dog, and fifty-eight more names: more than fit into the null space."""
+    others = [name for name in MANY if name not in ("cat", "dog")]
+    return SepMETrainer(random_pipeline(), CLOSED, ["watermark"], others=others).erase([CAT, DOG])
+
+
+def test_capacity_tells_what_is_left_and_what_one_more_takes(pipe):
+    room = SepMETrainer(pipe, CLOSED, ["watermark"]).capacity(CONCEPTS)
+    encoded = Encoded(pipe)
+    without = row_space(rows(encoded(["", "watermark", "cat", "pencil"])))
+    with_it = row_space(rows(encoded(["", "watermark", "cat", "pencil", "neon"])))
+    assert room["neon"].dimensions == 384
+    assert room["neon"].dimensions_left == 384 - len(without)
+    assert room["neon"].dimensions_taken == len(with_it) - len(without) > 0
+    assert room["neon"].exact
+    assert room["neon"].leakage < 1e-5
+    assert 0 < room["neon"].reach <= 1
+
+
+def test_capacity_is_what_erasing_then_finds(pipe, crowded):
+    others = [name for name in MANY if name not in ("cat", "dog")]
+    room = SepMETrainer(pipe, CLOSED, ["watermark"], others=others).capacity([CAT, DOG])
+    for name, entry in crowded.items():
+        assert not room[name].exact
+        assert room[name].dimensions_left == entry.metrics["dimensions_left"]
+        assert room[name].leakage == pytest.approx(entry.metrics["leakage"], rel=1e-2)
+
+
+def test_above_capacity_names_leak_little_and_the_bank_says_how_much(pipe, crowded):
+    """Own guards stay exact; every name is still guarded, and its leakage written down."""
+    entry = crowded["cat"]
+    assert set(entry.guards) == {"", "watermark", *MANY} - {"cat"}
+    assert not {"", "watermark"} & entry.metrics["leakage_of"].keys()
+    assert entry.metrics["leakage_of"]["dog"] > 1e-5
+    before = latents(pipe, "watermark")
+    pipe.load_sepme(crowded)
+    assert torch.equal(latents(pipe, "watermark", erased=["cat", "dog"]), before)
+    promise = crowded.guarantees["fox"]
+    assert not promise.exact
+    assert promise.leakage == max(e.metrics["leakage_of"]["fox"] for e in crowded.values())
+    assert crowded.guarantees["watermark"].exact
+    assert verify(crowded, random_pipeline()).ok
+
+
+def test_nothing_damped_is_promised_to_be_exact_however_little_it_leaks(pipe):
+    """With room to spare a heavy weight leaves less than what is otherwise called exact; bits still move."""
+    config = replace(CLOSED, reserve=0.99, name_weight=1e5)
+    bank = SepMETrainer(pipe, config).erase([CAT, DOG])
+    assert bank["cat"].metrics["leakage_of"].keys() == {"dog"}
+    assert bank["cat"].metrics["leakage_of"]["dog"] < 1e-5
+    assert not bank.guarantees["dog"].exact
+
+
+def test_a_heavier_weight_leaks_less_and_none_leaks_more(pipe, crowded):
+    others = [name for name in MANY if name != "cat"]
+    leaks = []
+    for weight in (0.0, CLOSED.name_weight, 100 * CLOSED.name_weight):
+        trainer = SepMETrainer(pipe, replace(CLOSED, name_weight=weight), ["watermark"], others=others)
+        leaks.append(sum(trainer.erase([CAT])["cat"].metrics["leakage_of"].values()))
+    assert leaks[0] > 2 * leaks[1] > 4 * leaks[2] > 0
+
+
+@pytest.mark.parametrize("basis", ["full", "aligned"])
+def test_training_damps_as_well(pipe, basis):
+    others = [name for name in MANY if name != "cat"]
+    leaks = []
+    for weight in (0.0, 1e4):
+        config = replace(TRAIN, basis=basis, name_weight=weight)
+        entry = SepMETrainer(pipe, config, ["watermark"], others=others).erase([CAT])["cat"]
+        leaks.append(sum(entry.metrics["leakage_of"].values()))
+        assert not {"", "watermark"} & entry.metrics["leakage_of"].keys()
+    assert leaks[1] < 0.5 * leaks[0]
+
+
+def test_the_reserve_decides(pipe):
+    encoded, names = Encoded(pipe), [concept.name for concept in CONCEPTS]
+    taken = len(row_space(rows(encoded(["", *names]))))
+    exact = replace(CLOSED, reserve=1 - (taken + 0.5) / 384)
+    assert Guards(encoded, [""], names, exact).exact
+    assert not Guards(encoded, [""], names, replace(CLOSED, reserve=1 - (taken - 0.5) / 384)).exact
+
+
+def test_damping_is_announced(pipe, caplog):
+    Guards(Encoded(pipe), [""], MANY, CLOSED)
+    assert "names are damped, not guarded exactly" in caplog.text
+
+
+def test_a_prompt_that_is_a_guard_is_refused_by_name(pipe, text_bank):
+    """Two spellings that the tokenizer reads alike leave no dimension; nothing is added."""
+    with pytest.raises(ValueError, match=r"'a  CAT' of concept 'feline' .* guard 'a cat': no dimension"):
+        SepMETrainer(pipe, CLOSED, guards=["a cat"]).erase([Concept("feline", (("a  CAT", ""),))], text_bank)
+    assert list(text_bank) == ["neon", "cat", "pencil"]
+
+
+def test_hard_guards_that_fill_everything_are_refused(pipe):
+    words = list(pipe.tokenizer.get_vocab())[100:600]
+    guards = [word.removesuffix("</w>") for word in words if word.endswith("</w>") and word != "neon</w>"]
+    with pytest.raises(ValueError, match=r"fill the space that 'neon' lives in|fills all 384"):
+        SepMETrainer(pipe, CLOSED, guards=guards).erase(["neon"])
+
+
+def test_a_crowded_bank_can_be_decoupled(pipe):
+    """Above capacity older increments are damped on newcomers, and it says what leaks and what is left."""
+    others = [name for name in MANY if name not in ("cat", "dog")]
+    bank = SepMETrainer(pipe, CLOSED, ["watermark"], others=others).erase([CAT])
+    grown = SepMETrainer(pipe, CLOSED, ["watermark"], others=others).erase([DOG], bank)
+    assert grown.guarantees["dog"].unaware == ("cat",)
+    decoupled = grown.decouple(pipe)
+    assert decoupled.guarantees["dog"].unaware == ()
+    assert decoupled["cat"].metrics["leakage_of"]["dog"] > 0
+    assert 0.5 < decoupled["cat"].metrics["effect_kept"] <= 1.1
+    assert not {"", "watermark"} & decoupled["cat"].metrics["leakage_of"].keys()
+
+
+def test_damping_in_the_null_spaces_coordinates_is_the_same_damping(pipe):
+    """The closed form takes it so: for a hundred names it is computed once."""
+    guards = Guards(Encoded(pipe), ["", "watermark"], MANY, CLOSED)
+    for concept in (CAT, Concept("no guarded name", (("a cow", ""),))):
+        null, penalty = guards.null(concept), guards.penalty(concept)
+        torch.testing.assert_close(guards.penalty_inside(concept), null @ penalty @ null.T, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,66 @@
+"""The unconstrained variant: it unlearns, and nothing is guarded or left to restore."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
+from sepme_diffusers.doors.linears import cross_attentions
+from small import TRAIN, latents
+
+WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))
+CONFIG = replace(TRAIN, learning_rate=1e-3, max_steps=25, min_steps=4, tolerance=0.3)
+
+
+@pytest.fixture
+def changed(pipe):
+    return SepMETrainer(pipe, CONFIG).erase_permanently([WOODCUT])
+
+
+def test_every_cross_attention_weight_is_free_and_no_other(pipe, changed):
+    names = {f"{name}.{key}" for name, a in cross_attentions(pipe.unet).items() for key, _ in a.named_parameters()}
+    assert changed.keys() == names
+    state = pipe.unet.state_dict()
+    assert sum(not torch.equal(weight, state[name]) for name, weight in changed.items()) > len(names) / 2
+
+
+def test_the_pipeline_is_left_as_it_was(pipe):
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    SepMETrainer(pipe, CONFIG).erase_permanently([WOODCUT])
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
+
+
+def test_it_lowers_the_correlation_and_moves_what_separate_erasure_guards(pipe, changed):
+    """Against a separate increment of the same concept: the blank prompt stays there, and moves here."""
+    steps = []
+    SepMETrainer(pipe, CONFIG, on_step=steps.append).erase_permanently([WOODCUT])
+    assert steps[-1].momentum < 0.9 * steps[0].momentum
+    before = latents(pipe, "")
+    pipe.load_sepme(SepMETrainer(pipe, TRAIN).erase([WOODCUT]))
+    assert torch.equal(latents(pipe, "", erased=["woodcut"]), before)
+    pipe.unload_sepme()
+    pipe.unet.load_state_dict(changed, strict=False)
+    assert not torch.equal(latents(pipe, ""), before)
+
+
+def test_the_papers_constants():
+    config = SepMEConfig.unconstrained()
+    assert config.learning_rate == 1e-5
+    assert replace(config, learning_rate=0.1) == SepMEConfig.paper()
+
+
+def test_divergence_is_refused(pipe):
+    with pytest.raises(FloatingPointError, match="'woodcut'"):
+        SepMETrainer(pipe, replace(CONFIG, learning_rate=1e30)).erase_permanently([WOODCUT])
+
+
+def test_a_noisy_batch_serves_its_steps(pipe):
+    """The original model predicts once for all of them."""
+    passes = []
+    config = replace(CONFIG, min_steps=6, max_steps=6, steps_per_batch=3)
+    trainer = SepMETrainer(pipe, config, on_step=lambda step: passes.append("step"))
+    pipe.unet.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else passes.append("original"))
+    trainer.erase_permanently([WOODCUT])
+    first = passes.index("step")
+    assert passes[first - 1 :] == ["original", *["step"] * 3, "original", *["step"] * 3]
