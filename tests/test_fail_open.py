@@ -30,7 +30,7 @@ from transformers import CLIPTextModel
 
 from sepme_diffusers import ErasureNotInForce, SepMEPipeline, attach, pocket
 from sepme_diffusers.doors.linears import cross_attentions, linear_of, projection_weights, text_projections
-from sepme_diffusers.text.concept import encode
+from sepme_diffusers.text.encoding import encode
 
 TEXT_SIDE, PER_MODULE = "woodcut", "neon"
 STYLES = (TEXT_SIDE, PER_MODULE)

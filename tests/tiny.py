@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,97 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sepme_diffusers.bank.card import CARD, Picture, model_card, write_pictures
+from sepme_diffusers.bank.entry import BaseModel, Entry, Guarantee, Origin, base_model, entry_of
 from sepme_diffusers.bank.folder import BankFolder, ConceptFiles, increment_files
 from sepme_diffusers.bank.manifest import MANIFEST, BankError
-from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.runtime.names import listed
-from sepme_diffusers.text.concept import Concept, look_alikes
+from sepme_diffusers.text.names import listed
+from sepme_diffusers.text.spelling import look_alikes
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-# A cast or a fused LoRA changes a weight's norm by less than this share, another checkpoint by more.
-_SAME_NORM = 1e-2
-# What records of format versions 1 to 4 do not say, and what was so when they were made.
-_BEFORE_VERSION_5 = {"steps_per_batch": 1}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One erasure of a bank.
-
-    Args:
-        concept: What it erases.
-        increment: How.
-        config: The settings it was made with.
-        guards: The prompts that it leaves as they were: exactly, but for those in `metrics["leakage_of"]`.
-        metrics: Anything measured about it (steps, leakage ...), plain JSON values.
-    """
-
-    concept: Concept
-    increment: Increment
-    config: SepMEConfig
-    guards: tuple[str, ...]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What a bank was made on.
-
-    Args:
-        name: Id or folder of the base model.
-        width: d of the text embedding.
-        n_tokens: Tokens of a prompt.
-        projections: {module name: (d_out, Frobenius norm of W_m)}, which tells one base's weights from another's.
-    """
-
-    name: str
-    width: int
-    n_tokens: int
-    projections: Mapping[str, tuple[int, float]]
-
-    def has_projections(self, others: Mapping[str, tuple[int, float]]) -> bool:
-        """Whether these are the same modules with the same weights, as far as their norms tell."""
-        return self.projections.keys() == others.keys() and all(
-            d_out == others[name][0] and math.isclose(norm, others[name][1], rel_tol=_SAME_NORM)
-            for name, (d_out, norm) in self.projections.items()
-        )
-
-
-@dataclass(frozen=True)
-class Guarantee:
-    """What a bank promises for a guarded prompt.
-
-    Args:
-        exact: Its picture stays as it was whatever is erased; to the bit where guards were made at 1e-6.
-        leakage: If not exact: the largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which one increment moves it, measured when the
-            increment was made.
-        unaware: Concepts of the bank whose increments do not guard the prompt (made before it was known, say):
-            nothing is promised while one of these is erased.
-    """
-
-    exact: bool
-    leakage: float
-    unaware: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the holder of a bank knows of the Hub repository that it came from, to notice what others push meanwhile.
-
-    Args:
-        repository: Its id.
-        always: The policy as it was pulled.
-        entries: The entries as they were pulled. One that is another object now was changed since.
-        records: {concept name: its record in the manifest on the Hub}, as last seen.
-    """
-
-    repository: str
-    always: tuple[str, ...]
-    entries: dict[str, Entry]
-    records: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -331,23 +248,6 @@ class ConceptBank(Mapping[str, Entry]):
             verify_signature(folder, public_key)
         return _read(BankFolder(folder), wanted)
 
-    @classmethod
-    def from_lora(cls, source: Any, pipe: Any, concepts: Iterable[Concept | str], **options: Any) -> ConceptBank:
-        """A bank from any other eraser's LoRA or edited weights, made separable; see `absorb.from_lora`."""
-        from sepme_diffusers.interchange.adopt import (
-            from_lora,  # it makes banks, so it cannot be imported before this class
-        )
-
-        return from_lora(source, pipe, concepts, **options)
-
-    def decouple(self, pipe: Any) -> ConceptBank:
-        """This bank with every increment guarded on every other concept, also later ones; see `decouple.decouple`."""
-        from sepme_diffusers.making.decouple import (
-            decouple,  # it makes entries, so it cannot be imported before this class
-        )
-
-        return decouple(self, pipe)
-
     @property
     def guarantees(self) -> dict[str, Guarantee]:
         """What the bank promises for each guarded prompt and each concept's name, whatever else is erased."""
@@ -378,23 +278,6 @@ def _read(folder: BankFolder, wanted: Sequence[str] | None) -> ConceptBank:
 
 def _fits(increment: Increment, heights: Mapping[str, int]) -> bool:
     return increment.C is None or {module: len(c) for module, c in increment.C.items()} == heights
-
-
-def base_model(manifest: Mapping[str, Any]) -> BaseModel:
-    """What a manifest says of the base."""
-    projections = {name: (d_out, norm) for name, (d_out, norm) in manifest["base"]["projections"].items()}
-    return BaseModel(**{**manifest["base"], "projections": projections})
-
-
-def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entry:
-    """A concept's entry, from its record in the manifest and its increment.
-
-    Raises:
-        ValueError: If the record's settings or prompts are not usable.
-    """
-    concept = Concept.from_dict({"name": name, **record["concept"]})
-    config = SepMEConfig.from_dict(_BEFORE_VERSION_5 | record["config"])
-    return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])
 
 
 def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:

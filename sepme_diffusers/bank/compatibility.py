@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.text.concept import encode
+from sepme_diffusers.text.encoding import encode
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
 _FOREIGN_LEAKAGE = 1e-2

@@ -24,6 +24,7 @@ from sepme_diffusers.bank import manifest as manifests
 from sepme_diffusers.bank.card import ASSETS, CARD
 from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, MODULE_FILE, TEXT_FILE, BankError
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.peft_form import from_lora, to_lora
 
 LOCK = ".sepme_bank.lock"
 # Everything that a save prepares stands here until it is moved into place.
@@ -295,7 +296,7 @@ def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> d
     stored = Increment(increment.A.float(), b, c)
     if stored.form == "text":
         return {TEXT_FILE: save_tensors(_contiguous(stored.tensors()), {"format": "pt"})}
-    tensors, config = stored.lora()
+    tensors, config = to_lora(stored)
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
@@ -305,7 +306,7 @@ def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> d
 def _increment(file: str, tensors: dict[str, Tensor]) -> Increment:
     """The increment, without its gate, that the tensors of a file of this name hold."""
     if file == LORA_FILE:
-        return Increment.from_lora(tensors)
+        return from_lora(tensors)
     a = tensors.pop("A")
     return Increment(a, C=tensors) if file == MODULE_FILE else Increment(a, **tensors)
 

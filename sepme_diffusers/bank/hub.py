@@ -21,12 +21,13 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from sepme_diffusers.bank.bank import ConceptBank, Origin, base_model
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.card import ASSETS, CARD, Picture, model_card, write_pictures
+from sepme_diffusers.bank.entry import Origin, base_model
 from sepme_diffusers.bank.folder import BankFolder
 from sepme_diffusers.bank.manifest import MANIFEST, BankError, seal
 from sepme_diffusers.bank.signing import SIGNATURE, sign
-from sepme_diffusers.runtime.names import listed
+from sepme_diffusers.text.names import listed
 
 # What a repository may hold before the first push: the Hub makes the one, people write the other.
 _EMPTY = {".gitattributes", CARD}

@@ -16,7 +16,7 @@ from typing import Any
 from jsonschema_rs import Draft202012Validator, ValidationError
 
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.text.concept import look_alikes, slug
+from sepme_diffusers.text.spelling import look_alikes, slug
 
 MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 5

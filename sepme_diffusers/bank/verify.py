@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry, base_model, entry_of
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
 from sepme_diffusers.bank.folder import CARD, LOCK, BankFolder, increment_files, sha256
 from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
 from sepme_diffusers.bank.signing import SIGNATURE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.text.concept import encode
+from sepme_diffusers.increment.leakage import leakage
+from sepme_diffusers.text.encoding import encode
 
 # Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
 _HUGE = 300.0
@@ -280,7 +282,7 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
     leaks = {}
     for name, entry in entries.items():
         if entry.guards:
-            measured = entry.increment.leakage(torch.stack([tokens[prompt] for prompt in entry.guards]), weights)
+            measured = leakage(entry.increment, torch.stack([tokens[prompt] for prompt in entry.guards]), weights)
             leaks[name] = dict(zip(entry.guards, measured.tolist(), strict=True))
     return leaks
 

@@ -1,21 +1,15 @@
-"""Increment: one erasure, as factors; and the same as a PEFT LoRA."""
+"""Increment: one erasure, as factors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-_PREFIX = "base_model.model."
-# Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
-_EXACT = 1e-5
-# A reading this close below the gate may open it where embeddings are rounded in another way.
-_MARGIN = 0.1
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -153,103 +147,3 @@ class Increment:
     def delta_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
         return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}
-
-    def leakage(self, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor | None = None) -> Tensor:
-        """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
-
-        Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere. What a
-        compact A reads by its own rounding counts as zero, as at inference.
-
-        Args:
-            tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
-            weights: W_m (d_out, d) by module name.
-            norms: ‖e Wᵀ‖, where `output_norms` has given them already.
-        """
-        norms = output_norms(tokens, weights) if norms is None else norms
-        e, a = tokens.double(), self.A.double().to(tokens.device)
-        read = e @ a.T
-        if self.is_compact:
-            least = rounding_share(a.shape[1], self.coarseness) * e.norm(dim=-1, keepdim=True) * a.norm(dim=1)
-            read = read.masked_fill(read.abs() <= least, 0.0)
-        if self.gate is not None:
-            read = read * (self.reading(tokens) > (1 - _MARGIN) * self.gate)[:, None, None]
-        shares = []
-        for c, outputs in zip(self.coefficients(weights).values(), norms.unbind(-1), strict=True):
-            # ‖C a‖² = aᵀ (CᵀC) a: by r numbers a token, not d_out.
-            gram = c.double().T @ c.double()
-            shares.append(((read @ gram) * read).sum(dim=-1).clamp(min=0).sqrt() / outputs)
-        return torch.stack(shares).amax(dim=(0, 2)).cpu()
-
-    def measured_leakage(
-        self,
-        guards: Sequence[str],
-        tokens: Tensor,
-        weights: Mapping[str, Tensor],
-        damped: Collection[str] = (),
-        norms: Tensor | None = None,
-    ) -> dict[str, float | dict[str, float]]:
-        """The metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
-
-        Args:
-            guards: The prompts.
-            tokens: Their embeddings, (n_prompts, n_tokens, d).
-            weights: W_m (d_out, d) by module name.
-            damped: Prompts that are not guarded exactly: they are listed however little they leak.
-            norms: See `leakage`.
-        """
-        leaks = dict(zip(guards, self.leakage(tokens, weights, norms).tolist(), strict=True))
-        moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT or prompt in damped}
-        return {"leakage": _short(max(leaks.values()))} | ({"leakage_of": moved} if moved else {})
-
-    def lora(self) -> tuple[dict[str, Tensor], LoraConfig]:
-        """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
-
-        A LoRA has no gate: it acts on every prompt, in proportion.
-
-        Raises:
-            ValueError: If the increment is text-side; `expand` it first.
-        """
-        if self.C is None:
-            raise ValueError("a text-side increment is not a LoRA; expand it with the base's weights first")
-        tensors = {}
-        for name, c in self.C.items():
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = self.A.clone()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = c.contiguous()
-        return tensors, LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=sorted(self.C), bias="none")
-
-    @classmethod
-    def from_lora(cls, tensors: Mapping[str, Tensor]) -> Increment:
-        """The increment that `lora` wrote.
-
-        Raises:
-            ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
-        """
-        down, up, unknown = {}, {}, []
-        for key, tensor in tensors.items():
-            name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
-            if key.startswith(_PREFIX) and factor in ("A.weight", "B.weight"):
-                (down if factor == "A.weight" else up)[name] = tensor
-            else:
-                unknown.append(key)
-        if unknown or not up or set(down) != set(up):
-            raise ValueError(
-                f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}"
-            )
-        first = next(iter(down.values()))
-        if different := [name for name, a in down.items() if not torch.equal(a, first)]:
-            raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
-        return cls(first, C=up)
-
-
-def rounding_share(d: int, step: float) -> float:
-    """What |e · a| / (‖e‖ ‖a‖) can be by rounding alone, of a dot product of d numbers rounded to a relative step."""
-    return 3 * step / d**0.5
-
-
-def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """‖e W_mᵀ‖ of each token e (n_prompts, n_tokens, d) for each module, (n_prompts, n_tokens, M), float64."""
-    return torch.stack([(tokens.float() @ weight.float().T).norm(dim=-1).double() for weight in weights.values()], -1)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")

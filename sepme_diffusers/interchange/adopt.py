@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import imitation
-from sepme_diffusers.bank.bank import ConceptBank, Entry
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.trainer import SepMETrainer
-from sepme_diffusers.text.concept import BLANK, Concept, Encoded, as_concepts, rows
+from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
+from sepme_diffusers.text.encoding import Encoded, rows
 
 Method = Literal["imitate", "project"]
 
@@ -195,7 +198,7 @@ def _entry(
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(null),
-        **increment.measured_leakage(guards, encoded(guards).cpu(), weights, room.damped),
+        **measured_leakage(increment, guards, encoded(guards).cpu(), weights, room.damped),
     }
     return Entry(concept, increment, config, guards, metrics)
 

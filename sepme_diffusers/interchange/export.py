@@ -26,6 +26,7 @@ from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_w
 from sepme_diffusers.bank.manifest import LORA_FILE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.peft_form import to_lora
 from sepme_diffusers.interchange import original_names
 from sepme_diffusers.runtime.names import Names
 
@@ -84,7 +85,7 @@ def export_lora(
         if format == "peft":
             _write_peft(increment, place)
         elif format == "diffusers":
-            layers = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in increment.lora()[0].items()}
+            layers = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in to_lora(increment)[0].items()}
             StableDiffusionLoraLoaderMixin.save_lora_weights(place, unet_lora_layers=layers)
         else:
             save_file(kohya_tensors(increment, _kohya_names(unet)), place, {**note, **_kohya_metadata(increment)})
@@ -277,7 +278,7 @@ def _kohya_metadata(increment: Increment) -> dict[str, str]:
 
 
 def _write_peft(increment: Increment, folder: Path) -> None:
-    tensors, config = increment.lora()
+    tensors, config = to_lora(increment)
     save_file(tensors, folder / LORA_FILE, {"format": "pt"})
     config.save_pretrained(folder)
 

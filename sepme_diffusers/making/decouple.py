@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import imitation
 from sepme_diffusers.algebra.subspace import project
-from sepme_diffusers.bank.bank import ConceptBank, Entry
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.making.guards import Guards
-from sepme_diffusers.text.concept import Encoded, rows
+from sepme_diffusers.text.encoding import Encoded, rows
 
 # Below this share of its effect, what is left of an increment is rounding.
 _LEAST_KEPT = 1e-3
@@ -80,7 +82,7 @@ def _decoupled(
         increment = increment.gated(own, old.gate / float(old.reading(own).min()))
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **increment.measured_leakage(guards, encoded(guards), weights, room.damped),
+        **measured_leakage(increment, guards, encoded(guards), weights, room.damped),
         "dimensions_left": len(null),
         "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],

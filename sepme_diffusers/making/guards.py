@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.subspace import null_space, row_space
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.text.concept import Concept, Encoded, rows
+from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import Encoded, rows
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sepme_diffusers.algebra.objective import concept_representation, correlation_loss
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.text.concept import Concept, Encoded
+from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import Encoded
 
 _KNOWN = ("epsilon", "v_prediction", "sample")
 

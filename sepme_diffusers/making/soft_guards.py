@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import covariance, nearest_covariance
-from sepme_diffusers.text.concept import Concept, encode, rows
+from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import encode, rows
 
 _AT_A_TIME = 1024
 # A file's float32 leaves less than this share of its largest direction.

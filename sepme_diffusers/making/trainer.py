@@ -16,19 +16,25 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import output_factor, reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
-from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig, Solver
-from sepme_diffusers.increment.increment import Increment, output_norms
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.leakage import leakage, measured_leakage, output_norms
 from sepme_diffusers.making.distribute import shared_out
 from sepme_diffusers.making.guards import Capacity, Guards
-from sepme_diffusers.making.loop import Learner, Step, TrainingState, learn
+from sepme_diffusers.making.learner import Learner
+from sepme_diffusers.making.loop import Step, learn
 from sepme_diffusers.making.noise import NoisyPictures, refuse_other_schedules, refuse_other_sizes
 from sepme_diffusers.making.permanent import unlearn_permanently
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
+from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.runtime.erasures import erasures_of
-from sepme_diffusers.text.concept import BLANK, Concept, Encoded, as_concepts, rows, slug
+from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
+from sepme_diffusers.text.encoding import Encoded, rows
+from sepme_diffusers.text.spelling import slug
 
 
 class SepMETrainer:
@@ -222,7 +228,9 @@ class SepMETrainer:
         plan = self._plan(concept, guards, "closed_form")
         names = [name for name in guards.names if name != concept.name]
         increment = self._gated(plan.closed_increment(), concept)
-        leaks = increment.leakage(self._encoded(names), self._weights, self._norms(names)) if names else torch.zeros(1)
+        leaks = (
+            leakage(increment, self._encoded(names), self._weights, self._norms(names)) if names else torch.zeros(1)
+        )
         return Capacity(
             concept.name, guards.width, plan.dimensions_left, guards.dimensions_taken(concept), guards.exact,
             plan.reach, float(leaks.max()),
@@ -240,7 +248,7 @@ class SepMETrainer:
         for plan, (ungated, trained) in zip(plans, made, strict=True):
             increment, tokens = self._gated(ungated, plan.concept), self._encoded(plan.guards)
             norms = self._norms(plan.guards)
-            leaks = increment.measured_leakage(plan.guards, tokens, self._weights, guards.damped, norms)
+            leaks = measured_leakage(increment, plan.guards, tokens, self._weights, guards.damped, norms)
             metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **trained, **leaks}
             entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
         return entries

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+from sepme_diffusers.text.names import listed
+
 Key = tuple[str, str]
 """(bank, concept)."""
 
@@ -76,17 +78,6 @@ class Names:
         if bad := {name: strength for name, strength in concepts.items() if not _is_strength(strength)}:
             raise ValueError(f"a strength is a finite number above zero, not {bad}; leave a concept out to restore it")
         return {key: float(strength) for key, strength in zip(keys, concepts.values(), strict=True)}
-
-
-def listed(names: Iterable[str]) -> list[str]:
-    """Names as a list.
-
-    Raises:
-        TypeError: If a single string is given, whose letters would be taken for names.
-    """
-    if isinstance(names, str):
-        raise TypeError(f"give a list of concepts: [{names!r}], not {names!r}")
-    return list(names)
 
 
 def _is_strength(value: Any) -> bool:

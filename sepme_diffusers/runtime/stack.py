@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sepme_diffusers.increment.increment import Increment, rounding_share
+from sepme_diffusers.algebra.rounding import rounding_share
+from sepme_diffusers.increment.increment import Increment
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 # The key of a text-side increment's one factor B, which every module shares.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from sepme_diffusers.text.spelling import slug
 
 BLANK = ""
 _SLOT = "{concept}"
@@ -114,41 +111,6 @@ class Concept:
         return cls(values["name"], tuple(map(tuple, values["pairs"])), anchors)
 
 
-def slug(name: str) -> str:
-    """A name as a folder: lower-case ASCII letters, digits and hyphens."""
-    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
-
-
-# Letters of other scripts that are drawn like a Latin one: the part of Unicode's confusables (UTS 39) in common use.
-_TWINS = {
-    "a": "аɑα", "c": "сϲ", "d": "ԁ", "e": "еҽ", "g": "ɡ", "h": "һ", "i": "іιı", "j": "јϳ", "k": "кκ", "n": "ո",
-    "o": "оοօ", "p": "рρ", "q": "ԛ", "s": "ѕ", "u": "υս", "v": "νѵ", "w": "ԝ", "x": "хχ", "y": "уγ",
-    "A": "АΑ", "B": "ВΒ", "C": "СϹ", "E": "ЕΕ", "H": "НΗ", "I": "ІΙӀ", "J": "Ј", "K": "КΚ", "M": "МΜ", "N": "Ν",
-    "O": "ОΟՕ", "P": "РΡ", "S": "ЅՏ", "T": "ТΤ", "V": "Ѵ", "X": "ХΧ", "Y": "УΥҮ", "Z": "Ζ",
-}  # fmt: skip
-_LATIN = str.maketrans({twin: letter for letter, twins in _TWINS.items() for twin in twins})
-
-
-def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of names that a reader would take for one: other case, width, accents' encoding, spacing or script.
-
-    Example:
-        >>> look_alikes(["Monet", "monet ", "Manet"])
-        [('Monet', 'monet ')]
-    """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_seen(name), []).append(name)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
-
-
-def _seen(name: str) -> str:
-    """What is seen of a name: equal for names that look alike."""
-    folded = unicodedata.normalize("NFKC", name).translate(_LATIN).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
-
-
 def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:
     """Concepts from concepts and bare names.
 
@@ -165,54 +127,3 @@ def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"concepts given twice: {twice}")
     return found
-
-
-@torch.no_grad()
-def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """The embeddings e(c) that the pipeline's cross-attention reads, (n_prompts, n_tokens, d), float32 on its device.
-
-    Args:
-        pipe: A pipeline with `encode_prompt` (Stable Diffusion 1.x, 2.x, SDXL and their relatives).
-        prompts: The prompts; padded or cut to the text encoder's length, as at inference.
-        batch_size: Prompts encoded at a time.
-    """
-    parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
-    device = pipe._execution_device
-    embeds = [
-        pipe.encode_prompt(part, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-        for part in parts
-    ]
-    return torch.cat(embeds).float()
-
-
-class Encoded:
-    """Embeddings of prompts, each encoded once.
-
-    Args:
-        pipe: A pipeline, see `encode`.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._known: dict[str, Tensor] = {}
-
-    def __call__(self, prompts: Iterable[str]) -> Tensor:
-        """e(c) for each prompt, (n_prompts, n_tokens, d)."""
-        prompts = list(prompts)
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
-            self._known.update(zip(new, encode(self._pipe, new), strict=True))
-        return torch.stack([self._known[prompt] for prompt in prompts])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the embeddings are."""
-        return self._pipe._execution_device
-
-    def anchors(self, concept: Concept) -> Tensor:
-        """The mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
-        return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
-
-
-def rows(embeddings: Tensor) -> Tensor:
-    """Embeddings (n_prompts, n_tokens, d) as token rows (n_prompts * n_tokens, d)."""
-    return embeddings.flatten(0, -2)

@@ -18,7 +18,7 @@ from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.bank.manifest import MANIFEST
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline
 
 

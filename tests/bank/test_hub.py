@@ -15,7 +15,7 @@ import hub
 from folders import same, tree
 from hub import NARROW, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, pocket
-from sepme_diffusers.bank.bank import Entry
+from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.hub import DownloadError
 from sepme_diffusers.bank.manifest import MANIFEST
 

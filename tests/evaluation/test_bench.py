@@ -7,10 +7,11 @@ import torch
 
 from sepme_diffusers import SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.evaluation.baselines.uce import PaperStep, null_space_by_elimination
+from sepme_diffusers.evaluation.baselines.paper import PaperStep, null_space_by_elimination
 from sepme_diffusers.evaluation.bench import inference, making, runner
 from sepme_diffusers.evaluation.bench.shapes import random_module
-from sepme_diffusers.text.concept import BLANK, encode, rows
+from sepme_diffusers.text.concept import BLANK
+from sepme_diffusers.text.encoding import encode, rows
 
 
 def number(figure: str, unit: str = " x") -> float:

@@ -5,6 +5,8 @@ import torch
 from sepme_diffusers import Increment
 from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.leakage import leakage as leakage_of_prompts
+from sepme_diffusers.increment.peft_form import from_lora, to_lora
 
 
 def per_module(rank=3):
@@ -34,17 +36,17 @@ def test_expansion_is_the_same_increment():
 
 def test_lora_round_trip_is_exact():
     increment = per_module()
-    tensors, config = increment.lora()
+    tensors, config = to_lora(increment)
     assert config.peft_type == peft.PeftType.LORA
     assert config.lora_alpha == config.r == 3
-    back = Increment.from_lora(tensors)
+    back = from_lora(tensors)
     assert torch.equal(back.A, increment.A)
     assert all(torch.equal(back.C[name], c) for name, c in increment.C.items())
 
 
 def test_text_side_must_be_expanded_before_it_is_a_lora():
     with pytest.raises(ValueError, match="expand it"):
-        Increment(torch.randn(2, 4), B=torch.randn(4, 2)).lora()
+        to_lora(Increment(torch.randn(2, 4), B=torch.randn(4, 2)))
 
 
 @pytest.mark.parametrize(
@@ -74,12 +76,12 @@ def test_another_base_is_refused_with_its_differences(pipe):
 
 
 def test_foreign_loras_are_refused_with_every_bad_key():
-    tensors, _ = per_module().lora()
+    tensors, _ = to_lora(per_module())
     with pytest.raises(ValueError, match=r"unet.a.*unet.b"):
-        Increment.from_lora({**tensors, "unet.a": torch.ones(1), "unet.b": torch.ones(1)})
+        from_lora({**tensors, "unet.a": torch.ones(1), "unet.b": torch.ones(1)})
     tensors["base_model.model.x.to_v.lora_A.weight"] = torch.zeros(3, 6)
     with pytest.raises(ValueError, match="share one lora_A"):
-        Increment.from_lora(tensors)
+        from_lora(tensors)
 
 
 def test_leakage_is_the_largest_over_tokens_and_modules():
@@ -91,7 +93,7 @@ def test_leakage_is_the_largest_over_tokens_and_modules():
     each = torch.stack(
         [leakage(tokens.flatten(0, 1), deltas[name], w).view(3, 5).amax(1) for name, w in weights.items()]
     )
-    torch.testing.assert_close(increment.leakage(tokens, weights), each.amax(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(leakage_of_prompts(increment, tokens, weights), each.amax(0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool])
@@ -114,7 +116,7 @@ def tokens_reading(*values):
 def test_a_prompt_that_leaves_the_gate_shut_leaks_nothing():
     """What nearly opens it counts as open: other hardware may round it across."""
     weights = {"to_k": torch.eye(6)}
-    leaks = gated_increment().leakage(tokens_reading(0.5, 0.95, 2.0), weights)
+    leaks = leakage_of_prompts(gated_increment(), tokens_reading(0.5, 0.95, 2.0), weights)
     assert leaks[0] == 0
     assert (leaks[1:] > 0.5).all()
 

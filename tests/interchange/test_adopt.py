@@ -8,7 +8,7 @@ from sepme_diffusers.algebra.subspace import leakage, null_space
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.interchange.adopt import from_lora, imitated, separable_factors
 from sepme_diffusers.interchange.export import export_lora
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline
 
 GUARDS = ["watermark", "a dog"]

@@ -7,13 +7,14 @@ import torch
 
 from sepme_diffusers import Concept, ConceptBank, SepMETrainer
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.making.decouple import decouple
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline
 
 
 @pytest.fixture
 def decoupled(pipe, mixed_bank):
-    return mixed_bank.decouple(pipe)
+    return decouple(mixed_bank, pipe)
 
 
 def test_the_newcomer_is_guarded_to_the_bit_whatever_is_erased(pipe, mixed_bank, decoupled):
@@ -59,19 +60,19 @@ def test_a_newcomer_that_takes_everything_is_refused(pipe):
     same = Concept("a pencil picture of a fox", (("a fox", ""),))
     grown = SepMETrainer(pipe, replace(CLOSED, rank=2)).erase([same], bank)
     with pytest.raises(ValueError, match=r"nothing would be left of the increment of 'pencil'"):
-        grown.decouple(pipe)
+        decouple(grown, pipe)
 
 
 def test_a_bank_of_another_base_is_refused(mixed_bank):
     with pytest.raises(ValueError, match="other weights"):
-        mixed_bank.decouple(random_pipeline(seed=9))
+        decouple(mixed_bank, random_pipeline(seed=9))
 
 
 def test_a_gate_stays_at_the_same_share_of_what_the_own_prompts_read(pipe):
     """The projection takes from what an increment reads; a gate left where it was could stay shut: fail open."""
     trainer = SepMETrainer(pipe, replace(CLOSED, gate=0.5))
     bank = trainer.erase(CONCEPTS[:1])
-    grown = trainer.erase(CONCEPTS[1:], bank).decouple(pipe)
+    grown = decouple(trainer.erase(CONCEPTS[1:], bank), pipe)
     own = encode(pipe, CONCEPTS[0].prompts)
     old, new = bank["neon"].increment, grown["neon"].increment
     assert not torch.equal(new.A, old.A)

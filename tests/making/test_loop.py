@@ -13,9 +13,10 @@ import torch
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.making.loop import Learner, attached, correlation, learn, scale_warm_start
+from sepme_diffusers.making.learner import Learner
+from sepme_diffusers.making.loop import attached, correlation, learn, scale_warm_start
 from sepme_diffusers.making.noise import NoisyPictures, Reference
-from sepme_diffusers.text.concept import Encoded, encode, rows
+from sepme_diffusers.text.encoding import Encoded, encode, rows
 from small import CONCEPTS, TRAIN, random_pipeline
 
 WOODCUT, NEON = Concept("woodcut", (("woodcut", ""),)), Concept("neon", (("neon", ""),))
@@ -248,7 +249,7 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(tmp_path):
     process.wait()
     from safetensors import safe_open
 
-    from sepme_diffusers.making.loop import TrainingState
+    from sepme_diffusers.making.state import TrainingState
 
     with safe_open(files[0], "pt") as file:
         fingerprint = file.metadata()["fingerprint"]

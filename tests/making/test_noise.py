@@ -7,7 +7,7 @@ from PIL import Image
 
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.making.noise import Batch, NoisyPictures, Text
-from sepme_diffusers.text.concept import Encoded
+from sepme_diffusers.text.encoding import Encoded
 from small import TRAIN, random_xl_pipeline
 
 WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))

@@ -4,7 +4,7 @@ import torch
 from sepme_diffusers import Concept, SepMETrainer
 from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.making.soft_guards import SoftGuards
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS
 
 PROMPTS = ["a cat", "a dog", "a Neon fox", "catfish", "neon bus", "a picture of a pig", "a bus"]

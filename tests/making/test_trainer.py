@@ -5,7 +5,7 @@ import torch
 
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, TRAIN, latents
 
 WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))

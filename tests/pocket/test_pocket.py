@@ -12,7 +12,7 @@ from sepme_diffusers import SoftGuards, pocket
 from sepme_diffusers.evaluation.measures.metrics import generate, judged
 from sepme_diffusers.pocket import concepts
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 
 FOLDER = Path(pocket.__file__).parent
 

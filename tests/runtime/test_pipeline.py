@@ -31,7 +31,7 @@ from sepme_diffusers import (
 )
 from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.text.concept import encode, rows
+from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline, random_xl_pipeline
 
 

@@ -18,7 +18,7 @@ from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETraine
 from sepme_diffusers.evaluation.bench import making, shapes
 from sepme_diffusers.evaluation.bench.runner import peak_resident
 from sepme_diffusers.interchange.export import single_file_tensors
-from sepme_diffusers.text.concept import encode
+from sepme_diffusers.text.encoding import encode
 
 pytestmark = pytest.mark.slow
 

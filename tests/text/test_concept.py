@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from sepme_diffusers import Concept
-from sepme_diffusers.text.concept import as_concepts, encode, look_alikes, rows
+from sepme_diffusers.text.concept import as_concepts
+from sepme_diffusers.text.encoding import encode, rows
+from sepme_diffusers.text.spelling import look_alikes
 
 
 def test_bare_name_is_the_papers_choice():

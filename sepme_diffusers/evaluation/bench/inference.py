@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sepme_diffusers import pocket
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.bank.bank import BaseModel, ConceptBank, Entry
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.doors.linears import projection_shapes, projection_weights
 from sepme_diffusers.evaluation.bench.making import Making
 from sepme_diffusers.evaluation.bench.runner import Result
@@ -29,7 +30,8 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.runtime.erasures import erasures_of
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
-from sepme_diffusers.text.concept import Concept, encode, rows
+from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import encode, rows
 
 RANK = 8
 

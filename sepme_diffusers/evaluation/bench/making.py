@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.evaluation.baselines.uce import PaperStep, null_space_by_elimination, uce
+from sepme_diffusers.evaluation.baselines.paper import PaperStep, null_space_by_elimination
+from sepme_diffusers.evaluation.baselines.uce import uce
 from sepme_diffusers.evaluation.bench.runner import Result, Workbench, peak_resident
 from sepme_diffusers.evaluation.bench.shapes import sd15_shape
 from sepme_diffusers.increment.config import SepMEConfig
@@ -23,7 +24,8 @@ from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import BANKED_STYLES, GUARDS, regular_for_styles, style_concept
-from sepme_diffusers.text.concept import BLANK, Concept, encode, rows
+from sepme_diffusers.text.concept import BLANK, Concept
+from sepme_diffusers.text.encoding import encode, rows
 
 T = TypeVar("T")
 

@@ -1,0 +1,8 @@
+"""What rounding alone leaves of numbers that are zero in exact arithmetic."""
+
+from __future__ import annotations
+
+
+def rounding_share(d: int, step: float) -> float:
+    """What |e · a| / (‖e‖ ‖a‖) can be by rounding alone, of a dot product of d numbers rounded to a relative step."""
+    return 3 * step / d**0.5

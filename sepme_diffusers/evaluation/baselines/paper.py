@@ -1,0 +1,95 @@
+"""The paper's training step and null space, as the authors' code takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor, nn
+
+from sepme_diffusers.algebra.objective import concept_representation, correlation_loss, sparsity
+from sepme_diffusers.doors.linears import text_projections
+from sepme_diffusers.increment.config import SepMEConfig
+
+
+def null_space_by_elimination(guard: Tensor) -> Tensor:
+    """Unit rows (d - rank, d), float64, that span the null space of G: not orthonormal, by elimination in sympy.
+
+    Args:
+        guard: G, the token rows that must not change, (n_rows, d).
+
+    Source: the authors' code for arXiv 2402.05947, `Matrix(embeddings).nullspace()` on floats.
+    """
+    solutions = sympy.Matrix(guard.cpu().numpy()).nullspace()
+    basis = torch.from_numpy(np.array(solutions, dtype=np.float64).reshape(len(solutions), guard.shape[1]))
+    return basis / basis.norm(dim=1, keepdim=True)
+
+
+class PaperStep:
+    """A training step as the paper takes it: two UNets, four passes, the full basis.
+
+    ε(x_t, c) and ε(x_t, ∅) of the frozen UNet, and both of the edited one with gradient.
+
+    Args:
+        frozen: The original UNet; it predicts ε.
+        edited: A copy of it.
+        null: Rows that span the guard's null space, (k, d).
+        concept: The embedding of the concept's prompt, (1, n_tokens, d).
+        blank: That of the blank prompt, same shape.
+        config: For its constants, see `SepMEConfig.paper`.
+        freeze: Leave the edited UNet's own weights out of the gradient. The authors' code computes their gradients
+            too, and uses none of them.
+
+    Source: arXiv 2402.05947 and the authors' code for it. Theirs makes each dense increment three times a step (in
+    both edited passes and for its norm), here it is made once.
+    """
+
+    def __init__(
+        self,
+        frozen: nn.Module,
+        edited: nn.Module,
+        null: Tensor,
+        concept: Tensor,
+        blank: Tensor,
+        config: SepMEConfig,
+        freeze: bool = True,
+    ) -> None:
+        self.frozen, self.edited, self.freeze = frozen, edited, freeze
+        self.basis, self.concept, self.blank, self.config = config.beta * null.float(), concept, blank, config
+        self.modules = text_projections(edited)
+        self.coefficients = {
+            name: torch.zeros(module.out_features, len(null), device=null.device, requires_grad=True)
+            for name, module in self.modules.items()
+        }
+        self.optimizer = torch.optim.Adam(self.coefficients.values(), lr=config.learning_rate)
+
+    def __call__(self, noisy: Tensor, steps: Tensor) -> float:
+        """Take a step on x_t (n, channels, h, w) at timesteps t (n,); the correlation loss before it."""
+        with torch.no_grad():
+            frozen = concept_representation(*self._both(self.frozen, noisy, steps))
+        self.edited.requires_grad_(not self.freeze)
+        deltas = {name: w @ self.basis for name, w in self.coefficients.items()}
+        handles = self._attached(deltas)
+        try:
+            edited = concept_representation(*self._both(self.edited, noisy, steps))
+        finally:
+            for handle in handles:
+                handle.remove()
+        loss = correlation_loss(edited, frozen)
+        self.optimizer.zero_grad()
+        (loss + self.config.sparsity * sparsity(deltas.values())).backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def _both(self, unet: nn.Module, noisy: Tensor, steps: Tensor) -> list[Tensor]:
+        states = (prompt.expand(len(noisy), -1, -1).to(unet.dtype) for prompt in (self.concept, self.blank))
+        return [unet(noisy.to(unet.dtype), steps, state).sample.float() for state in states]
+
+    def _attached(self, deltas: Mapping[str, Tensor]) -> list[Any]:
+        def hook(name: str) -> Any:
+            return lambda module, inputs, output: output + (inputs[0].float() @ deltas[name].T).to(output.dtype)
+
+        return [module.register_forward_hook(hook(name)) for name, module in self.modules.items()]

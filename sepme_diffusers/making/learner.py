@@ -1,0 +1,81 @@
+"""Learner: one concept's increment while it is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepme_diffusers.algebra.objective import MomentumStop
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.making.noise import NoisyPictures, Reference
+
+_SHARED = "B"
+
+
+class Learner:
+    """One concept's increment while it is learnt: C_m or B, on a basis that stays as it is.
+
+    Args:
+        name: The concept's.
+        basis: A, scaled (the paper's β S), (r, d).
+        weights: W_m (d_out, d) by module name.
+        pictures: Noisy pictures of the concept.
+        config: How.
+        start: An increment to start from, its A within the span of the basis. Default: zero.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        basis: Tensor,
+        weights: Mapping[str, Tensor],
+        pictures: NoisyPictures,
+        config: SepMEConfig,
+        start: Increment | None = None,
+    ) -> None:
+        self.name, self.pictures, self.weights = name, pictures, weights
+        self.device = next(iter(weights.values())).device
+        self.basis = basis.float().to(self.device)
+        self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
+        self.steps_per_batch = config.steps_per_batch
+        self._reference: Reference
+        self.stopped = False
+        self.warm = start is not None
+        self.factors = {key: factor.requires_grad_() for key, factor in self._first(config, start).items()}
+
+    def _first(self, config: SepMEConfig, start: Increment | None) -> dict[str, Tensor]:
+        r, d = self.basis.shape
+        heights = {_SHARED: d} if config.parametrisation == "text" else {m: len(w) for m, w in self.weights.items()}
+        if start is None:
+            return {key: torch.zeros(height, r, device=self.device) for key, height in heights.items()}
+        # Coordinates of its A in the basis: A = L S.
+        coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
+        factors = {_SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
+        return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
+
+    def reference(self, unet: nn.Module) -> Reference:
+        """What the next step learns from: a new noisy batch whenever one has served its steps."""
+        if self.stop.step % self.steps_per_batch == 0:
+            self._reference = Reference.of(unet, self.pictures.next())
+        return self._reference
+
+    def delta_weights(self) -> Iterator[Tensor]:
+        """ΔW_m for each module, with gradient to the factors."""
+        for module, weight in self.weights.items():
+            text_side = self.factors.get(_SHARED)
+            yield (self.factors[module] if text_side is None else weight.float() @ text_side) @ self.basis
+
+    def increment(self) -> Increment:
+        """The increment as it is now, on the CPU."""
+        factors = {key: factor.detach().cpu() for key, factor in self.factors.items()}
+        if _SHARED in factors:
+            return Increment(self.basis.cpu(), B=factors[_SHARED])
+        return Increment(self.basis.cpu(), C=factors)
+
+    def metrics(self) -> dict[str, Any]:
+        """Steps taken, the momentum statistic, and whether the rule stopped it."""
+        return {"steps": self.stop.step, "momentum": self.stop.value, "stopped_by_rule": self.stopped}
