@@ -4,8 +4,10 @@ from .bank.card import card_pictures as card_pictures
 from .bank.entry import BaseModel as BaseModel
 from .bank.entry import Entry as Entry
 from .bank.entry import Guarantee as Guarantee
+from .bank.errors import PolicyError as PolicyError
 from .bank.hub import PushConflict as PushConflict
 from .bank.manifest import BankError as BankError
+from .doors.attachment import ErasureNotInForce as ErasureNotInForce
 from .increment.config import SepMEConfig as SepMEConfig
 from .increment.increment import Increment as Increment
 from .interchange.adopt import from_lora as from_lora
@@ -17,9 +19,13 @@ from .making.guards import Capacity as Capacity
 from .making.loop import Step as Step
 from .making.soft_guards import SoftGuards as SoftGuards
 from .making.trainer import SepMETrainer as SepMETrainer
-from .runtime.erasures import ErasureNotInForce as ErasureNotInForce
+from .runtime.calls import Call as Call
+from .runtime.calls import current_call as current_call
+from .runtime.calls import mixed_calls as mixed_calls
+from .runtime.erased_sets import UnknownConceptError as UnknownConceptError
 from .runtime.pipeline import SepMELoaderMixin as SepMELoaderMixin
 from .runtime.pipeline import SepMEPipeline as SepMEPipeline
 from .runtime.pipeline import SepMEXLPipeline as SepMEXLPipeline
 from .runtime.pipeline import attach as attach
+from .runtime.receipt import Receipt as Receipt
 from .text.concept import Concept as Concept

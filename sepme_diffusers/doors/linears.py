@@ -96,3 +96,22 @@ def _is_dense(linear: nn.Module) -> bool:
 
 def _weight(linear: nn.Module) -> Tensor:
     return linear.weight.detach() if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T
+
+
+def other_text_readers(denoiser: nn.Module) -> list[str]:
+    """Modules beside attn2.to_k and attn2.to_v that read the text, by name: per-module increments do not reach them."""
+    denoiser = plain(denoiser)
+    config = getattr(denoiser, "config", {})
+    found = [f"{key}={config[key]!r}" for key in ("encoder_hid_dim_type", "encoder_hid_dim") if config.get(key)]
+    if config.get("addition_embed_type") in ("text", "text_image"):
+        found.append(f"addition_embed_type={config['addition_embed_type']!r}")
+    for name, module in denoiser.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        if getattr(module, "add_k_proj", None) is not None:
+            found.append(f"{name}.add_k_proj")
+        elif module.is_cross_attention and not name.endswith("attn2"):
+            found.append(name)
+        elif getattr(module, "norm_cross", None) is not None:
+            found.append(f"{name}.norm_cross")
+    return found

@@ -28,7 +28,7 @@ from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import to_lora
 from sepme_diffusers.interchange import original_names
-from sepme_diffusers.runtime.names import Names
+from sepme_diffusers.runtime.erased_sets import Names
 
 logger = logging.get_logger(__name__)
 

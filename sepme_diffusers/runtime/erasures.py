@@ -1,366 +1,223 @@
-"""Increments in force on a denoiser, through torch's own forward hooks.
+"""Erasures: what is loaded and erased on a pipeline's denoisers, and the hooks by which it acts.
 
-    y = W_m (e + ((e A_tᵀ) ⊙ mask_t) Bᵀ)  +  ((e A_mᵀ) ⊙ mask_m) C_mᵀ
-
-An increment with a gate drops out for a prompt that does not open it (`stack`). Text-side increments change what a
-projection reads, per-module ones what it gives: both are of the unedited e, so that they add up. Hooks, not PEFT
-adapters: `set_adapters`, `load_lora_weights` or `unload_lora_weights` of something unrelated must never switch an
-erasure off. The state lives on the denoiser, so pipelines that share it share what is erased. The denoiser itself
-refuses a pass in which an active erasure was not read by every projection.
+The state lives on the denoisers, so pipelines that share them share what is loaded and the standing set.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
-from sepme_diffusers.doors.linears import apply_linear, cross_attentions, linear_of, plain, text_projections
-from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.runtime.names import Key, Names
-from sepme_diffusers.runtime.stack import Acting, Placed, Stack
-
-if TYPE_CHECKING:
-    from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
+from sepme_diffusers.runtime.active import ActiveSet
+from sepme_diffusers.runtime.calls import Call, following, record_of_thread
+from sepme_diffusers.runtime.erased_sets import Strengths
+from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot, with_floors
 
 _ATTRIBUTE = "_sepme_erasures"
-# What an edited embedding remembers of the one it was made from.
-_UNEDITED = "_sepme_unedited"
-# Processors that read weights of their own instead of calling to_k and to_v.
-_BYPASSING = ("Fused", "CustomDiffusion")
-# Another checkpoint moves a projection's output by about 1.4 of itself; a fused LoRA or a cast by little.
-_OTHER_WEIGHTS = 0.5
+_FOLLOWER = "_sepme_follower"
+_followers_lock = threading.Lock()
 
 
-class ErasureNotInForce(RuntimeError):
-    """An erasure that was asked for cannot be shown to be in force; nothing was generated."""
+@dataclass(eq=False)
+class Request:
+    """What applies to the calls of one light copy of a pipeline, see `SepMELoaderMixin.for_request`.
+
+    Args:
+        always: Erased in every call.
+        default: Erased in calls without a set of their own, in place of the standing set. Default: the standing set.
+    """
+
+    always: Strengths = field(default_factory=dict)
+    default: Strengths | None = None
 
 
 class Erasures:
-    """The banks that a denoiser has loaded, and which of their increments are active.
+    """The banks that a pipeline's denoisers have loaded, and what of them is erased.
+
+    All of it is one `Snapshot`, replaced by one assignment.
 
     Args:
-        denoiser: The UNet; hooks are registered on it and on its text projections at once.
+        denoisers: Those that draw. Nothing is registered on them before something is loaded.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        denoiser = plain(denoiser)
-        self.banks: dict[str, ConceptBank] = {}
-        self.names = Names({})
-        self.compiled = False
-        self._increments: dict[Key, Increment] = {}
-        self._strengths: dict[Key, float] = {}
-        self._stacks: dict[str, tuple[Any, Stack]] = {}
-        self._standing: dict[str, Acting] = {}
-        self._local = threading.local()
-        self._attentions = list(cross_attentions(denoiser).values())
-        self._verified: tuple[int, ...] | None = None
-        self._behaviour = _behaviour(denoiser)
-        self._handles = [denoiser.register_forward_pre_hook(_Begin(self)), denoiser.register_forward_hook(_End(self))]
-        for name, module in text_projections(denoiser).items():
-            linear = linear_of(module)
-            self._handles.append(linear.register_forward_pre_hook(_EditInput(self, name)))
-            self._handles.append(linear.register_forward_hook(_AddChange(self, name)))
-        setattr(denoiser, _ATTRIBUTE, self)
-        _forget_compiled_graphs()
+    def __init__(self, denoisers: Iterable[nn.Module]) -> None:
+        self.snapshot = Snapshot()
+        # What acts on passes outside any call, where that is allowed.
+        self.standing: ActiveSet | None = None
+        self.attachments = tuple(Attachment(denoiser, self.acting) for denoiser in denoisers)
+        self.requests: WeakSet[Request] = WeakSet()
+        self.lock = threading.RLock()
+        self._running: WeakSet[Call] = WeakSet()
+        self._own_running = False
+        for attachment in self.attachments:
+            setattr(attachment.denoiser, _ATTRIBUTE, self)
 
-    @property
-    def active(self) -> dict[Key, float]:
-        """Strength of each active increment."""
-        return dict(self._strengths)
+    # --- what is loaded
 
-    def load(self, name: str, bank: ConceptBank, strengths: Mapping[Key, float]) -> None:
-        """Make a bank's increments available under a name, and exactly these active; all or nothing.
+    def load(self, name: str, bank: ConceptBank, options: LoadOptions, standing: Strengths) -> None:
+        """Make a bank's concepts erasable under a name, and exactly these erased; all or nothing."""
+        snapshot = self.snapshot
+        banks, all_options = {**snapshot.banks, name: bank}, {**snapshot.options, name: options}
+        self.publish(Snapshot.of(banks, all_options, standing))
 
-        The order of summation is that of the banks' names, whichever was loaded first.
+    def unload(self, names: Iterable[str]) -> None:
+        """Take banks away; what else is erased stays as it was."""
+        snapshot, names = self.snapshot, set(names)
+        banks = {name: bank for name, bank in snapshot.banks.items() if name not in names}
+        options = {name: option for name, option in snapshot.options.items() if name not in names}
+        standing = {key: strength for key, strength in snapshot.standing.items() if key[0] not in names}
+        self.publish(Snapshot.of(banks, options, standing))
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Put another snapshot in the place of the present one.
+
+        Hooks are registered before anything needs them, and removed when no call does any more: a call that is running
+        goes on with the snapshot that it began with.
         """
-        self._rebuild({**self.banks, name: bank}, strengths)
+        with self.lock:
+            standing = None
+            if snapshot.banks:
+                for attachment in self.attachments:
+                    attachment.attach(linears=snapshot.has_per_module)
+                if snapshot.plain_pipelines:
+                    standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
+            self.standing, self.snapshot = standing, snapshot
+            self._tidy()
 
-    def unload(self, name: str) -> None:
-        """Take one bank away; what else is active stays as it was."""
-        left = {key: strength for key, strength in self._strengths.items() if key[0] != name}
-        self._rebuild({other: bank for other, bank in self.banks.items() if other != name}, left)
-
-    def _rebuild(self, banks: Mapping[str, ConceptBank], strengths: Mapping[Key, float]) -> None:
-        before = self.banks, self.names, self._increments, self._stacks
-        self.banks = dict(sorted(banks.items()))
-        self.names = Names(self.banks)
-        self._increments = {(b, c): entry.increment for b, bank in self.banks.items() for c, entry in bank.items()}
-        self._stacks = {}
-        try:
-            self.activate(strengths)
-        except BaseException:
-            self.banks, self.names, self._increments, self._stacks = before
-            raise
-
-    def activate(self, strengths: Mapping[Key, float]) -> None:
-        """Make exactly these increments active. One canonical order of summation: no trace of earlier calls.
-
-        Raises:
-            KeyError: If one is not loaded; nothing changes then.
-        """
-        self._standing = self._acting_for([strengths])
-        self._strengths = {key: float(strengths[key]) for key in self._increments if key in strengths}
-
-    @contextmanager
-    def temporarily(self, rows: Sequence[Mapping[Key, float]]) -> Iterator[None]:
-        """While the block runs, in this thread, row i of a batch has the increments of rows[i]; one row is for all.
-
-        Afterwards, whatever happened, what `activate` said last is in force again; in other threads it always was.
-
-        Raises:
-            KeyError: If one is not loaded; nothing changes then.
-        """
-        acting, before = self._acting_for(rows), getattr(self._local, "acting", None)
-        self._local.acting = acting
-        try:
-            yield
-        finally:
-            if before is None:
-                del self._local.acting
-            else:
-                self._local.acting = before
-
-    def _acting_for(self, rows: Sequence[Mapping[Key, float]]) -> dict[str, Acting]:
-        """What acts on a batch with these rows, by form."""
-        asked = {key for strengths in rows for key in strengths}
-        if unknown := sorted(asked - self._increments.keys()):
-            raise KeyError(f"not loaded: {unknown}; loaded: {list(self._increments)}")
-        acting = {}
-        for form in ("text", "module"):
-            if (stack := self._stack(form, asked)) is not None:
-                acting[form] = Acting(stack, Placed(stack.mask(rows)))
-        return acting
-
-    def _stack(self, form: str, asked: set[Key]) -> Stack | None:
-        """The increments of one form: all of them while they are few, else those that are asked for."""
-        found = {key: one for key, one in self._increments.items() if one.form == form}
-        # A compiled graph must not change with the set, so the empty set has a stack too, with a mask of zeros.
-        if not found or not (self.compiled or asked & found.keys()):
-            return None
-        d, width = next(iter(found.values())).A.shape[1], None
-        if _ranks(found) > d:
-            found = {key: one for key, one in found.items() if key in asked} or dict([next(iter(found.items()))])
-            if self.compiled:
-                width = d
-                while width < _ranks(found):
-                    width *= 2
-        keys, known = (tuple(found), width), self._stacks.get(form)
-        if known is None or known[0] != keys:
-            self._stacks[form] = (keys, Stack(found, width))
-        return self._stacks[form][1]
-
-    def set_compiled(self, compiled: bool) -> None:
-        """Whether the denoiser is compiled: then what acts must have the same shapes for every erased set."""
-        if compiled != self.compiled:
-            self.compiled = compiled
-            self._stacks = {}
-            self.activate(self._strengths)
-
-    def acting(self, form: str) -> Acting | None:
-        """What acts now, in this thread, of one form."""
-        now = getattr(self._local, "acting", None)
-        return (self._standing if now is None else now).get(form)
-
-    def stacked(self) -> list[Tensor]:
-        """Every tensor that is held beside the banks' own, on every device."""
-        return [tensor for _, stack in self._stacks.values() for tensor in stack.tensors()]
-
-    def note(self, name: str) -> None:
-        """Remember that a projection read the embedding in this pass."""
-        if not torch.compiler.is_compiling() and (seen := getattr(self._local, "seen", None)) is not None:
-            seen.add(name)
-
-    def once(self, embedding: Tensor, acting: Acting, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` makes of an embedding: computed once a pass, not once a projection.
-
-        Known by the tensor itself, which is kept, and its version, so that nothing stale can be taken for it.
-        """
-        known = None if torch.compiler.is_compiling() else getattr(self._local, "known", None)
-        if known is None:
-            return compute()
-        key = (id(embedding), id(acting), None if embedding.is_inference() else embedding._version)
-        if key not in known:
-            known[key] = (embedding, acting, compute())
-        return known[key][-1]
-
-    def begin_pass(self) -> None:
-        """Watch this pass of the denoiser if the modules are not those, with those processors, of the last watched."""
-        self._local.known = {}
-        watch = self.acting("text") is not None or self.acting("module") is not None
-        self._local.seen = set() if watch and not self.compiled and self._wiring() != self._verified else None
-
-    def end_pass(self, denoiser: nn.Module) -> None:
-        """Check a pass that was watched.
-
-        Raises:
-            ErasureNotInForce: If a projection was bypassed.
-        """
-        seen = getattr(self._local, "seen", None)
-        self._local.seen = self._local.known = None
-        if seen is None:
+    def _tidy(self) -> None:
+        """Remove the hooks once nothing is loaded and no call runs."""
+        if self.snapshot.banks or any(call.alive for call in self._running):
             return
-        if missing := [name for name in text_projections(denoiser) if name not in seen]:
-            raise ErasureNotInForce(
-                f"{self._names()} should be erased, but {missing} were bypassed by the attention processors. Set "
-                "processors that call to_k and to_v (unet.set_default_attn_processor()), or set_erased([])"
-            )
-        self._verified = self._wiring()
+        for attachment in self.attachments:
+            attachment.detach()
 
-    def _names(self) -> list[str]:
-        rows = [acting.stack.slices for form in ("text", "module") if (acting := self.acting(form)) is not None]
-        return sorted({concept for keys in rows for _, concept in keys})
+    # --- what acts
 
-    def _wiring(self) -> tuple[int, ...]:
-        return tuple(id(part) for a in self._attentions for part in (a, a.processor, a.to_k, a.to_v))
-
-    def check(self, denoiser: nn.Module) -> None:
-        """See that what is loaded would act on the denoiser as it is now; its next pass is watched as well.
+    def acting(self) -> ActiveSet | None:
+        """What acts on the pass that begins in this thread.
 
         Raises:
-            ErasureNotInForce: If hooks are gone, processors bypass them, or the weights are another model's.
+            ErasureNotInForce: If the pass belongs to no call that is known, and something is loaded.
         """
-        denoiser = plain(denoiser)
-        self._verified = None
-        if missing := self.missing_from(denoiser):
+        record = record_of_thread()
+        if record is None or record.erasures is not self:
+            return self._outside()
+        if not record.alive:
             raise ErasureNotInForce(
-                f"{missing} no longer pass through the increments. Undo what replaced them "
-                "(unfuse_qkv_projections(), set_default_attn_processor()), or load the bank again after changing the "
-                "UNet"
+                f"a denoiser ran for a call that has ended, which should have erased {record.names()}"
             )
-        if any(one.form == "module" for one in self._increments.values()):
-            self._check_weights(denoiser)
+        record.note_pass()
+        return record.active
 
-    def _check_weights(self, denoiser: nn.Module) -> None:
-        now = _behaviour(denoiser)
-        changed = [name for name, y in now.items() if (y - self._behaviour[name]).norm() > _OTHER_WEIGHTS * y.norm()]
-        if changed:
+    def _outside(self) -> ActiveSet | None:
+        """What acts on a pass outside any call of an attached pipeline."""
+        if not self.snapshot.banks:
+            return None
+        if self._own_running:
             raise ErasureNotInForce(
-                f"the UNet's weights are no longer those that the per-module increments were loaded on: {changed}. "
-                "Load the bank again; text-side increments (solver='closed_form') serve other weights too"
+                "a denoiser ran outside any call while a call with an erased set of its own is running. In a thread "
+                "that works for a call, open its record first: call = current_call() there, `with call:` here"
             )
+        if not self.snapshot.plain_pipelines or self.snapshot.strict:
+            raise ErasureNotInForce(
+                "a denoiser with a loaded bank ran outside any call of a pipeline that knows of it. Use "
+                "sepme_diffusers.attach(pipe), or load the bank with load_sepme(..., plain_pipelines='standing') to let "
+                "such passes run under the standing set"
+            )
+        return self.standing
 
-    def missing_from(self, denoiser: nn.Module) -> list[str]:
-        """Text projections of the denoiser on which these erasures would not act."""
-        bypassed = [
-            f"{name}.{projection}"
-            for name, attention in cross_attentions(denoiser).items()
-            for projection in ("to_k", "to_v")
-            if type(attention.processor).__name__.startswith(_BYPASSING)
-        ]
-        return bypassed + [name for name, module in text_projections(denoiser).items() if not self._on(module)]
+    def begin(self, call: Call) -> None:
+        """Count a call as running."""
+        with self.lock:
+            self._running.add(call)
+            self._own_running = any(running.alive and running.own for running in self._running)
 
-    def _on(self, module: nn.Module) -> bool:
-        linear = linear_of(module)
-        hooks = (*linear._forward_pre_hooks.values(), *linear._forward_hooks.values())
-        return sum(getattr(hook, "erasures", None) is self for hook in hooks) == 2
+    def end(self, call: Call) -> None:
+        """Count a call as ended; hooks that nothing needs any more go."""
+        with self.lock:
+            call.alive = False
+            self._running.discard(call)
+            self._own_running = any(running.alive and running.own for running in self._running)
+            self._tidy()
 
-    def extend(self, reader: nn.Module) -> bool:
-        """Let text-side increments act on another module that reads the same text (a ControlNet) as well.
+    # --- whether it acts
 
-        Returns:
-            Whether that is everything that is loaded.
+    def check(self, denoisers: Iterable[nn.Module]) -> None:
+        """See that what is loaded acts on these denoisers as they are now.
+
+        Raises:
+            ErasureNotInForce: If hooks are gone, or the denoisers are others.
         """
-        for name, module in text_projections(reader).items():
-            linear = linear_of(module)
-            if not any(getattr(hook, "erasures", None) is self for hook in linear._forward_pre_hooks.values()):
-                self._handles.append(linear.register_forward_pre_hook(_EditInput(self, name)))
-        return all(one.form == "text" for one in self._increments.values())
+        if others := [type(module).__name__ for module in denoisers if erasures_of(module) is not self]:
+            raise ErasureNotInForce(f"the pipeline's {', '.join(others)} has been replaced; load the banks again")
+        for attachment in self.attachments:
+            if fault := attachment.fault():
+                raise ErasureNotInForce(f"{fault}; unload_sepme() and load the bank again")
 
-    def remove(self, denoiser: nn.Module) -> None:
-        """Take every hook away: the denoiser is as it was before, bit for bit."""
-        for handle in self._handles:
-            handle.remove()
-        delattr(plain(denoiser), _ATTRIBUTE)
-        _forget_compiled_graphs()
+    def come_last(self) -> None:
+        """Let the edit come after what other hooks do to the text."""
+        for attachment in self.attachments:
+            attachment.come_last()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is held beside the banks' own."""
+        return self.snapshot.stacks.tensors()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copied and pickled with the denoiser; only what threads do at the moment stays behind."""
-        return {**self.__dict__, "_local": None}
+        """Copied and pickled with the denoisers; what runs at the moment stays behind."""
+        return {**self.__dict__, "lock": None, "requests": None, "_running": None, "_own_running": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
-        self._verified = None
-
-
-class _Hook:
-    """A hook that knows whose it is; an object, not a closure, so that it is copied together with its module."""
-
-    def __init__(self, erasures: Erasures, name: str = "") -> None:
-        self.erasures, self.name = erasures, name
-
-
-class _EditInput(_Hook):
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        self.erasures.note(self.name)
-        acting = self.erasures.acting("text")
-        if acting is None:
-            return None
-        embedding = inputs[0]
-        return (self.erasures.once(embedding, acting, lambda: self._edited(embedding, acting)), *inputs[1:])
-
-    @staticmethod
-    def _edited(embedding: Tensor, acting: Acting) -> Tensor:
-        edited = embedding + acting.change(acting.read(embedding)).to(embedding.dtype)
-        setattr(edited, _UNEDITED, embedding)
-        return edited
-
-
-class _AddChange(_Hook):
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        acting = self.erasures.acting("module")
-        if acting is None:
-            return None
-        embedding = inputs[0]
-        if self.erasures.acting("text") is not None:
-            embedding = getattr(embedding, _UNEDITED, None)
-            if embedding is None:
-                raise ErasureNotInForce(f"another hook on {self.name} has replaced the edited embedding")
-        read = self.erasures.once(embedding, acting, lambda: acting.read(embedding))
-        return output + acting.change(read, self.name).to(output.dtype)
-
-
-class _Begin(_Hook):
-    def __call__(self, denoiser: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
-            self.erasures.begin_pass()
-
-
-class _End(_Hook):
-    def __call__(self, denoiser: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.erasures.end_pass(denoiser)
+        self.lock, self.requests, self._running = threading.RLock(), WeakSet(), WeakSet()
 
 
 def erasures_of(denoiser: nn.Module) -> Erasures | None:
     """What is loaded on a denoiser, or None."""
-    return getattr(plain(denoiser), _ATTRIBUTE, None)
+    return getattr(denoiser, _ATTRIBUTE, None)
 
 
-def _ranks(increments: Mapping[Key, Increment]) -> int:
-    return sum(increment.rank for increment in increments.values())
+def erasures_on(denoisers: Mapping[str, nn.Module]) -> Erasures:
+    """What is loaded on a pipeline's denoisers that draw; made if nothing was.
+
+    Raises:
+        ErasureNotInForce: If they belong to different sets of denoisers.
+    """
+    known = {id(found): found for module in denoisers.values() if (found := erasures_of(module)) is not None}
+    if not known:
+        return Erasures(denoisers.values())
+    erasures = next(iter(known.values()))
+    if len(known) > 1 or any(erasures_of(module) is None for module in denoisers.values()):
+        raise ErasureNotInForce(
+            f"the denoisers {list(denoisers)} were loaded with banks apart from each other; unload_sepme() where they "
+            "were loaded, and load the banks on this pipeline"
+        )
+    return erasures
 
 
-@torch.no_grad()
-def _behaviour(denoiser: nn.Module) -> dict[str, Tensor]:
-    """What each text projection, without hooks or adapters, makes of one fixed vector."""
-    found = {}
-    for name, module in text_projections(denoiser).items():
-        linear = linear_of(module)
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, linear.in_features, generator=generator)
-        found[name] = apply_linear(linear, probe)
-    return found
+def follow(helpers: Iterable[nn.Module]) -> None:
+    """Let helping denoisers (ControlNets) read the edited text within calls; outside of calls they stay plain."""
+    with _followers_lock:
+        for helper in helpers:
+            attachment = getattr(helper, _FOLLOWER, None)
+            if attachment is None or attachment.denoiser is not helper:
+                attachment = Attachment(helper, _Following())
+                setattr(helper, _FOLLOWER, attachment)
+            attachment.attach()
+            attachment.come_last()
 
 
-def _forget_compiled_graphs() -> None:
-    """Drop what torch.compile has traced: by default its graphs do not notice that hooks came or went."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
-        torch.compiler.reset()
+class _Following:
+    """Asks what acts on a helper's pass; an object, so that it is copied and pickled with the helper."""
+
+    def __call__(self) -> Any:
+        active = following()
+        # A helper has no text Linears of its own to which per-module increments belong.
+        return None if active is None or not active.doors else ActiveSet(active.doors)

@@ -2,10 +2,10 @@
 
     change(e) = ((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ
 
-A mask holds the strengths of the active increments, in one row for a whole batch or one row a prompt. A mask of zeros
-changes nothing, exactly; the order in which increments were asked for cannot leave a trace. Neither can what else is
-loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for the rows
-of an increment whose gate the prompt opens, and of one that has none, else 0.
+A mask holds the strengths of the active increments, in one row for a whole batch or one row per picture. A mask of
+zeros changes nothing, exactly; the order in which increments were asked for cannot leave a trace. Neither can what else
+is loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for the
+rows of an increment whose gate the prompt opens, and of one that has none, else 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLOAT32 = torch.finfo(torch.float32).eps
 SHARED = ""
 
 
-class Placed:
+class DeviceTensor:
     """A tensor, copied to another device once, when it is first used there; in float32 where that has no float64."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -36,7 +36,9 @@ class Placed:
         if str(device) not in self._copies:
             tensor = next(iter(self._copies.values()))
             narrow = device.type == "mps" and tensor.dtype == torch.float64
-            self._copies[str(device)] = tensor.to(device, torch.float32 if narrow else tensor.dtype)
+            copy = tensor.to(device, torch.float32 if narrow else tensor.dtype)
+            # A new dictionary: another thread may be looking through the old one.
+            self._copies = {**self._copies, str(device): copy}
         return self._copies[str(device)]
 
     def copies(self) -> list[Tensor]:
@@ -45,7 +47,7 @@ class Placed:
 
 
 class Stack:
-    """Increments of one form, in the order given.
+    """Increments of one form at one door, in the order given.
 
     Args:
         increments: By any key; all text-side or all per-module.
@@ -59,17 +61,18 @@ class Stack:
             self.slices[key] = slice(used, used + increment.rank)
             used += increment.rank
         self.width = max(width or 0, used)
-        found = list(increments.values())
+        parts = list(increments.values())
         fill = (0, self.width - used)
-        a = pad(torch.cat([one.A.double() for one in found]), (0, 0, *fill))
+        a = pad(torch.cat([part.A.double() for part in parts]), (0, 0, *fill))
         # How coarsely a row of A is stored, beyond float32.
-        coarse = [one.coarseness for one in found for _ in range(one.rank)]
-        self.A, self.norms = Placed(a), Placed(a.norm(dim=1))
-        self.coarseness = Placed(pad(torch.tensor(coarse, dtype=torch.float64), fill))
-        self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(found))
-        outputs = [{SHARED: one.B.double()} if one.C is None else one.C for one in found]
+        coarse = [part.coarseness for part in parts for _ in range(part.rank)]
+        self.A, self.norms = DeviceTensor(a), DeviceTensor(a.norm(dim=1))
+        self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64), fill))
+        self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(parts))
+        outputs = [{SHARED: part.B.double()} if part.C is None else part.C for part in parts]
         self.outputs = {
-            name: Placed(pad(torch.cat([output[name] for output in outputs], dim=1), fill)) for name in outputs[0]
+            name: DeviceTensor(pad(torch.cat([output[name] for output in outputs], dim=1), fill))
+            for name in outputs[0]
         }
 
     def tensors(self) -> list[Tensor]:
@@ -77,18 +80,24 @@ class Stack:
         gates = () if self.gates is None else (self.gates.members, self.gates.squares)
         return [
             copy
-            for placed in (self.A, self.norms, self.coarseness, *gates, *self.outputs.values())
-            for copy in placed.copies()
+            for tensor in (self.A, self.norms, self.coarseness, *gates, *self.outputs.values())
+            for copy in tensor.copies()
         ]
 
     def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
-        """The strengths as a mask, (len(rows), 1, R); increments of other stacks are passed over."""
+        """The strengths as a mask, (len(rows), 1, R).
+
+        Raises:
+            KeyError: If an increment is not in the stack: it would be passed over.
+        """
         values = [0.0] * (self.width * len(rows))
         for index, strengths in enumerate(rows):
             offset = index * self.width
             for key, strength in strengths.items():
-                if (where := self.slices.get(key)) is not None:
-                    values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
+                if key not in self.slices:
+                    raise KeyError(f"{key} is not in this stack, which has {list(self.slices)}")
+                where = self.slices[key]
+                values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
         return torch.tensor(values, dtype=torch.float32).view(len(rows), 1, self.width)
 
 
@@ -101,58 +110,84 @@ class _Gates:
         squares: Each increment's gate, squared; -1 where it has none, (K,).
     """
 
-    members: Placed
-    squares: Placed
+    members: DeviceTensor
+    squares: DeviceTensor
 
     @classmethod
     def of(
         cls, slices: Mapping[Hashable, slice], increments: Mapping[Hashable, Increment], width: int, most: int
     ) -> _Gates | None:
         """The gates of increments, filled up to `most` of them; None if none has one."""
-        if all(one.gate is None for one in increments.values()):
+        if all(increment.gate is None for increment in increments.values()):
             return None
         members = torch.zeros(width, most, dtype=torch.float64)
         for index, where in enumerate(slices.values()):
             members[where, index] = 1.0
-        squares = [-1.0 if one.gate is None else one.gate**2 for one in increments.values()]
+        squares = [-1.0 if increment.gate is None else increment.gate**2 for increment in increments.values()]
         padded = pad(torch.tensor(squares, dtype=torch.float64), (0, most - len(squares)), value=-1.0)
-        return cls(Placed(members), Placed(padded))
+        return cls(DeviceTensor(members), DeviceTensor(padded))
 
     def open(self, seen: Tensor) -> Tensor:
-        """1 or 0 for each row of A, for what the tokens read (batch, n_tokens, R): (batch, 1, R)."""
+        """Whether each increment's gate opens, for what the tokens read (batch, n_tokens, R): (batch, 1, K)."""
         members, squares = self.members.on(seen.device), self.squares.on(seen.device)
-        strongest = (seen.square() @ members).amax(dim=1, keepdim=True)
-        return (strongest >= squares).to(members.dtype) @ members.T
+        return (seen.square() @ members).amax(dim=1, keepdim=True) >= squares
 
 
-@dataclass(frozen=True, eq=False)
-class Acting:
-    """A stack with the mask of what is active in it."""
+class ActiveStack:
+    """A stack with the mask of what is active in it, and a record of the gates that opened.
 
-    stack: Stack
-    mask: Placed
+    Args:
+        stack: The stack.
+        mask: Strengths, (rows, 1, R): one row for a whole batch, or one per picture.
+        pictures: How many pictures the record tells apart.
+        least: What a reading must exceed to count, as a share of ‖e‖ ‖a‖; more than rounding alone, where the text
+            encoder is coarser than its numbers look.
+    """
 
-    def read(self, embedding: Tensor) -> Tensor:
+    def __init__(self, stack: Stack, mask: Tensor, pictures: int = 1, least: float = 0.0) -> None:
+        self.stack, self.mask = stack, DeviceTensor(mask)
+        self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64))
+        members = 0 if stack.gates is None else len(stack.gates.squares.copies()[0])
+        self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool))
+
+    def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
         """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.
 
         In float64 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
         of e · a = 0 is set to zero, so that a guarded token is not changed by a single bit.
 
+        Args:
+            embedding: e.
+            pictures: The rows of the sample; a video has several text rows for each. Default: as many as text rows.
+
         Raises:
             ValueError: If the batch does not hold the mask's rows a whole number of times.
         """
-        device, d = embedding.device, embedding.shape[-1]
+        device, d, batch = embedding.device, embedding.shape[-1], len(embedding)
+        each = batch // pictures if pictures and batch % pictures == 0 else 1
         stack = self.stack
-        a, norms, coarseness, mask = (p.on(device) for p in (stack.A, stack.norms, stack.coarseness, self.mask))
+        a, norms, coarseness = (tensor.on(device) for tensor in (stack.A, stack.norms, stack.coarseness))
         # Of a dot product of d numbers: A was rounded to float32 or coarser, the embedding to its own precision.
         rounding = _FLOAT32 * d**0.5 + rounding_share(d, torch.finfo(embedding.dtype).eps + coarseness)
+        rounding = torch.maximum(rounding, self.least.on(device))
         with torch.autocast(device.type, enabled=False):
             e = embedding.to(a.dtype)
             seen = e @ a.T
             seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
             if stack.gates is not None:
-                seen = seen * stack.gates.open(seen)
-            return seen * _for_batch(mask, len(e))
+                gates = stack.gates.open(seen)
+                self._record(gates.detach(), each)
+                seen = seen * (gates.to(a.dtype) @ stack.gates.members.on(device).T)
+            return seen * _for_batch(self.mask.on(device), batch, each)
+
+    def _record(self, gates: Tensor, each: int) -> None:
+        """Note, without waiting for the device, which gates of which picture opened."""
+        opened = self.opened.on(gates.device)
+        pictures, batch = len(opened), len(gates)
+        if batch % (pictures * each):
+            opened.logical_or_(gates.amax(dim=(0, 1)))
+        else:
+            opened.logical_or_(gates.view(-1, pictures, each, gates.shape[-1]).amax(dim=(0, 2)))
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
         """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
@@ -162,13 +197,19 @@ class Acting:
                 return (read @ factor.T).float()
             return read.float() @ factor.float().T
 
+    def edited(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
+        """e + change(e) in e's precision, for an embedding (batch, n_tokens, d) or a pooled one (batch, d)."""
+        tokens = embedding if embedding.ndim == 3 else embedding[:, None]
+        return embedding + self.change(self.read(tokens, pictures)).to(embedding.dtype).view_as(embedding)
 
-def _for_batch(mask: Tensor, batch: int) -> Tensor:
+
+def _for_batch(mask: Tensor, batch: int, each: int) -> Tensor:
     """The mask (rows, 1, R) for a batch that holds the rows once or several times over (guidance)."""
-    if len(mask) in (1, batch):
+    if len(mask) == 1:
         return mask
-    if batch % len(mask):
+    if batch % (len(mask) * each):
         raise ValueError(
-            f"the UNet was given a batch of {batch}, which is no multiple of the {len(mask)} erased sets asked for"
+            f"the denoiser was given a batch of {batch // each} pictures, which is no multiple of the {len(mask)} "
+            "erased sets asked for"
         )
-    return mask.repeat(batch // len(mask), 1, 1)
+    return mask.repeat(batch // (len(mask) * each), 1, 1).repeat_interleave(each, dim=0)

@@ -60,3 +60,25 @@ class Encoded:
 def rows(embeddings: Tensor) -> Tensor:
     """Embeddings (n_prompts, n_tokens, d) as token rows (n_prompts * n_tokens, d)."""
     return embeddings.flatten(0, -2)
+
+
+@torch.no_grad()
+def encode_doors(pipe: Any, prompts: Sequence[str], **settings: Any) -> dict[str, Tensor]:
+    """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
+
+    Draws no random numbers and leaves the pipeline as it is.
+
+    Args:
+        pipe: A pipeline with `encode_prompt`.
+        prompts: The prompts.
+        settings: Of `encode_prompt` (`clip_skip`, `lora_scale`).
+    """
+    found = pipe.encode_prompt(
+        list(prompts), device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False,
+        **settings,
+    )  # fmt: skip
+    doors = {"tokens": found[0].float()}
+    # Stable Diffusion XL gives (tokens, negative tokens, pooled, negative pooled).
+    if len(found) == 4 and found[2] is not None:
+        doors["pooled"] = found[2].float()[:, None]
+    return doors

@@ -1,0 +1,233 @@
+"""Snapshot: the banks that are loaded and what of them is erased, as one value that never changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.doors.attachment import ErasureNotInForce
+from sepme_diffusers.doors.family import TOKENS
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.runtime.active import ActiveSet
+from sepme_diffusers.runtime.erased_sets import Key, Names, Strengths
+from sepme_diffusers.runtime.stack import ActiveStack, Stack
+
+MODULE = "module"
+"""Where per-module increments are stacked; text-side ones are stacked by door."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a host asked for when it loaded a bank.
+
+    Args:
+        strict: Every pass needs an explicit set; embeddings and image prompts from the caller are refused while
+            something is erased.
+        allow_embeddings: ... but embeddings are allowed.
+        allow_images: ... but image prompts are allowed.
+        plain_pipelines: Passes outside a call of an attached pipeline run under the standing set instead of being
+            refused.
+    """
+
+    strict: bool = False
+    allow_embeddings: bool = False
+    allow_images: bool = False
+    plain_pipelines: bool = False
+
+
+class Stacks:
+    """The stacked factors of all loaded increments; made when they are first needed, by whichever thread.
+
+    Args:
+        increments: Of all loaded banks, in the one order in which they are added up.
+    """
+
+    def __init__(self, increments: Mapping[Key, Increment]) -> None:
+        self._groups = _grouped(increments)
+        self._versions = {key: _versions(increment) for key, increment in increments.items()}
+        self._increments = increments
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, tuple[Key, ...], int | None], Stack] = {}
+
+    @property
+    def groups(self) -> list[str]:
+        """Where increments act: doors, and `MODULE`."""
+        return list(self._groups)
+
+    def get(self, group: str, asked: Iterable[Key], fixed_shape: bool) -> Stack | None:
+        """The stack of a group: all of its increments while they are few, else those that are asked for.
+
+        Args:
+            group: A door, or `MODULE`.
+            asked: The increments that must be in it.
+            fixed_shape: A compiled graph must not change with the set: then the empty set has a stack too, with a mask
+                of zeros, and stacks of few increments are filled up.
+        """
+        members = self._groups[group]
+        chosen = {key: members[key] for key in members if key in set(asked)}
+        if not chosen and not fixed_shape:
+            return None
+        d, width = next(iter(members.values())).A.shape[1], None
+        if _ranks(members) <= d:
+            chosen = members
+        else:
+            chosen = chosen or dict([next(iter(members.items()))])
+            if fixed_shape:
+                width = d
+                while width < _ranks(chosen):
+                    width *= 2
+        identity = (group, tuple(chosen), width)
+        with self._lock:
+            if identity not in self._known:
+                self._refuse_changed(chosen)
+                # Sets of very many concepts come and go: keep the last few.
+                kept = list(self._known.items())[-7:]
+                self._known = {**dict(kept), identity: Stack(chosen, width)}
+            return self._known[identity]
+
+    def _refuse_changed(self, chosen: Iterable[Key]) -> None:
+        if changed := [key for key in chosen if _versions(self._increments[key]) != self._versions[key]]:
+            raise ErasureNotInForce(
+                f"tensors of the loaded increments {changed} were changed in place; load the bank again"
+            )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is held beside the banks' own, on every device."""
+        return [tensor for stack in self._known.values() for tensor in stack.tensors()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_known": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._versions = {key: _versions(increment) for key, increment in self._increments.items()}
+
+
+def _versions(increment: Increment) -> tuple[int, ...]:
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in increment.tensors().values())
+
+
+def _grouped(increments: Mapping[Key, Increment]) -> dict[str, dict[Key, Increment]]:
+    """Increments by where they act; an increment that edits several doors is in several groups."""
+    groups: dict[str, dict[Key, Increment]] = {}
+    for key, increment in increments.items():
+        groups.setdefault(TOKENS if increment.C is None else MODULE, {})[key] = increment
+        for door, further in increment.doors.items():
+            groups.setdefault(door, {})[key] = further
+    return groups
+
+
+def _ranks(increments: Mapping[Key, Increment]) -> int:
+    return sum(increment.rank for increment in increments.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What is loaded and erased. Published by one assignment; a call holds the one that it began with.
+
+    Args:
+        banks: {name: bank}, sorted by name.
+        options: {name: what its host asked for}.
+        standing: The set that applies to calls without one of their own, without the floors.
+        names: What the concepts are called.
+        stacks: The factors.
+    """
+
+    banks: Mapping[str, ConceptBank] = field(default_factory=dict)
+    options: Mapping[str, LoadOptions] = field(default_factory=dict)
+    standing: Strengths = field(default_factory=dict)
+    names: Names = field(default_factory=lambda: Names({}))
+    stacks: Stacks = field(default_factory=lambda: Stacks({}))
+
+    @classmethod
+    def of(cls, banks: Mapping[str, ConceptBank], options: Mapping[str, LoadOptions], standing: Strengths) -> Snapshot:
+        """The snapshot of some banks, added up in the order of their names, whichever was loaded first.
+
+        Raises:
+            ValueError: If one spelling would stand for two concepts.
+        """
+        banks = dict(sorted(banks.items()))
+        increments = {
+            (name, concept): entry.increment for name, bank in banks.items() for concept, entry in bank.items()
+        }
+        return cls(banks, options, standing, Names(banks), Stacks(increments))
+
+    def erasing(self, standing: Strengths) -> Snapshot:
+        """The same banks with another standing set."""
+        return replace(self, standing=dict(standing))
+
+    @cached_property
+    def floors(self) -> dict[Key, float]:
+        """What the loaded banks always erase."""
+        return {(name, concept): 1.0 for name, bank in self.banks.items() for concept in bank.always}
+
+    @property
+    def strict(self) -> bool:
+        """Whether a host asked for the strict rules."""
+        return any(options.strict for options in self.options.values())
+
+    @property
+    def allow_embeddings(self) -> bool:
+        """Whether every strict host allows embeddings from the caller."""
+        return all(options.allow_embeddings for options in self.options.values() if options.strict)
+
+    @property
+    def allow_images(self) -> bool:
+        """Whether every strict host allows image prompts."""
+        return all(options.allow_images for options in self.options.values() if options.strict)
+
+    @property
+    def plain_pipelines(self) -> bool:
+        """Whether every host lets plain pipelines run under the standing set."""
+        return all(options.plain_pipelines for options in self.options.values())
+
+    @property
+    def has_per_module(self) -> bool:
+        """Whether an increment acts behind Linears."""
+        return MODULE in self.stacks.groups
+
+    def ordered(self, strengths: Strengths) -> dict[Key, float]:
+        """A set in the order in which increments are added up."""
+        return {key: strengths[key] for key in self.names.shown if key in strengths}
+
+    def active(
+        self, rows: Sequence[Strengths], pictures: int = 1, fixed_shape: bool = False, least: float = 0.0
+    ) -> ActiveSet | None:
+        """What acts on a batch with these sets, one for the whole batch or one per picture; None for nothing.
+
+        Args:
+            rows: The sets.
+            pictures: How many pictures the record of gates tells apart.
+            fixed_shape: See `Stacks.get`.
+            least: See `ActiveStack`.
+        """
+        asked = {key for strengths in rows for key in strengths}
+        found: dict[str, ActiveStack] = {}
+        for group in self.stacks.groups:
+            stack = self.stacks.get(group, asked, fixed_shape)
+            if stack is not None:
+                own = [{key: s for key, s in strengths.items() if key in stack.slices} for strengths in rows]
+                found[group] = ActiveStack(stack, stack.mask(own), pictures, least)
+        held = {key for active in found.values() for key in active.stack.slices}
+        if unheld := sorted(asked - held):
+            raise KeyError(f"not loaded: {unheld}; loaded: {list(self.names.shown)}")
+        module = found.pop(MODULE, None)
+        return ActiveSet(found, module) if found or module is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        return self
+
+
+def with_floors(strengths: Strengths, *floors: Strengths) -> dict[Key, float]:
+    """A set with everything that is always erased added; of two strengths the larger."""
+    together = dict(strengths)
+    for floor in floors:
+        together |= {key: max(strength, together.get(key, 0.0)) for key, strength in floor.items()}
+    return together

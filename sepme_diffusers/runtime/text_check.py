@@ -1,0 +1,170 @@
+"""Whether a pipeline's text encoders give the embeddings that the loaded banks were made for, seen by guard prompts.
+
+A guarded prompt reads nothing of an increment: ‖e Aᵀ‖ = 0, up to rounding. Another text encoder, other weights in it,
+an adapter, another tokenizer or padding make it read something; a coarser precision makes it read a little. So what the
+guards read on this pipeline now says both whether a bank belongs to it and what a reading must exceed to count.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.doors.attachment import ErasureNotInForce
+from sepme_diffusers.text.encoding import encode_doors
+
+# A bank made for this text encoder reads no more of its guards than precision allows; one made for another, everything.
+FOREIGN = 1e-2
+# Guards vary in how they round: what counts must exceed what these read by this factor.
+_MARGIN = 2.0
+_MOST_PROMPTS = 16
+_EVERY = 50
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """The A of an increment at a door, as unit rows, with the prompts that must read nothing of it."""
+
+    concept: str
+    door: str
+    rows: Tensor
+    guards: frozenset[str]
+
+
+class TextCheck:
+    """What guards of some banks read on a pipeline.
+
+    Args:
+        banks: {name: bank}.
+    """
+
+    def __init__(self, banks: Mapping[str, ConceptBank]) -> None:
+        self._bases: list[_Basis] = []
+        for bank in banks.values():
+            for name, entry in bank.items():
+                exact = frozenset(guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {}))
+                doors = {"tokens": entry.increment, **entry.increment.doors}
+                for door, increment in doors.items():
+                    a = increment.A.detach().float().cpu()
+                    self._bases.append(_Basis(name, door, a / a.norm(dim=1, keepdim=True).clamp(min=1e-12), exact))
+        guards = sorted(set().union(*(basis.guards for basis in self._bases))) if self._bases else []
+        # Evenly among all, the blank prompt first.
+        self.prompts = guards[:: max(1, -(-len(guards) // _MOST_PROMPTS))]
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._state: Any = None
+        self._least = 0.0
+
+    def least(self, pipe: Any, **settings: Any) -> float:
+        """Return what a reading must exceed to count on this pipeline, as a share of ‖e‖ ‖a‖.
+
+        Measured at the first call, whenever something that the embeddings depend on has changed, and at every 50th.
+
+        Args:
+            pipe: The pipeline.
+            settings: Of its `encode_prompt`, as the call has them (`clip_skip`, `lora_scale`).
+
+        Raises:
+            ErasureNotInForce: If guards read more than precision explains, with the concepts.
+        """
+        if not self.prompts:
+            return 0.0
+        with self._lock:
+            state = (_state(pipe, self.prompts), sorted(settings.items(), key=str))
+            if state != self._state or self._calls % _EVERY == 0:
+                self._least = self._measured(pipe, settings)
+                self._state = state
+            self._calls += 1
+            return self._least
+
+    def _measured(self, pipe: Any, settings: Mapping[str, Any]) -> float:
+        embeddings = encode_doors(pipe, self.prompts, **settings)
+        normed = {door: torch.nn.functional.normalize(rows.float().cpu(), dim=-1) for door, rows in embeddings.items()}
+        largest, foreign = 0.0, {}
+        for basis in self._bases:
+            chosen = [index for index, prompt in enumerate(self.prompts) if prompt in basis.guards]
+            if basis.door not in normed or not chosen:
+                continue
+            if normed[basis.door].shape[-1] != basis.rows.shape[-1]:
+                raise ErasureNotInForce(
+                    f"the text encoder has changed: its embeddings are {normed[basis.door].shape[-1]} wide, and the "
+                    f"increment of {basis.concept!r} is for {basis.rows.shape[-1]}"
+                )
+            read = float((normed[basis.door][chosen] @ basis.rows.T).abs().max())
+            if not read <= FOREIGN:
+                foreign[basis.concept] = round(read, 4)
+            largest = max(largest, read)
+        if foreign:
+            raise ErasureNotInForce(
+                "the text encoder has changed since the bank was loaded, or is not the one that the bank was made for: "
+                f"prompts that the increments guard are read by them (share of the embedding: {foreign}). Undo what "
+                "changed the text encoder or tokenizer, or load a bank that was made with them"
+            )
+        return _MARGIN * largest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    """The text encoders of a pipeline, in the order of its components."""
+    found = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+    return [part for part in found.values() if isinstance(part, nn.Module)]
+
+
+def _state(pipe: Any, prompts: list[str]) -> Any:
+    """What embeddings depend on, by samples: cheap enough for every call."""
+    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    ids = [_ids(tokenizer, prompts[:2]) for tokenizer in tokenizers]
+    encoders = [_encoder_state(encoder) for encoder in text_encoders(pipe)]
+    kinds = {str(encoder.device.type) for encoder in text_encoders(pipe) if hasattr(encoder, "device")}
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+    return ids, encoders, autocast
+
+
+def _ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    length = min(tokenizer.model_max_length, 512)
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
+
+
+@torch.no_grad()
+def _encoder_state(encoder: nn.Module) -> Any:
+    parameters = list(encoder.parameters())
+    sums = [_sample(parameter) for parameter in parameters if parameter.numel() and not parameter.is_meta]
+    # One transfer for all of them, so that a GPU is waited for once.
+    values = torch.stack(sums).tolist() if sums else []
+    adapters = [
+        (module.disable_adapters, sorted(module.scaling.items()), list(module.active_adapters), module.merged)
+        for module in encoder.modules()
+        if hasattr(module, "scaling") and hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+    ]
+    return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], values, adapters
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)].float().sum()
+
+
+def encode_settings(pipe: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a call's arguments its `encode_prompt` depends on."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    settings: dict[str, Any] = {}
+    if asked.get("clip_skip") is not None and "clip_skip" in known:
+        settings["clip_skip"] = asked["clip_skip"]
+    scale = (asked.get("cross_attention_kwargs") or {}).get("scale")
+    if scale is not None and "lora_scale" in known:
+        settings["lora_scale"] = scale
+    return settings
