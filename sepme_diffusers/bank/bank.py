@@ -63,6 +63,11 @@ class ConceptBank(Mapping[str, Entry]):
         heights = {module: d_out for module, (d_out, _) in self.base.projections.items()}
         if wrong := [key for key, e in self.entries.items() if not _fits(e.increment, heights)]:
             raise ValueError(f"these increments edit other modules than the base's, or of other heights: {wrong}")
+        doors = {key: {n: d.A.shape[1] for n, d in e.increment.doors.items()} for key, e in self.entries.items()}
+        if wrong := {key: widths for key, widths in doors.items() if not widths.items() <= self.base.doors.items()}:
+            raise ValueError(
+                f"the base has the further doors {dict(self.base.doors)}; these increments differ: {wrong}"
+            )
         if unknown := sorted(set(self.always) - set(self.entries)):
             raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
 
@@ -144,7 +149,7 @@ class ConceptBank(Mapping[str, Entry]):
         """
         head = {
             "libraries": libraries(),
-            "base": vars(self.base),
+            "base": {key: value for key, value in vars(self.base).items() if key != "doors" or value},
             "policy": {"always": list(self.always)},
         }
         folder, pictures = Path(folder), tuple(pictures)
@@ -291,6 +296,9 @@ def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
     }
     if entry.increment.gate is not None:
         record["gate"] = entry.increment.gate
+    doors = entry.increment.doors.items()
+    if gates := {name: increment.gate for name, increment in doors if increment.gate is not None}:
+        record["gates"] = gates
     try:
         files = increment_files(entry.increment, dtype)
     except ValueError as error:

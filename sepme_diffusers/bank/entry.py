@@ -51,12 +51,14 @@ class BaseModel:
         width: d of the text embedding.
         n_tokens: Tokens of a prompt.
         projections: {module name: (d_out, Frobenius norm of W_m)}, which tells one base's weights from another's.
+        doors: {door name: width} of the further doors by which text enters the denoiser.
     """
 
     name: str
     width: int
     n_tokens: int
     projections: Mapping[str, tuple[int, float]]
+    doors: Mapping[str, int] = field(default_factory=dict)
 
     def has_projections(self, others: Mapping[str, tuple[int, float]]) -> bool:
         """Whether these are the same modules with the same weights, as far as their norms tell."""

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from sepme_diffusers.bank import manifest as manifests
 from sepme_diffusers.bank.card import ASSETS, CARD
-from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, MODULE_FILE, TEXT_FILE, BankError
+from sepme_diffusers.bank.manifest import (
+    DOORS_FILE,
+    LORA_CONFIG,
+    LORA_FILE,
+    MANIFEST,
+    MODULE_FILE,
+    TEXT_FILE,
+    BankError,
+)
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import from_lora, to_lora
 
@@ -98,18 +106,28 @@ class BankFolder:
         Raises:
             BankError: If its file is missing, damaged, larger than its shapes allow, or holds no such increment.
         """
-        file = self.folder / record["file"]
-        data = self.file(record["file"], _largest(record, base))
-        if sha256(data) != record["sha256"]:
-            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
+        (path, digest), *others = read_files(record).items()
+        tensors = self._tensors(name, path, digest, _largest(record, base))
+        further: dict[str, Tensor] = {}
+        for other, other_digest in others:
+            further |= self._tensors(name, other, other_digest, _largest_doors(base))
+        file = self.folder / path
         try:
-            tensors = load_tensors(data)
-            increment = replace(_increment(record["file"].rpartition("/")[2], tensors), gate=record.get("gate"))
-        except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            increment = _increment(PurePosixPath(path).name, tensors, further, record)
+        except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
         if wrong := _misfit(increment, record, base):
             raise BankError(f"concept {name!r}: {file} does not fit the manifest: {wrong}")
         return increment
+
+    def _tensors(self, name: str, path: str, digest: str, most: int) -> dict[str, Tensor]:
+        file, data = self.folder / path, self.file(path, most)
+        if sha256(data) != digest:
+            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
+        try:
+            return load_tensors(data)
+        except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
 
     def file(self, path: str, most: int) -> bytes:
         """The bytes of a file of this folder.
@@ -276,39 +294,83 @@ class BankFolder:
         return {record["file"].split("/")[0] for record in manifest["concepts"].values()}
 
 
+def read_files(record: Mapping[str, Any]) -> dict[str, str]:
+    """{path in the bank's folder: SHA-256} of the files of a concept that a reader needs."""
+    folder, files = record["file"].rpartition("/")[0], {record["file"]: record["sha256"]}
+    if digest := record.get("beside", {}).get(DOORS_FILE):
+        files[f"{folder}/{DOORS_FILE}"] = digest
+    return files
+
+
 def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The files of a concept's folder, the weights first.
 
     Args:
         increment: What they hold.
-        dtype: Of B or C; None leaves each as it is. A is in float32: it carries the separability. A compact increment
-            stays as it is altogether.
+        dtype: Of B or C; None leaves each as it is. A is written in float32: it carries the separability. A compact
+            increment stays as it is altogether.
 
     Raises:
         ValueError: If a number is too large for the dtype.
     """
-    if increment.is_compact:
-        file = TEXT_FILE if increment.form == "text" else MODULE_FILE
-        return {file: save_tensors(_contiguous(increment.tensors()), {"format": "pt"})}
-    b, c = increment.B, increment.C
-    b = None if b is None else b.to(dtype or b.dtype)
-    c = None if c is None else {name: tensor.to(dtype or tensor.dtype) for name, tensor in c.items()}
-    stored = Increment(increment.A.float(), b, c)
+    stored = _as_stored(increment, dtype)
     if stored.form == "text":
-        return {TEXT_FILE: save_tensors(_contiguous(stored.tensors()), {"format": "pt"})}
+        return {TEXT_FILE: _safetensors(stored.tensors())}
+    doors = {
+        f"{door}.{name}": tensor for door, part in stored.doors.items() for name, tensor in part.tensors().items()
+    }
+    beside = {DOORS_FILE: _safetensors(doors)} if doors else {}
+    stored = replace(stored, doors={})
+    if stored.is_compact:
+        return {MODULE_FILE: _safetensors(stored.tensors()), **beside}
     tensors, config = to_lora(stored)
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
-    return {LORA_FILE: save_tensors(_contiguous(tensors), {"format": "pt"}), LORA_CONFIG: plain}
+    return {LORA_FILE: _safetensors(tensors), LORA_CONFIG: plain, **beside}
 
 
-def _increment(file: str, tensors: dict[str, Tensor]) -> Increment:
-    """The increment, without its gate, that the tensors of a file of this name hold."""
-    if file == LORA_FILE:
-        return from_lora(tensors)
-    a = tensors.pop("A")
-    return Increment(a, C=tensors) if file == MODULE_FILE else Increment(a, **tensors)
+def _as_stored(increment: Increment, dtype: torch.dtype | None) -> Increment:
+    doors = {name: _as_stored(part, dtype) for name, part in increment.doors.items()}
+    if increment.is_compact:
+        return replace(increment, doors=doors)
+    b, c = increment.B, increment.C
+    b = None if b is None else b.to(dtype or b.dtype)
+    c = None if c is None else {name: tensor.to(dtype or tensor.dtype) for name, tensor in c.items()}
+    return replace(increment, A=increment.A.float(), B=b, C=c, doors=doors)
+
+
+def _increment(
+    file: str, tensors: dict[str, Tensor], further: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> Increment:
+    """The increment in the tensors of a file of this name; in per-module form, its further doors are in `further`."""
+    parts = _by_door(further if record["form"] == "module" else tensors)
+    own = parts.pop("", {})
+    gates = dict.fromkeys(parts) | record.get("gates", {})
+    if unknown := sorted(gates.keys() - parts.keys()):
+        raise ValueError(f"the manifest has gates for further doors {unknown}, which it lacks")
+    doors = {door: _text_side(factors, gates[door]) for door, factors in parts.items()}
+    if record["form"] == "text":
+        return replace(_text_side(own, record.get("gate")), doors=doors)
+    if own:
+        raise ValueError(f"{DOORS_FILE} has tensors of no door: {sorted(own)}")
+    increment = from_lora(tensors) if file == LORA_FILE else Increment(tensors.pop("A"), C=tensors)
+    return replace(increment, gate=record.get("gate"), doors=doors)
+
+
+def _by_door(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{door: {factor: tensor}}, from tensors named "<door>.<factor>"; the door "" has those that are named alone."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        door, _, factor = key.rpartition(".")
+        parts.setdefault(door, {})[factor] = tensor
+    return parts
+
+
+def _text_side(factors: Mapping[str, Tensor], gate: float | None) -> Increment:
+    if factors.keys() != {"A", "B"}:
+        raise ValueError(f"a text-side increment has the tensors A and B, not {sorted(factors)}")
+    return Increment(factors["A"], B=factors["B"], gate=gate)
 
 
 def sha256(data: bytes) -> str:
@@ -321,7 +383,14 @@ def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
     rank, width = record["rank"], base["width"]
     heights = [width] if record["form"] == "text" else [d_out for d_out, _ in base["projections"].values()]
     numbers = sum(rank * (width + height) for height in heights)
-    return min(8 * numbers + _HEADER * (len(heights) + 1), _MAX_BYTES)
+    doors = _largest_doors(base) if record["form"] == "text" else 0
+    return min(8 * numbers + _HEADER * (len(heights) + 1) + doors, _MAX_BYTES)
+
+
+def _largest_doors(base: Mapping[str, Any]) -> int:
+    """The most bytes that the increments of further doors can take: of full rank, in float64."""
+    widths = base.get("doors", {}).values()
+    return min(sum(8 * 2 * width**2 + _HEADER for width in widths) + _HEADER, _MAX_BYTES)
 
 
 def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
@@ -335,11 +404,16 @@ def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, 
         heights = {name: d_out for name, (d_out, _) in base["projections"].items()}
         wrong = {name for name, _ in {name: len(c) for name, c in increment.C.items()}.items() ^ heights.items()}
         found += [f"other modules or heights than the base's: {sorted(wrong)}"] if wrong else []
+    doors, known = {name: part.A.shape[1] for name, part in increment.doors.items()}, base.get("doors", {})
+    if other := sorted(name for name, width in doors.items() if known.get(name) != width):
+        found.append(f"further doors that the base lacks, or has of other widths: {other}")
     return ", ".join(found)
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_tensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

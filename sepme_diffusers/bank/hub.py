@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.card import ASSETS, CARD, Picture, model_card, write_pictures
 from sepme_diffusers.bank.entry import Origin, base_model
-from sepme_diffusers.bank.folder import BankFolder
+from sepme_diffusers.bank.folder import BankFolder, read_files
 from sepme_diffusers.bank.manifest import MANIFEST, BankError, seal
 from sepme_diffusers.bank.signing import SIGNATURE, sign
 from sepme_diffusers.text.names import listed
@@ -96,7 +96,8 @@ def _download(
     heads = [MANIFEST, SIGNATURE] if signed else [MANIFEST]
     snapshot = _snapshot(repository, [prefix + file for file in heads], hub)
     bank = BankFolder(snapshot / subfolder)
-    files = [prefix + glob.escape(str(record["file"])) for record in bank.manifest(wanted)["concepts"].values()]
+    records = bank.manifest(wanted)["concepts"].values()
+    files = [prefix + glob.escape(file) for record in records for file in read_files(record)]
     # The snapshot's folder is named by its commit: a push in between must not mix two banks.
     _snapshot(repository, files, {**hub, "revision": snapshot.name})
     return bank.folder, bank.manifest()["concepts"]

@@ -22,6 +22,8 @@ MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 5
 LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
 MODULE_FILE = "module_increment.safetensors"
+# What a per-module increment does at further doors; a text-side one has that in its own file.
+DOORS_FILE = "doors.safetensors"
 WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
 
 # Parsed, JSON takes up to 30 times its bytes: this bounds the memory that a manifest can claim.
@@ -205,6 +207,7 @@ def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     whole = {field.name for field in fields(SepMEConfig) if type(field.default) is int}
     base = manifest["base"]
     numbers = {"base.width": base["width"], "base.n_tokens": base["n_tokens"]}
+    numbers |= {f"base.doors.{name}": width for name, width in base.get("doors", {}).items()}
     numbers |= {f"base.projections.{name}": d_out for name, (d_out, _) in base["projections"].items()}
     for name, record in manifest["concepts"].items():
         numbers[f"concepts.{name}.rank"] = record["rank"]
@@ -237,5 +240,6 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
         holders[folder] = name
         if record["rank"] > manifest["base"]["width"]:
             yield f"concept {name!r}: a rank of {record['rank']} exceeds the width {manifest['base']['width']}"
-        if wrong := set(record.get("beside", {})) - {LORA_CONFIG}:
+        allowed = {LORA_CONFIG, DOORS_FILE} if record["form"] == "module" else {LORA_CONFIG}
+        if wrong := set(record.get("beside", {})) - allowed:
             yield f"concept {name!r}: unknown files beside its weights: {sorted(wrong)}"

@@ -17,7 +17,7 @@ from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
 from sepme_diffusers.bank.folder import CARD, LOCK, BankFolder, increment_files, sha256
-from sepme_diffusers.bank.manifest import LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
+from sepme_diffusers.bank.manifest import DOORS_FILE, LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
 from sepme_diffusers.bank.signing import SIGNATURE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
@@ -201,6 +201,7 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
 def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
     """What is wrong with the files beside the weights, which this package writes for other tools and never reads."""
     wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
+    wanted.pop(DOORS_FILE, None)  # the reader's, who has checked it
     for name, digest in wanted.items():
         path = _beside(record, name)
         try:
@@ -251,6 +252,10 @@ def _entry_faults(entry: Entry, base: BaseModel) -> Iterator[str]:
 
 
 def _norm(increment: Increment, base: BaseModel) -> float:
+    return max([_own_norm(increment, base), *(_own_norm(part, base) for part in increment.doors.values())])
+
+
+def _own_norm(increment: Increment, base: BaseModel) -> float:
     # With A = R Q, Q orthonormal rows, ‖C A‖ is ‖C R‖: an (r, r) factor in place of an (r, d) one.
     r = torch.linalg.qr(increment.A.double().T).R.T
     if increment.B is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DOOR = re.compile(r"[a-z][a-z0-9_]{0,99}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,29 +26,51 @@ class Increment:
         C: Per-module form, {module name: (d_out, r)}.
         gate: The increment acts on a prompt only if it reads at least this in one of its tokens e, ‖e Aᵀ‖; see
             `reading`. Default: it acts on every prompt, in proportion to what it reads.
+        doors: What the increment does at further doors of the denoiser, by door name: text-side increments of their
+            own, of any width. SDXL's pooled embedding is such a door.
 
     Raises:
-        ValueError: If not exactly one of B and C is given, shapes do not fit, the gate is not a number above zero, or
-            a number is not finite or of an unusual type.
+        ValueError: If not exactly one of B and C is given, shapes do not fit, the gate is not a number above zero, a
+            number is not finite or of an unusual type, or a further door has an unusable name, a per-module increment
+            or doors of its own.
+
+    Example:
+        >>> a, b, pooled = torch.ones(1, 4), torch.ones(4, 1), torch.ones(1, 6)
+        >>> list(Increment(a, b, doors={"pooled": Increment(pooled, pooled.T)}).tensors())
+        ['A', 'B', 'pooled.A', 'pooled.B']
     """
 
     A: Tensor
     B: Tensor | None = None
     C: Mapping[str, Tensor] | None = None
     gate: float | None = None
+    doors: Mapping[str, Increment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "doors", dict(self.doors))
         if self.gate is not None and not 0 < self.gate < math.inf:
             raise ValueError(f"the gate of an increment is a finite number above zero, or None, not {self.gate!r}")
         if (self.B is None) == (self.C is None) or self.C == {}:
             raise ValueError("an increment has either B (text-side) or C (per-module), and C is not empty")
-        faults = [f"{name} {tuple(t.shape)}" for name, t in self.tensors().items() if not self._fits(name, t)]
+        own = self._own_tensors()
+        faults = [f"{name} {tuple(t.shape)}" for name, t in own.items() if not self._fits(name, t)]
         if faults:
             raise ValueError(f"an increment with A of shape {tuple(self.A.shape)} cannot hold: {', '.join(faults)}")
-        if strange := {name: str(t.dtype) for name, t in self.tensors().items() if t.dtype not in _DTYPES}:
+        if strange := {name: str(t.dtype) for name, t in own.items() if t.dtype not in _DTYPES}:
             raise ValueError(f"an increment is of 16, 32 or 64 bit floating point numbers, not {strange}")
-        if infinite := [name for name, tensor in self.tensors().items() if not torch.isfinite(tensor).all()]:
+        if infinite := [name for name, tensor in own.items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"an increment must be finite; NaN or Inf in {infinite}")
+        self._refuse_doors()
+
+    def _refuse_doors(self) -> None:
+        if unusable := [name for name in self.doors if not _DOOR.fullmatch(name)]:
+            raise ValueError(f"a door's name has lower-case letters, digits and underscores only, not {unusable}")
+        if wrong := [name for name, increment in self.doors.items() if increment.form != "text"]:
+            raise ValueError(f"what an increment does at a further door is text-side; these are per-module: {wrong}")
+        if nested := [name for name, increment in self.doors.items() if increment.doors]:
+            raise ValueError(f"what an increment does at a further door has no doors of its own; these have: {nested}")
+        if taken := sorted(self._own_tensors().keys() & self._tensors_of_doors().keys()):
+            raise ValueError(f"tensors of further doors are named like modules: {taken}")
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
         if tensor.ndim != 2 or self.A.ndim != 2 or 0 in tensor.shape:
@@ -66,8 +90,18 @@ class Increment:
         return self.A.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every factor by name: "A" with "B", or "A" with the module names."""
+        """Every factor by name: "A" with "B" or with the module names, then "<door>.A" and "<door>.B"."""
+        return self._own_tensors() | self._tensors_of_doors()
+
+    def _own_tensors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B} if self.C is None else {"A": self.A, **self.C}
+
+    def _tensors_of_doors(self) -> dict[str, Tensor]:
+        return {
+            f"{door}.{name}": tensor
+            for door, increment in self.doors.items()
+            for name, tensor in increment.tensors().items()
+        }
 
     def coefficients(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """C_m (d_out, r) for each module, float32, on the weights' device.
@@ -101,8 +135,8 @@ class Increment:
             raise ValueError(f"the increment was made for another base: shapes (increment, base) differ: {wrong}")
 
     def expand(self, weights: Mapping[str, Tensor]) -> Increment:
-        """The same increment in per-module form."""
-        return Increment(self.A, C=self.coefficients(weights), gate=self.gate)
+        """The same increment in per-module form; what it does at further doors stays as it is."""
+        return replace(self, B=None, C=self.coefficients(weights))
 
     @property
     def is_compact(self) -> bool:
@@ -115,7 +149,7 @@ class Increment:
         return torch.finfo(self.A.dtype).eps if self.is_compact else 0.0
 
     def compact(self) -> Increment:
-        """The same increment in float16, A included, scaled so that its longest row has length 1.
+        """The same increment in float16, A and further doors included, scaled so that A's longest row has length 1.
 
         What rounding A lets through of a guard is set to zero at inference, so that guards hold to the bit all the
         same; an export moves them by what was rounded, some 1e-4 of their projections.
@@ -126,14 +160,18 @@ class Increment:
         scale = float(self.A.double().norm(dim=1).max())
         b = None if self.B is None else (scale * self.B.double()).half()
         c = None if self.C is None else {name: (scale * factor.double()).half() for name, factor in self.C.items()}
-        return Increment((self.A.double() / scale).half(), b, c, None if self.gate is None else self.gate / scale)
+        gate = None if self.gate is None else self.gate / scale
+        doors = {name: increment.compact() for name, increment in self.doors.items()}
+        return Increment((self.A.double() / scale).half(), b, c, gate, doors)
 
     def reading(self, tokens: Tensor) -> Tensor:
         """max_t ‖e_t Aᵀ‖ of each prompt's tokens e_t (n_prompts, n_tokens, d): (n_prompts,), float64."""
         return (tokens.double() @ self.A.double().to(tokens.device).T).norm(dim=-1).amax(dim=-1)
 
     def gated(self, tokens: Tensor, share: float) -> Increment:
-        """The same increment with a gate at this share of what it reads in each of these prompts at least.
+        """The same increment with a gate at a share of the least that it reads in one of these prompts.
+
+        Gates of further doors stay as they are.
 
         Args:
             tokens: Embeddings of prompts that it must act on, (n_prompts, n_tokens, d).

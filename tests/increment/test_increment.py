@@ -130,3 +130,54 @@ def test_a_gate_is_a_share_of_what_the_own_prompts_read_at_least():
 def test_a_gate_that_every_prompt_opens_is_refused():
     with pytest.raises(ValueError, match="gate of an increment is a finite number above zero"):
         gated_increment().gated(tokens_reading(0.0, 2.0), 0.5)
+
+
+def with_a_door(**changes):
+    """Text-side, of width 6, with a gated increment of width 9 at a further door."""
+    torch.manual_seed(0)
+    pooled = Increment(torch.randn(2, 9), B=torch.randn(9, 2), gate=0.5)
+    return Increment(torch.randn(3, 6), **{"B": torch.randn(6, 3), "doors": {"pooled": pooled}, **changes})
+
+
+def test_what_it_does_at_further_doors_is_among_its_tensors():
+    increment = with_a_door()
+    assert list(increment.tensors()) == ["A", "B", "pooled.A", "pooled.B"]
+    assert torch.equal(increment.tensors()["pooled.B"], increment.doors["pooled"].B)
+
+
+def test_a_gate_and_an_expansion_keep_the_further_doors():
+    increment = with_a_door()
+    gated = increment.gated(torch.randn(2, 4, 6), 0.5)
+    assert gated.doors["pooled"] is increment.doors["pooled"]
+    assert gated.gate is not None
+    assert increment.expand({"to_k": torch.randn(4, 6)}).doors["pooled"] is increment.doors["pooled"]
+
+
+def test_a_compact_increment_is_compact_at_every_door():
+    compact = with_a_door().compact()
+    assert {tensor.dtype for tensor in compact.tensors().values()} == {torch.float16}
+    pooled, wide = compact.doors["pooled"], with_a_door().doors["pooled"]
+    torch.testing.assert_close(pooled.B.double() @ pooled.A.double(), (wide.B @ wide.A).double(), rtol=0.01, atol=0.01)
+    tokens = torch.randn(4, 1, 9)
+    ratio = pooled.reading(tokens) / pooled.gate * wide.gate / wide.reading(tokens)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("doors", "message"),
+    [
+        ({"Pooled": with_a_door(doors={})}, r"lower-case letters.*\['Pooled'\]"),
+        ({"a.b": with_a_door(doors={})}, r"lower-case letters.*\['a\.b'\]"),
+        ({"pooled": per_module()}, r"text-side; these are per-module: \['pooled'\]"),
+        ({"pooled": with_a_door()}, r"no doors of its own; these have: \['pooled'\]"),
+    ],
+)
+def test_unusable_doors_are_refused(doors, message):
+    with pytest.raises(ValueError, match=message):
+        with_a_door(doors=doors)
+
+
+def test_a_door_and_a_module_do_not_share_a_name():
+    modules = {"pooled.A": torch.ones(4, 3)}
+    with pytest.raises(ValueError, match=r"named like modules: \['pooled\.A'\]"):
+        with_a_door(B=None, C=modules)

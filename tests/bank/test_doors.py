@@ -1,0 +1,114 @@
+"""What an increment does at further doors of the denoiser: on disk, on the Hub and back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hub
+from folders import reseal, same, tree
+from sepme_diffusers import BankError, ConceptBank, Increment
+from sepme_diffusers.bank.verify import verify
+from tiny import RANK, tiny_bank
+
+POOLED = 12
+
+
+@pytest.fixture
+def bank() -> ConceptBank:
+    """Both forms, each with an increment at a further door, one of these gated."""
+    bank = tiny_bank()
+    torch.manual_seed(1)
+    gates = {"neon": None, "Van Gogh": 0.5}
+    doors = {
+        name: {"pooled": Increment(torch.randn(RANK + 1, POOLED), B=torch.randn(POOLED, RANK + 1), gate=gates[name])}
+        for name in bank
+    }
+    entries = [replace(entry, increment=replace(entry.increment, doors=doors[name])) for name, entry in bank.items()]
+    return replace(bank, base=replace(bank.base, doors={"pooled": POOLED})).with_entries(entries)
+
+
+@pytest.fixture
+def saved(bank, tmp_path):
+    bank.save_pretrained(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_disk_and_back_is_exact(compact, bank, tmp_path):
+    bank = bank.compact() if compact else bank
+    bank.save_pretrained(tmp_path)
+    back = ConceptBank.from_pretrained(tmp_path)
+    assert same(bank, back)
+    assert back.base == bank.base
+    for name, entry in bank.items():
+        assert back[name].increment.doors["pooled"].gate == entry.increment.doors["pooled"].gate
+    assert verify(tmp_path).ok
+
+
+def test_tensors_stand_where_the_format_says(saved):
+    assert list(load_file(saved / "neon" / "text_increment.safetensors")) == ["A", "B", "pooled.A", "pooled.B"]
+    assert list(load_file(saved / "van-gogh" / "doors.safetensors")) == ["pooled.A", "pooled.B"]
+
+
+def test_other_precision_is_for_further_doors_too(bank, tmp_path):
+    bank.save_pretrained(tmp_path, torch.float16)
+    for entry in ConceptBank.from_pretrained(tmp_path).values():
+        pooled = entry.increment.doors["pooled"]
+        assert (pooled.A.dtype, pooled.B.dtype) == (torch.float32, torch.float16)
+
+
+def test_a_bank_refuses_doors_that_its_base_lacks(bank):
+    for doors in ({}, {"pooled": POOLED + 1}):
+        with pytest.raises(ValueError, match=r"further doors .*differ: .*'neon': \{'pooled': 12\}"):
+            replace(bank, base=replace(bank.base, doors=doors))
+
+
+def test_a_base_with_doors_serves_increments_without(bank):
+    plain = [replace(entry, increment=replace(entry.increment, doors={})) for entry in bank.values()]
+    assert list(bank.with_entries(plain)) == list(bank)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m["base"].pop("doors"), "further doors that the base lacks|bytes; what the manifest says"),
+        (lambda m: m["base"].update(doors={"pooled": POOLED + 1}), "of other widths: .'pooled'"),
+        (lambda m: m["base"].update(doors={"Pooled": POOLED}), r"base\.doors"),
+        (lambda m: m["base"].update(doors={"pooled": 12.0}), r"base\.doors\.pooled: 12\.0 is not written as an int"),
+        (lambda m: m["concepts"]["Van Gogh"]["gates"].update(pooled=0), "gates"),
+        (lambda m: m["concepts"]["Van Gogh"].update(gates={"other": 1}), r"gates for further doors \['other'\]"),
+        (lambda m: m["concepts"]["neon"]["beside"].update({"doors.safetensors": "0" * 64}), "unknown files beside"),
+    ],
+)  # fmt: skip
+def test_manifests_that_contradict_the_tensors_are_refused(edit, message, saved):
+    reseal(saved, edit)
+    with pytest.raises(BankError, match=message):
+        ConceptBank.from_pretrained(saved)
+
+
+def test_damage_is_found(saved):
+    file = saved / "van-gogh" / "doors.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BankError, match=r"doors\.safetensors is damaged or was changed"):
+        ConceptBank.from_pretrained(saved)
+    assert any("doors.safetensors is damaged" in fault for fault in verify(saved).faults)
+    file.unlink()
+    with pytest.raises(BankError, match=r"doors\.safetensors is missing"):
+        ConceptBank.from_pretrained(saved)
+
+
+def test_the_hub_has_them_and_a_partial_pull_fetches_them(bank, tmp_path):
+    with hub.running() as server:
+        bank.push_to_hub("me/bank", endpoint=server.endpoint, token=hub.WRITER)
+        place = {"endpoint": server.endpoint, "token": False, "cache_dir": tmp_path}
+        assert same(ConceptBank.from_pretrained("me/bank", **place), bank)
+        assert "van-gogh/doors.safetensors" in server.fetched
+
+
+def test_saving_again_changes_nothing(saved):
+    before = tree(saved)
+    ConceptBank.from_pretrained(saved).save_pretrained(saved)
+    assert tree(saved) == before
