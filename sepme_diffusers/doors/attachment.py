@@ -2,8 +2,8 @@
 
     e ← edit(e) at each door;    y ← y + change(e) behind each Linear that reads the text alone
 
-torch's own hooks, not diffusers' `ModelHook`s nor PEFT adapters: offloading, other LoRAs and attention processors leave
-them in place. Afterwards the denoiser is in the state that it was in before.
+torch's own hooks, not diffusers' `ModelHook`s nor PEFT adapters: offloading, other LoRAs and attention processors
+leave them in place. Afterwards the denoiser is in the state that it was in before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Edit(Protocol):
         ...
 
     def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Any]:
-        """The embeddings that change, by door, and what `change` needs of them; `pictures` is the rows of the sample."""
+        """The embeddings that change, by door, and what `change` needs; `pictures` is the rows of the sample."""
         ...
 
     def change(self, name: str, reading: Any) -> Tensor:
@@ -48,7 +48,7 @@ class Edit(Protocol):
 
 
 class _Pass(threading.local):
-    """What a thread knows of the pass that it is in. Values by class, so that a compiled graph sees them from the start."""
+    """What a thread knows of its pass. Values by class, so that a compiled graph sees them from the start."""
 
     through_doors = False
     reading: Any = None
@@ -196,7 +196,7 @@ class _Doors(_Hook):
 
 
 def _carrying(embeddings: dict[str, Tensor], reading: Any) -> dict[str, Tensor]:
-    """Embeddings that carry the reading: gradient checkpointing runs Linears again when another pass may have begun."""
+    """Embeddings that carry the reading: gradient checkpointing runs Linears again, perhaps in a later pass."""
     aliases = {door: embedding.view_as(embedding) for door, embedding in embeddings.items()}
     for alias in aliases.values():
         setattr(alias, _READING, reading)

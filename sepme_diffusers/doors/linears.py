@@ -99,7 +99,7 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def other_text_readers(denoiser: nn.Module) -> list[str]:
-    """Modules beside attn2.to_k and attn2.to_v that read the text, by name: per-module increments do not reach them."""
+    """Modules beside attn2.to_k and attn2.to_v that read the text: per-module increments do not reach them."""
     denoiser = plain(denoiser)
     config = getattr(denoiser, "config", {})
     found = [f"{key}={config[key]!r}" for key in ("encoder_hid_dim_type", "encoder_hid_dim") if config.get(key)]

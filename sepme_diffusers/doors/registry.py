@@ -71,12 +71,22 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
                 f"known are {sorted(_FAMILIES)}"
             )
         found |= {f"{name}.{path}" if path not in ("", "_orig_mod") else name: inside[path] for path in inside}
-    main = {name: module for name, module in found.items() if not _family(module).auxiliary}
+    main = {name: module for name, module in found.items() if not is_helper(module)}
     if not main:
         raise TypeError(
             f"{type(pipe).__name__} has no denoiser that reads text; SepME erases with {sorted(_FAMILIES)}"
         )
     return main | {name: module for name, module in found.items() if name not in main}
+
+
+def is_helper(module: nn.Module) -> bool:
+    """Whether a denoiser helps another one (a ControlNet) and draws nothing by itself."""
+    return _family(module).auxiliary
+
+
+def drawing_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline that draw, by the name of their component; see `denoisers_of`."""
+    return {name: module for name, module in denoisers_of(pipe).items() if not is_helper(module)}
 
 
 def _family(module: nn.Module) -> Family:

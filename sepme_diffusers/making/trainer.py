@@ -76,8 +76,8 @@ class SepMETrainer:
         state: str | Path | None = None,
     ) -> None:
         erasures = erasures_of(pipe.unet)
-        if erasures is not None and erasures.active:
-            names = [erasures.names.shown[key] for key in erasures.active]
+        if erasures is not None and erasures.snapshot.standing:
+            names = [erasures.snapshot.names.shown[key] for key in erasures.snapshot.standing]
             raise ValueError(f"the pipeline has erased {names}; restore them before making increments")
         self.pipe, self.config, self.on_step = pipe, config or SepMEConfig(), on_step
         self.guards = tuple(dict.fromkeys((BLANK, *guards)))

@@ -41,6 +41,7 @@ class Call:
         active: What acts.
         own: Whether the set is the call's own, not the standing one.
         pictures: How many pictures the call draws, as far as that is known.
+        unedited: Whether it is no call of a pipeline but work on the original model, see `erasures.unedited`.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Call:
         active: ActiveSet | None,
         own: bool,
         pictures: int = 1,
+        unedited: bool = False,
     ) -> None:
         self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
-        self.own, self.pictures = own, pictures
+        self.own, self.pictures, self.unedited = own, pictures, unedited
         self.alive, self.ran = True, False
         self._before: list[Call | None] = []
 
@@ -143,7 +145,7 @@ def current_call() -> Call:
 
 
 def mixed_calls(rows: Sequence[tuple[Call, int]]) -> Call:
-    """Return a record for a batch whose rows belong to several calls, as a micro-batcher makes: `with` it, run the pass.
+    """Return a record for a batch whose rows belong to several calls; `with` it, a micro-batcher runs the pass.
 
     Args:
         rows: For each picture of the batch its call, and which picture of the call it is.

@@ -49,7 +49,7 @@ class Names:
         keys = [(bank, concept) for bank, concepts in banks.items() for concept in concepts]
         alike: dict[str, list[Key]] = {}
         for group in look_alikes([concept for _, concept in keys]):
-            alike |= dict.fromkeys(group, [key for key in keys if key[1] in group])
+            alike |= {name: [key for key in keys if key[1] in group] for name in group}
         self._several = {name: ["/".join(key) for key in group] for name, group in alike.items()}
         self.shown = {key: "/".join(key) if key[1] in self._several else key[1] for key in keys}
         self._keys: dict[str, Key] = {}
@@ -107,7 +107,7 @@ class Names:
         keys = self.keys(concepts)
         if bad := {name: strength for name, strength in concepts.items() if not _is_strength(strength)}:
             raise ValueError(
-                f"a strength is a finite number above zero, from {LEAST_STRENGTH:.0e} to {MOST_STRENGTH:g}, not {bad}; "
+                f"a strength is a finite number above zero, {LEAST_STRENGTH:.0e} to {MOST_STRENGTH:g}, not {bad}; "
                 "leave a concept out to restore it"
             )
         return {key: float(strength) for key, strength in zip(keys, concepts.values(), strict=True)}

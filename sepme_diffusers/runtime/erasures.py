@@ -6,7 +6,8 @@ The state lives on the denoisers, so pipelines that share them share what is loa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
+from sepme_diffusers.doors.registry import drawing_denoisers
 from sepme_diffusers.runtime.active import ActiveSet
-from sepme_diffusers.runtime.calls import Call, following, record_of_thread
+from sepme_diffusers.runtime.calls import Call, following, opened, record_of_thread
 from sepme_diffusers.runtime.erased_sets import Strengths
 from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot, with_floors
 
@@ -128,8 +130,8 @@ class Erasures:
         if not self.snapshot.plain_pipelines or self.snapshot.strict:
             raise ErasureNotInForce(
                 "a denoiser with a loaded bank ran outside any call of a pipeline that knows of it. Use "
-                "sepme_diffusers.attach(pipe), or load the bank with load_sepme(..., plain_pipelines='standing') to let "
-                "such passes run under the standing set"
+                "sepme_diffusers.attach(pipe), or load the bank with load_sepme(..., plain_pipelines='standing') to "
+                "let such passes run under the standing set"
             )
         return self.standing
 
@@ -221,3 +223,22 @@ class _Following:
         active = following()
         # A helper has no text Linears of its own to which per-module increments belong.
         return None if active is None or not active.doors else ActiveSet(active.doors)
+
+
+@contextmanager
+def unedited(pipe: Any) -> Iterator[None]:
+    """While the block runs, this thread's passes of a pipeline's denoisers are those of the original model.
+
+    For what makes or measures increments: whatever is loaded, always erased or set meanwhile, nothing acts.
+
+    Args:
+        pipe: The pipeline.
+    """
+    erasures = erasures_on(drawing_denoisers(pipe))
+    call = Call(erasures, Snapshot(), [{}], None, own=True, unedited=True)
+    erasures.begin(call)
+    try:
+        with opened(call):
+            yield
+    finally:
+        erasures.end(call)

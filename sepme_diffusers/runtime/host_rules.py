@@ -1,4 +1,4 @@
-"""What a strict host refuses from a caller while something is erased: embeddings and image prompts of the caller's own.
+"""What a strict host refuses from a caller while something is erased: embeddings and image prompts of their own.
 
 Increments act on what a prompt reads like. One inverted token brings a concept back in every picture that was tried.
 """
@@ -43,8 +43,8 @@ def refuse_image_prompts(asked: Mapping[str, Any]) -> None:
     """
     if given := [name for name, value in asked.items() if name.startswith("ip_adapter_image") and value is not None]:
         raise ErasureNotInForce(
-            f"the bank was loaded with strict=True, and the call brings image prompts ({given}), on which increments do "
-            "not act. Leave them out, or load_sepme(..., allow_images=True)"
+            f"the bank was loaded with strict=True, and the call brings image prompts ({given}), on which increments "
+            "do not act. Leave them out, or load_sepme(..., allow_images=True)"
         )
 
 

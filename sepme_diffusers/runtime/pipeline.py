@@ -21,8 +21,8 @@ from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_w
 from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.linears import is_compiled, other_text_readers, projection_weights
-from sepme_diffusers.doors.registry import denoisers_of, family_of
-from sepme_diffusers.runtime.calls import Call, opened
+from sepme_diffusers.doors.registry import denoisers_of, drawing_denoisers, is_helper
+from sepme_diffusers.runtime.calls import Call, opened, record_of_thread
 from sepme_diffusers.runtime.erased_sets import Key, Strengths, UnknownConceptError
 from sepme_diffusers.runtime.erasures import Erasures, Request, erasures_of, erasures_on, follow
 from sepme_diffusers.runtime.host_rules import Inversions, refuse_callers_embeddings, refuse_image_prompts
@@ -49,6 +49,7 @@ class SepMELoaderMixin:
 
     # What this pipeline last used, to notice a denoiser that was swapped for one without it.
     _sepme_used: Erasures | None = None
+    _sepme_banks: frozenset[str] = frozenset()
     _sepme_request: Request | None = None
     _sepme_check: TextCheck | None = None
     _sepme_inversions: Inversions | None = None
@@ -114,6 +115,7 @@ class SepMELoaderMixin:
         self._refuse_other_base(bank)
         options = LoadOptions(strict, allow_embeddings, allow_images, plain_pipelines == "standing")
         erasures.load(name, bank, options, erasures.snapshot.standing)
+        self._sepme_banks = frozenset(erasures.snapshot.banks)
         self._sepme_inversions = Inversions.of(self)
         logger.info("loaded %d erasable concepts as %r", len(bank), name)
 
@@ -186,6 +188,7 @@ class SepMELoaderMixin:
         if erasures is not None:
             erasures.unload(names)
         self._sepme_used = erasures
+        self._sepme_banks = frozenset(erasures.snapshot.banks) if erasures is not None else frozenset()
 
     def get_bank(self, name: str | None = None) -> ConceptBank | None:
         """A loaded bank: the only one, or the one of that name; None if nothing is loaded.
@@ -302,7 +305,7 @@ class SepMELoaderMixin:
     # --- requests
 
     def for_request(self, always: ErasedSet = (), erased: ErasedSet | None = None) -> Any:
-        """Return a light copy of the pipeline for one request, tenant or thread: shared weights, own scheduler.
+        """Return a light copy of the pipeline for one request, tenant or thread: own scheduler, shared weights.
 
         Schedulers keep where they are in a picture, and fast tokenizers how they pad: neither can be shared by threads.
 
@@ -361,7 +364,7 @@ class SepMELoaderMixin:
 
     def _main(self) -> dict[str, nn.Module]:
         """The denoisers that draw."""
-        return {name: m for name, m in denoisers_of(self).items() if not _is_helper(m)}
+        return drawing_denoisers(self)
 
     def _erasures(self) -> Erasures:
         """What is loaded on the denoisers, refusing to go on if it was lost with a denoiser that was swapped away."""
@@ -371,8 +374,14 @@ class SepMELoaderMixin:
                 f"this pipeline had loaded {list(used.snapshot.banks)}, but its UNet has been replaced "
                 f"({', '.join(main)}); call unload_sepme() and load the banks again"
             )
-        self._sepme_used = erasures_on(main)
-        return self._sepme_used
+        erasures = erasures_on(main)
+        if lost := sorted(self._sepme_banks - erasures.snapshot.banks.keys()):
+            raise ErasureNotInForce(
+                f"this pipeline had loaded {lost}, which a pipeline that shares its denoiser has unloaded; call "
+                "unload_sepme() and load the banks again"
+            )
+        self._sepme_used = erasures
+        return erasures
 
     def _snapshot(self) -> Snapshot:
         return self._erasures().snapshot
@@ -412,7 +421,7 @@ class SepMELoaderMixin:
             erasures.come_last()
             erasures.check(self._main().values())
             self._check_weights(snapshot, keys)
-            helpers = [module for module in denoisers_of(self).values() if _is_helper(module)]
+            helpers = [module for module in denoisers_of(self).values() if is_helper(module)]
             follow(helpers)
             if helpers and snapshot.has_per_module:
                 logger.warning(
@@ -471,6 +480,10 @@ class SepMELoaderMixin:
         """Run a call of the plain pipeline under an erased set."""
         asked = _asked(plain_call, self, args, kwargs)
         erasures = self._erasures()
+        self._sepme_banks = frozenset(erasures.snapshot.banks)
+        record = record_of_thread()
+        if record is not None and record.alive and record.unedited and record.erasures is erasures:
+            return plain_call(self, *args, **kwargs)
         snapshot = erasures.snapshot
         pictures = _number_of_prompts(asked) * _images_per_prompt(asked)
         sets, own = self._sets(erased, asked, snapshot)
@@ -666,11 +679,6 @@ def _number_of_prompts(asked: Mapping[str, Any]) -> int:
 
 def _images_per_prompt(asked: Mapping[str, Any]) -> int:
     return next((asked[name] for name in _IMAGES if asked.get(name)), 1)
-
-
-def _is_helper(module: nn.Module) -> bool:
-    family = family_of(module)
-    return family is not None and family.auxiliary
 
 
 def _bank_of(source: str | Path | ConceptBank, concepts: Iterable[str] | None, hub: dict[str, Any]) -> ConceptBank:

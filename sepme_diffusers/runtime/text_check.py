@@ -1,8 +1,8 @@
 """Whether a pipeline's text encoders give the embeddings that the loaded banks were made for, seen by guard prompts.
 
 A guarded prompt reads nothing of an increment: ‖e Aᵀ‖ = 0, up to rounding. Another text encoder, other weights in it,
-an adapter, another tokenizer or padding make it read something; a coarser precision makes it read a little. So what the
-guards read on this pipeline now says both whether a bank belongs to it and what a reading must exceed to count.
+an adapter, another tokenizer or padding make it read something; a coarser precision makes it read a little. So what
+the guards read on this pipeline now says both whether a bank belongs to it and what a reading must exceed to count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.text.encoding import encode_doors
 
-# A bank made for this text encoder reads no more of its guards than precision allows; one made for another, everything.
+# A bank made for this text encoder reads no more of its guards than precision allows; another reads everything.
 FOREIGN = 1e-2
 # Guards vary in how they round: what counts must exceed what these read by this factor.
 _MARGIN = 2.0

@@ -251,6 +251,6 @@ def sizes_on_disk(bank: ConceptBank) -> tuple[int, int]:
 def held(bank: ConceptBank, pipe: SepMEPipeline) -> int:
     """Bytes that the bank and what the pipeline stacked of it hold, each storage counted once."""
     tensors = [tensor for entry in bank.values() for tensor in entry.increment.tensors().values()]
-    tensors += erasures_of(pipe.unet).stacked()
+    tensors += erasures_of(pipe.unet).tensors()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
