@@ -1,12 +1,11 @@
 from .bank.bank import ConceptBank as ConceptBank
 from .bank.card import Picture as Picture
-from .bank.card import card_pictures as card_pictures
 from .bank.entry import BaseModel as BaseModel
 from .bank.entry import Entry as Entry
 from .bank.entry import Guarantee as Guarantee
+from .bank.errors import BankError as BankError
 from .bank.errors import PolicyError as PolicyError
 from .bank.hub import PushConflict as PushConflict
-from .bank.manifest import BankError as BankError
 from .doors.attachment import ErasureNotInForce as ErasureNotInForce
 from .increment.config import SepMEConfig as SepMEConfig
 from .increment.increment import Increment as Increment
@@ -28,4 +27,5 @@ from .runtime.pipeline import SepMEPipeline as SepMEPipeline
 from .runtime.pipeline import SepMEXLPipeline as SepMEXLPipeline
 from .runtime.pipeline import attach as attach
 from .runtime.receipt import Receipt as Receipt
+from .runtime.sheets import card_pictures as card_pictures
 from .text.concept import Concept as Concept

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sepme_diffusers import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
-from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.interchange.export import kohya_tensors, merged_increment, strengths_of
 
 

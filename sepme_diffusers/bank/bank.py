@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from sepme_diffusers.bank.card import CARD, Picture, model_card, write_pictures
-from sepme_diffusers.bank.entry import BaseModel, Entry, Guarantee, Origin, base_model, entry_of
-from sepme_diffusers.bank.folder import BankFolder, ConceptFiles, increment_files
-from sepme_diffusers.bank.manifest import MANIFEST, BankError
-from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.bank import hub
+from sepme_diffusers.bank.card import Picture
+from sepme_diffusers.bank.contents import Contents, read, write
+from sepme_diffusers.bank.entry import Entry, Guarantee, Origin
+from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.text.names import listed
-from sepme_diffusers.text.spelling import look_alikes
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+# How many concepts a line and a table show.
+_NAMED, _ROWS = 5, 20
 
-@dataclass(frozen=True)
-class ConceptBank(Mapping[str, Entry]):
+
+@dataclass(frozen=True, repr=False)
+class ConceptBank(Contents, Mapping[str, Entry]):
     """Erasures by concept name, in the order in which they are always added up. Immutable.
 
     Args:
         base: What the increments were made on.
         entries: {concept name: entry}.
         always: Names that may never be restored while the bank is loaded.
-        origin: Where it was pulled from; set by `from_pretrained`, used by `push_to_hub`.
+        origin: The Hub repository that it was pulled from, as last seen; set by `from_pretrained` and by
+            `push_to_hub`, and no part of what the bank is.
 
     Raises:
-        ValueError: If an entry's key is not its concept's name, two names look alike, widths or edited modules are
-            not the base's, or `always` names none of them.
+        ValueError: If an entry's key is not its concept's name, two names look alike, widths, edited modules or
+            further doors are not the base's, or `always` names a concept that is not there.
 
     Example:
         >>> from sepme_diffusers import pocket
@@ -44,32 +51,7 @@ class ConceptBank(Mapping[str, Entry]):
         'text'
     """
 
-    base: BaseModel
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    always: tuple[str, ...] = ()
-    origin: Origin | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "entries", dict(self.entries))
-        if wrong := {key: e.concept.name for key, e in self.entries.items() if key != e.concept.name}:
-            raise ValueError(f"entries under another name than their concept's: {wrong}")
-        if alike := look_alikes(self.entries):
-            raise ValueError(f"concepts that nobody can tell apart: {alike}; give them other names")
-        widths = {key: e.increment.A.shape[1] for key, e in self.entries.items()}
-        if wrong := {key: width for key, width in widths.items() if width != self.base.width}:
-            raise ValueError(
-                f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}"
-            )
-        heights = {module: d_out for module, (d_out, _) in self.base.projections.items()}
-        if wrong := [key for key, e in self.entries.items() if not _fits(e.increment, heights)]:
-            raise ValueError(f"these increments edit other modules than the base's, or of other heights: {wrong}")
-        doors = {key: {n: d.A.shape[1] for n, d in e.increment.doors.items()} for key, e in self.entries.items()}
-        if wrong := {key: widths for key, widths in doors.items() if not widths.items() <= self.base.doors.items()}:
-            raise ValueError(
-                f"the base has the further doors {dict(self.base.doors)}; these increments differ: {wrong}"
-            )
-        if unknown := sorted(set(self.always) - set(self.entries)):
-            raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
+    origin: Origin | None = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConceptBank:
         return self
@@ -85,6 +67,44 @@ class ConceptBank(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __repr__(self) -> str:
+        names = [*map(repr, list(self)[:_NAMED]), *(["..."] if len(self) > _NAMED else [])]
+        concepts = "1 concept" if len(self) == 1 else f"{len(self)} concepts"
+        return (
+            f"ConceptBank({concepts}: {', '.join(names)}; base {self.base.name!r}, digest {self.digest[:12]})"
+            if names
+            else f"ConceptBank(no concepts; base {self.base.name!r}, digest {self.digest[:12]})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table of the first concepts, for notebooks."""
+        heads = ("concept", "form", "rank", "guarded prompts", "always erased")
+        cells = [
+            (name, entry.increment.form, entry.increment.rank, len(entry.guards), "yes" if name in self.always else "")
+            for name, entry in list(self.items())[:_ROWS]
+        ]
+        more = f"<p>and {len(self) - _ROWS} more</p>" if len(self) > _ROWS else ""
+        head = "".join(f"<th>{text}</th>" for text in heads)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in cells)
+        summary = escape(f"{len(self)} concepts for {self.base.name}, digest {self.digest[:12]}")
+        return f"<p>{summary}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal digits, of what the bank does: two banks with one digest erase the same.
+
+        It covers the concepts' names in their order, every tensor's bytes, type and shape, gates, guards and `always`.
+        """
+        found = hashlib.sha256(json.dumps(["sepme", len(self), list(self.always)]).encode())
+        for name, entry in self.items():
+            gates = [entry.increment.gate, {door: part.gate for door, part in entry.increment.doors.items()}]
+            tensors = entry.increment.tensors()
+            shapes = {key: [str(tensor.dtype), list(tensor.shape)] for key, tensor in tensors.items()}
+            found.update(json.dumps([name, list(entry.guards), gates, shapes]).encode())
+            for tensor in tensors.values():
+                found.update(_bytes(tensor))
+        return found.hexdigest()
+
     def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
         """This bank with more entries, or others under the same names; the rest untouched."""
         return replace(self, entries={**self.entries, **{entry.concept.name: entry for entry in entries}})
@@ -95,11 +115,11 @@ class ConceptBank(Mapping[str, Entry]):
         Raises:
             TypeError: If a single string is given.
             KeyError: If one is not in the bank.
-            ValueError: If it would leave out a concept that the policy always erases.
+            PolicyError: If it would leave out a concept that the policy always erases.
         """
         wanted = {name: self[name] for name in listed(names)}
         if left_out := sorted(set(self.always) - set(wanted)):
-            raise ValueError(f"the bank's policy always erases {left_out}; keep them in the subset")
+            raise PolicyError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
 
     def compact(self) -> ConceptBank:
@@ -118,11 +138,11 @@ class ConceptBank(Mapping[str, Entry]):
             name: What the bank is called, for the message.
 
         Raises:
-            ValueError: If it leaves out what the policy always erases, or weakens it.
+            PolicyError: If it leaves out what the policy always erases, or weakens it.
         """
         if left_out := [concept for concept in self.always if strengths.get(concept, 0.0) < 1.0]:
             bank = f"bank {name!r}" if name else "the bank"
-            raise ValueError(f"the policy of {bank} always erases {left_out} at full strength; include them")
+            raise PolicyError(f"the policy of {bank} always erases {left_out} at full strength; include them")
 
     def save_pretrained(
         self,
@@ -147,19 +167,7 @@ class ConceptBank(Mapping[str, Entry]):
             BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
                 down (metrics that are no JSON, say), or another process is saving there.
         """
-        head = {
-            "libraries": libraries(),
-            "base": {key: value for key, value in vars(self.base).items() if key != "doors" or value},
-            "policy": {"always": list(self.always)},
-        }
-        folder, pictures = Path(folder), tuple(pictures)
-        previous = (folder / CARD).read_text("utf-8", errors="replace") if (folder / CARD).is_file() else None
-        BankFolder(folder).write(
-            head,
-            (_files(entry, dtype) for entry in self.values()),
-            lambda manifest: model_card(manifest, None, license, pictures, previous),
-        )
-        write_pictures(folder, pictures)
+        write(self, Path(folder), dtype, license, pictures)
 
     def push_to_hub(
         self,
@@ -176,7 +184,9 @@ class ConceptBank(Mapping[str, Entry]):
         """Publish the bank on the Hugging Face Hub, in one commit that uploads only what is new there.
 
         Concepts on the Hub that this bank lacks stay. What others pushed since this bank was pulled stays as well: the
-        push is made again on top of theirs, unless both changed the same concept.
+        push is made again on top of theirs, unless both changed the same concept. A bank that was pulled remembers
+        what it pushed (its `origin`), so that its next push is no conflict with this one. Banks that were derived from
+        it before know nothing of that.
 
         Args:
             repo_id: The repository; made if missing.
@@ -193,15 +203,16 @@ class ConceptBank(Mapping[str, Entry]):
             PushConflict: If the Hub holds another version of a concept than this bank knows. Nothing is published.
             BankError: If the repository holds something else than a bank, or a bank for another base.
             KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
-            ValueError: If it would leave out or remove a concept that a policy always erases, or `private` is not so.
+            PolicyError: If it would leave out or remove a concept that a policy always erases.
+            ValueError: If `private` is asked for and the repository is public.
             HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
         """
-        from sepme_diffusers.bank.hub import push
-
-        return push(
-            self, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+        info, origin = hub.push(
+            self, self.origin, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
             commit_message=commit_message, concepts=concepts, remove=remove, **options,
         )  # fmt: skip
+        object.__setattr__(self, "origin", origin)
+        return info
 
     @classmethod
     def from_pretrained(
@@ -210,7 +221,7 @@ class ConceptBank(Mapping[str, Entry]):
         concepts: Iterable[str] | None = None,
         subfolder: str = "",
         require_signature: str | Path | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> ConceptBank:
         """The bank in a folder or a Hub repository, every hash checked.
 
@@ -219,16 +230,16 @@ class ConceptBank(Mapping[str, Entry]):
             concepts: Load (and download) these alone. Default: all.
             subfolder: Where in the folder or repository the bank is.
             require_signature: A public key (PEM file): refuse a bank that its owner did not sign, see `signing`.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, ... of `snapshot_download`.
+            options: Of `snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
 
         Raises:
             BankError: If anything is missing, damaged, unsafe, not signed as required or of a newer format, or the
                 download broke off; nothing is loaded then.
             HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
             KeyError: If the bank lacks one of `concepts`.
-            ValueError: If `concepts` leaves out one that the bank's policy always erases.
+            PolicyError: If `concepts` leaves out one that the bank's policy always erases.
         """
-        if hub.pop("proxies", None):
+        if options.pop("proxies", None):
             raise ValueError(
                 f"huggingface_hub {version('huggingface_hub')} takes no proxies=; set HTTPS_PROXY, or a client with "
                 "huggingface_hub.set_client_factory"
@@ -236,22 +247,11 @@ class ConceptBank(Mapping[str, Entry]):
         wanted = None if concepts is None else listed(concepts)
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            return cls._from_folder(folder / subfolder, wanted, require_signature)
-        from sepme_diffusers.bank.hub import pull
-
-        signed = require_signature is not None
-        return pull(
-            str(pretrained_model_name_or_path), wanted, subfolder, signed, hub,
-            lambda folder: cls._from_folder(folder, wanted, require_signature),
-        )  # fmt: skip
-
-    @classmethod
-    def _from_folder(cls, folder: Path, wanted: list[str] | None, public_key: str | Path | None) -> ConceptBank:
-        if public_key is not None:
-            from sepme_diffusers.bank.signing import verify_signature
-
-            verify_signature(folder, public_key)
-        return _read(BankFolder(folder), wanted)
+            found, origin = read(folder / subfolder, wanted, require_signature), None
+        else:
+            repository = str(pretrained_model_name_or_path)
+            found, origin = hub.pull(repository, wanted, subfolder, require_signature, options)
+        return cls(found.base, found.entries, found.always, origin)
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:
@@ -265,48 +265,5 @@ class ConceptBank(Mapping[str, Entry]):
         return Guarantee(not any(leaks) and not unaware, max(leaks), unaware)
 
 
-def _read(folder: BankFolder, wanted: Sequence[str] | None) -> ConceptBank:
-    """The bank in a folder, or the part of it with the wanted concepts."""
-    manifest = folder.manifest(wanted)
-    base = base_model(manifest)
-    increments = {
-        name: folder.increment(name, record, manifest["base"]) for name, record in manifest["concepts"].items()
-    }
-    try:
-        entries = {
-            name: entry_of(name, manifest["concepts"][name], increment) for name, increment in increments.items()
-        }
-        return ConceptBank(base, entries, tuple(manifest["policy"]["always"]))
-    except (TypeError, ValueError) as error:
-        raise BankError(f"{folder.folder / MANIFEST} is not a valid bank manifest: {error}") from error
-
-
-def _fits(increment: Increment, heights: Mapping[str, int]) -> bool:
-    return increment.C is None or {module: len(c) for module, c in increment.C.items()} == heights
-
-
-def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
-    record = {
-        "form": entry.increment.form,
-        "rank": entry.increment.rank,
-        "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},
-        "guards": list(entry.guards),
-        "config": entry.config.to_dict(),
-        "metrics": dict(entry.metrics),
-    }
-    if entry.increment.gate is not None:
-        record["gate"] = entry.increment.gate
-    doors = entry.increment.doors.items()
-    if gates := {name: increment.gate for name, increment in doors if increment.gate is not None}:
-        record["gates"] = gates
-    try:
-        files = increment_files(entry.increment, dtype)
-    except ValueError as error:
-        raise BankError(f"concept {entry.concept.name!r} cannot be saved as {dtype}: {error}") from error
-    return ConceptFiles(entry.concept.name, entry.concept.slug, files, record)
-
-
-def libraries() -> dict[str, str]:
-    """Versions of what made a bank."""
-    names = ("sepme_diffusers", "torch", "diffusers", "transformers", "peft", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

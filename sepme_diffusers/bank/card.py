@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from yaml import YAMLError
 
-from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.bank.layout import ASSETS
 
-if TYPE_CHECKING:
-    from sepme_diffusers.bank.bank import ConceptBank
-
-CARD = "README.md"
-# Beside the concepts' folders; not part of the bank, and never read by it.
-ASSETS = "assets"
+_PICTURE = re.compile(r"(?!.{201})[a-z0-9]+(-[a-z0-9]+)*")
 _PLACEHOLDER = "path/or/repository/of/this/bank"
 
 _TEMPLATE = """---
@@ -88,7 +82,7 @@ class Picture:
         image: The picture.
 
     Raises:
-        ValueError: If the name has anything but lower-case ASCII letters, digits and hyphens.
+        ValueError: If the name has anything but lower-case ASCII letters, digits and hyphens, at most 200.
     """
 
     name: str
@@ -96,59 +90,22 @@ class Picture:
     image: Image.Image
 
     def __post_init__(self) -> None:
-        if self.name != Concept(self.name).slug:
-            raise ValueError(f"a picture's name has lower-case ASCII letters, digits and hyphens only: {self.name!r}")
+        if not _PICTURE.fullmatch(self.name):
+            raise ValueError(
+                "a picture's name has 1 to 200 lower-case ASCII letters, digits and single hyphens between them, not "
+                f"{self.name!r}"
+            )
 
     @property
     def path(self) -> str:
         """Its file in a bank's folder."""
         return f"{ASSETS}/{self.name}.png"
 
-
-def card_pictures(
-    pipe: Any, bank: ConceptBank, prompts: Mapping[str, str] | None = None, seed: int = 0, **call: Any
-) -> tuple[Picture, ...]:
-    """Pictures for a card: for each concept before, erased and restored, from the same noise.
-
-    Args:
-        pipe: A pipeline with `load_sepme`, and no bank loaded.
-        bank: The bank; loaded for the while.
-        prompts: {concept: the prompt to draw}. Default: the first prompt of the bank's first three concepts.
-        seed: Of the noise.
-        call: Passed on to the pipeline: `num_inference_steps`, `guidance_scale`, ...
-
-    Raises:
-        ValueError: If a bank is loaded.
-        KeyError: If the bank lacks a concept.
-    """
-    if pipe.erasable:
-        raise ValueError("unload_sepme() first: the pictures before an erasure are the plain model's")
-    prompts = prompts or {name: bank[name].concept.prompts[0] for name in list(bank)[:3]}
-    # What a policy always erases could not be shown restored, nor the bank be unloaded.
-    pipe.load_sepme(replace(bank.subset([*prompts, *bank.always]), always=()))
-    try:
-        return tuple(
-            picture for name, prompt in prompts.items() for picture in _moments(pipe, name, prompt, seed, call)
-        )
-    finally:
-        pipe.unload_sepme()
-
-
-def _moments(pipe: Any, name: str, prompt: str, seed: int, call: Mapping[str, Any]) -> list[Picture]:
-    pictures = []
-    for moment, erased in (("before", []), ("erased", [name]), ("restored", [])):
-        generator = torch.Generator().manual_seed(seed)
-        image = pipe(prompt, erased=erased, generator=generator, **call).images[0]
-        pictures.append(Picture(f"{Concept(name).slug}-{moment}", f"{prompt} ({moment})", image))
-    return pictures
-
-
-def write_pictures(folder: Path, pictures: Iterable[Picture]) -> None:
-    """Put a card's pictures into a bank's folder."""
-    for picture in pictures:
-        file = folder / picture.path
-        file.parent.mkdir(exist_ok=True)
-        picture.image.save(file)
+    def png(self) -> bytes:
+        """The content of that file."""
+        stream = io.BytesIO()
+        self.image.save(stream, "PNG")
+        return stream.getvalue()
 
 
 def model_card(

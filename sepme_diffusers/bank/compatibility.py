@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.text.encoding import encode
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
@@ -25,16 +26,13 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
     Raises:
         ValueError: If they were made for another width, other modules, or other weights (per-module increments).
     """
-    width = next(iter(weights.values())).shape[1]
-    if width != bank.base.width:
-        raise ValueError(f"the bank is for embeddings of width {bank.base.width}; this base's are {width} wide")
-    per_module = {name: entry for name, entry in bank.items() if entry.increment.form == "module"}
-    if per_module and not bank.base.has_projections(
-        {n: (len(w), float(w.float().norm())) for n, w in weights.items()}
-    ):
+    made_on, per_module = bank.base, {n: entry for n, entry in bank.items() if entry.increment.form == "module"}
+    if reason := made_on.fingerprint.text_side.differs(Fingerprint(next(iter(weights.values())).shape[1])):
+        raise ValueError(f"the bank was made on {made_on.name!r}, and this is another base: {reason}")
+    if per_module and (reason := made_on.fingerprint.differs(Fingerprint.of_weights(weights))):
         raise ValueError(
-            f"the bank's per-module increments were made on {bank.base.name!r}; this UNet has other weights. "
-            "Text-side increments (solver='closed_form') serve every base with the same text encoder"
+            f"this UNet has other weights than {made_on.name!r}, for which the bank's per-module increments were made: "
+            f"{reason}. Text-side increments (solver='closed_form') serve every base with the same text encoder"
         )
     for name, entry in per_module.items():
         try:

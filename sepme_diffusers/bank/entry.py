@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept
-
-if TYPE_CHECKING:
-    pass
-
-
-# A cast or a fused LoRA changes a weight's norm by less than this share, another checkpoint by more.
-_SAME_NORM = 1e-2
-
 
 # What records of format versions 1 to 4 do not say, and what was so when they were made.
 _BEFORE_VERSION_5 = {"steps_per_batch": 1}
@@ -60,12 +52,10 @@ class BaseModel:
     projections: Mapping[str, tuple[int, float]]
     doors: Mapping[str, int] = field(default_factory=dict)
 
-    def has_projections(self, others: Mapping[str, tuple[int, float]]) -> bool:
-        """Whether these are the same modules with the same weights, as far as their norms tell."""
-        return self.projections.keys() == others.keys() and all(
-            d_out == others[name][0] and math.isclose(norm, others[name][1], rel_tol=_SAME_NORM)
-            for name, (d_out, norm) in self.projections.items()
-        )
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What tells this base from another."""
+        return Fingerprint(self.width, self.doors, self.n_tokens, self.projections)
 
 
 @dataclass(frozen=True)
@@ -87,19 +77,19 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the holder of a bank knows of the Hub repository that it came from, to notice what others push meanwhile.
+    """What a bank knows of the Hub repository that it came from, to notice what others push meanwhile. Immutable.
 
     Args:
         repository: Its id.
         always: The policy as it was pulled.
-        entries: The entries as they were pulled. One that is another object now was changed since.
+        entries: The entries as they were pulled or pushed. One that is another object now was changed since.
         records: {concept name: its record in the manifest on the Hub}, as last seen.
     """
 
     repository: str
     always: tuple[str, ...]
-    entries: dict[str, Entry]
-    records: dict[str, Any]
+    entries: Mapping[str, Entry]
+    records: Mapping[str, Any]
 
 
 def base_model(manifest: Mapping[str, Any]) -> BaseModel:

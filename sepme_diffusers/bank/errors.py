@@ -1,6 +1,10 @@
-"""What a host can map to a status code."""
+"""What a bank refuses. A host can map each type to a status code."""
 
 from __future__ import annotations
+
+
+class BankError(ValueError):
+    """A bank on disk or on the Hub cannot be trusted or understood; the message names the file."""
 
 
 class PolicyError(ValueError):

@@ -21,23 +21,23 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sepme_diffusers.bank import manifest as manifests
-from sepme_diffusers.bank.card import ASSETS, CARD
-from sepme_diffusers.bank.manifest import (
+from sepme_diffusers.bank.errors import BankError, PolicyError
+from sepme_diffusers.bank.files import persist, replace_file, write_file
+from sepme_diffusers.bank.layout import (
+    ASSETS,
+    CARD,
     DOORS_FILE,
+    FORMER,
+    LOCK,
     LORA_CONFIG,
     LORA_FILE,
     MANIFEST,
     MODULE_FILE,
+    STAGING,
     TEXT_FILE,
-    BankError,
 )
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import from_lora, to_lora
-
-LOCK = ".sepme_bank.lock"
-# Everything that a save prepares stands here until it is moved into place.
-_STAGING = ".sepme_bank.writing"
-_FORMER = "former.json"
 
 # What a safetensors header takes for the two tensors of a module, generously.
 _HEADER = 2048
@@ -67,22 +67,26 @@ class BankFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def manifest(self, wanted: Sequence[str] | None = None) -> dict[str, Any]:
+    def manifest(self, wanted: Sequence[str] | None = None, data: bytes | None = None) -> dict[str, Any]:
         """The manifest, with no concepts but the wanted ones.
+
+        Args:
+            wanted: Names, or None for all.
+            data: The manifest's bytes, where they have been read already. Default: as it stands there.
 
         Raises:
             BankError: If it is missing, damaged, unsafe or of a newer format.
             KeyError: If it lacks one of the wanted.
-            ValueError: If `wanted` leaves out a concept that the policy always erases.
+            PolicyError: If `wanted` leaves out a concept that the policy always erases.
         """
-        manifest = manifests.parse(self.manifest_bytes(), self.folder / MANIFEST)
+        manifest = manifests.parse(self.manifest_bytes() if data is None else data, self.folder / MANIFEST)
         if wanted is None:
             return manifest
         concepts, always = manifest["concepts"], manifest["policy"]["always"]
         if unknown := [name for name in wanted if name not in concepts]:
             raise KeyError(f"no concepts {unknown} in this bank; it has {list(concepts)}")
         if left_out := sorted(set(always) - set(wanted)):
-            raise ValueError(f"the bank's policy always erases {left_out}; load them as well")
+            raise PolicyError(f"the bank's policy always erases {left_out}; load them as well")
         return {**manifest, "concepts": {name: record for name, record in concepts.items() if name in wanted}}
 
     def manifest_bytes(self) -> bytes:
@@ -129,6 +133,26 @@ class BankFolder:
         except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
 
+    def damaged(self, wanted: Sequence[str] | None = None) -> list[str]:
+        """The files that are not what their hashes say: the manifest, or else those of the wanted concepts."""
+        try:
+            data = self.manifest_bytes()
+        except BankError:
+            return [MANIFEST]
+        if manifests.is_damaged(data):
+            return [MANIFEST]
+        try:
+            records = self.manifest(wanted, data)["concepts"].values()
+        except BankError:
+            return []
+        hashes = {path: digest for record in records for path, digest in read_files(record).items()}
+        return [path for path, digest in hashes.items() if self._hash(path) != digest]
+
+    def _hash(self, path: str) -> str | None:
+        with suppress(BankError):
+            return sha256(self.file(path, _MAX_BYTES))
+        return None
+
     def file(self, path: str, most: int) -> bytes:
         """The bytes of a file of this folder.
 
@@ -166,7 +190,11 @@ class BankFolder:
         return any(step.is_symlink() for step in steps[1:]) or target.parent not in blobs
 
     def write(
-        self, head: Mapping[str, Any], concepts: Iterable[ConceptFiles], card: Callable[[Mapping[str, Any]], str]
+        self,
+        head: Mapping[str, Any],
+        concepts: Iterable[ConceptFiles],
+        card: Callable[[Mapping[str, Any]], str],
+        pictures: Mapping[str, bytes],
     ) -> None:
         """Replace what the folder holds by this bank: wholly, or not at all.
 
@@ -177,6 +205,7 @@ class BankFolder:
             head: The manifest but for its concepts.
             concepts: What to write, in the bank's order.
             card: The model card, from the manifest.
+            pictures: {path in the folder: content} of the card's pictures; those that are there stay.
 
         Raises:
             BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
@@ -189,7 +218,9 @@ class BankFolder:
             try:
                 records, moves = self._stage(concepts)
                 manifest = {**head, "concepts": records}
-                self._commit(manifests.seal(manifest, self.folder / MANIFEST), card(manifest), moves)
+                sealed = manifests.seal(manifest, self.folder / MANIFEST)
+                self._put(pictures)
+                self._commit(sealed, card(manifest), moves)
             finally:
                 self._tidy()
 
@@ -221,14 +252,14 @@ class BankFolder:
 
     def _stage(self, concepts: Iterable[ConceptFiles]) -> tuple[dict[str, Any], list[str]]:
         """Write the files of new or changed concepts aside; the records of all, and the folders to move."""
-        (self.folder / _STAGING).mkdir()
+        (self.folder / STAGING).mkdir()
         records: dict[str, Any] = {}
         taken = {ASSETS: True}
         for concept in concepts:
             target, there = self._target(concept, taken)
             taken[target] = there
             if not there:
-                _write_folder(self.folder / _STAGING / target, concept.files)
+                _write_folder(self.folder / STAGING / target, concept.files)
             weights, *others = concept.files
             records[concept.name] = {
                 "file": f"{target}/{weights}",
@@ -252,27 +283,35 @@ class BankFolder:
             return all(self.file(f"{target}/{name}", len(data)) == data for name, data in files.items())
         return False
 
+    def _put(self, pictures: Mapping[str, bytes]) -> None:
+        """Write the card's pictures, before the card that shows them."""
+        if pictures and (self.folder / ASSETS).is_symlink():
+            raise BankError(f"{self.folder / ASSETS} is a symbolic link; the card's pictures go into a folder there")
+        for path, data in pictures.items():
+            (self.folder / path).parent.mkdir(exist_ok=True)
+            replace_file(self.folder / path, data)
+
     def _commit(self, sealed: bytes, card: str, moves: Iterable[str]) -> None:
-        staging = self.folder / _STAGING
+        staging = self.folder / STAGING
         # Before the first move, so that whoever tidies up knows what was to come and what was there.
-        _write(staging / MANIFEST, sealed)
+        write_file(staging / MANIFEST, sealed)
         if (self.folder / MANIFEST).exists():
-            _write(staging / _FORMER, self.manifest_bytes())
-        _write(staging / CARD, card.encode())
-        _persist(staging)
+            write_file(staging / FORMER, self.manifest_bytes())
+        write_file(staging / CARD, card.encode())
+        persist(staging)
         for target in moves:
             os.replace(staging / target, self.folder / target)
         os.replace(staging / MANIFEST, self.folder / MANIFEST)
         os.replace(staging / CARD, self.folder / CARD)
-        _persist(self.folder)
+        persist(self.folder)
 
     def _tidy(self) -> None:
         """Remove what a finished or interrupted save left: the concepts that no manifest but its own names."""
-        staging = self.folder / _STAGING
+        staging = self.folder / STAGING
         kept = self._folders(self.folder)
         if staging.is_symlink():
             staging.unlink()
-        for folder in (self._folders(staging) | self._folders(staging, _FORMER)) - kept:
+        for folder in (self._folders(staging) | self._folders(staging, FORMER)) - kept:
             _remove(self.folder / folder)
         _remove(staging)
 
@@ -419,29 +458,11 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir()
     for name, data in files.items():
-        _write(folder / name, data)
-    _persist(folder)
-
-
-def _write(file: Path, data: bytes) -> None:
-    """A new file, on the disk when this returns."""
-    with open(file, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+        write_file(folder / name, data)
+    persist(folder)
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder, if it is one: what else has the name is not ours (and opening a pipe would wait for ever)."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _persist(folder: Path) -> None:
-    """Make a folder's names survive a loss of power; Windows has no such call."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +21,14 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.card import ASSETS, CARD, Picture, model_card, write_pictures
+from sepme_diffusers.bank.card import Picture, model_card
+from sepme_diffusers.bank.contents import Contents, read, write
 from sepme_diffusers.bank.entry import Origin, base_model
+from sepme_diffusers.bank.errors import BankError, PolicyError
 from sepme_diffusers.bank.folder import BankFolder, read_files
-from sepme_diffusers.bank.manifest import MANIFEST, BankError, seal
-from sepme_diffusers.bank.signing import SIGNATURE, sign
+from sepme_diffusers.bank.layout import ASSETS, CARD, MANIFEST, SIGNATURE
+from sepme_diffusers.bank.manifest import seal
+from sepme_diffusers.bank.signing import sign
 from sepme_diffusers.text.names import listed
 
 # What a repository may hold before the first push: the Hub makes the one, people write the other.
@@ -51,56 +53,85 @@ def pull(
     repository: str,
     wanted: list[str] | None,
     subfolder: str,
-    signed: bool,
-    hub: Mapping[str, Any],
-    read: Callable[[Path], ConceptBank],
-) -> ConceptBank:
-    """A repository's bank, with the files of the wanted concepts alone; it remembers where it came from.
+    public_key: str | Path | None,
+    options: Mapping[str, Any],
+) -> tuple[Contents, Origin | None]:
+    """Download a repository's bank, with the files of the wanted concepts alone.
 
     Args:
         repository: Its id.
         wanted: Names, or None for all.
         subfolder: Where in the repository the bank is.
-        signed: Download the signature as well.
-        hub: Passed on to `snapshot_download`.
-        read: What reads and checks the downloaded folder.
+        public_key: See `contents.read`.
+        options: Passed on to `snapshot_download`.
+
+    Returns:
+        The bank, and what a push must know of where it came from: None for a bank in a subfolder, for a push goes to
+        the top of a repository.
 
     Raises:
-        BankError: If the bank cannot be trusted or understood, even when downloaded again.
+        BankError: If the bank cannot be trusted or understood, even after damaged files were downloaded again.
         DownloadError: If it could not be downloaded whole.
     """
-
-    def attempt(hub: Mapping[str, Any]) -> ConceptBank:
-        folder, records = _download(repository, wanted, subfolder, signed, hub)
-        bank = read(folder)
-        # A push goes to the top of a repository, so a bank from below has nothing there to compare with.
-        origin = None if subfolder else Origin(repository, bank.always, dict(bank.entries), records)
-        return replace(bank, origin=origin)
-
+    download = _Download(repository, wanted, subfolder, public_key, options)
     try:
-        return attempt(hub)
+        found, records = download.read()
     except DownloadError:
         raise
     except BankError:
-        if hub.get("local_files_only") or hub.get("force_download") or constants.is_offline_mode():
+        if options.get("local_files_only") or constants.is_offline_mode() or not download.repair():
             raise
-    # The cache trusts what it once stored: a download that was damaged on its way must be replaced to be repaired.
-    return attempt({**hub, "force_download": True})
+        found, records = download.read()
+    return found, None if subfolder else Origin(repository, found.always, dict(found.entries), records)
 
 
-def _download(
-    repository: str, wanted: list[str] | None, subfolder: str, signed: bool, hub: Mapping[str, Any]
-) -> tuple[Path, dict[str, Any]]:
-    """A folder with the manifest and the wanted concepts' files, all of one commit; and every concept's record."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    heads = [MANIFEST, SIGNATURE] if signed else [MANIFEST]
-    snapshot = _snapshot(repository, [prefix + file for file in heads], hub)
-    bank = BankFolder(snapshot / subfolder)
-    records = bank.manifest(wanted)["concepts"].values()
-    files = [prefix + glob.escape(file) for record in records for file in read_files(record)]
-    # The snapshot's folder is named by its commit: a push in between must not mix two banks.
-    _snapshot(repository, files, {**hub, "revision": snapshot.name})
-    return bank.folder, bank.manifest()["concepts"]
+@dataclass
+class _Download:
+    """The download of a bank, all of one commit."""
+
+    repository: str
+    wanted: list[str] | None
+    subfolder: str
+    public_key: str | Path | None
+    options: Mapping[str, Any]
+    snapshot: Path | None = None
+
+    def read(self) -> tuple[Contents, dict[str, Any]]:
+        """The wanted part of the bank, and every concept's record."""
+        self.snapshot = self._fetch([MANIFEST] if self.public_key is None else [MANIFEST, SIGNATURE], self.options)
+        bank = self.bank
+        records = bank.manifest(self.wanted)["concepts"].values()
+        # The snapshot's folder is named by its commit: a push in between must not mix two banks.
+        self._fetch([file for record in records for file in read_files(record)], self._pinned())
+        return read(bank.folder, self.wanted, self.public_key), bank.manifest()["concepts"]
+
+    def repair(self) -> bool:
+        """Download damaged files again, for the cache trusts what it once stored. Whether there were any."""
+        if self.snapshot is None:
+            return False
+        damaged = self._repair_found()
+        if damaged == [MANIFEST]:
+            self._repair_found()  # a manifest that is whole again has the hashes by which the other files are judged
+        return bool(damaged)
+
+    def _repair_found(self) -> list[str]:
+        damaged = self.bank.damaged(self.wanted)
+        if self.public_key is not None and not damaged:
+            damaged = [SIGNATURE]  # it has no hash, and may be what is wrong
+        if damaged:
+            self._fetch(damaged, {**self._pinned(), "force_download": True})
+        return damaged
+
+    @property
+    def bank(self) -> BankFolder:
+        return BankFolder(self.snapshot / self.subfolder)
+
+    def _pinned(self) -> dict[str, Any]:
+        return {**self.options, "revision": self.snapshot.name}
+
+    def _fetch(self, files: Iterable[str], options: Mapping[str, Any]) -> Path:
+        prefix = f"{self.subfolder.strip('/')}/" if self.subfolder else ""
+        return _snapshot(self.repository, [prefix + glob.escape(file) for file in files], options)
 
 
 def _snapshot(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> Path:
@@ -115,7 +146,8 @@ def _snapshot(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> P
 
 
 def push(
-    bank: ConceptBank,
+    bank: Contents,
+    origin: Origin | None,
     repository: str,
     *,
     private: bool | None = None,
@@ -130,11 +162,12 @@ def push(
     dtype: torch.dtype | None = None,
     signing_key: str | Path | None = None,
     endpoint: str | None = None,
-) -> CommitInfo:
-    """See `ConceptBank.push_to_hub`.
+) -> tuple[CommitInfo, Origin | None]:
+    """Publish a bank; see `ConceptBank.push_to_hub`.
 
     Args:
         bank: What to push.
+        origin: Where it was pulled from, if it was.
         repository: Its id.
         private: See there, as the others up to `remove`.
         token: See there.
@@ -150,16 +183,21 @@ def push(
             signed too. Without one, a signature on the Hub that is no longer true is removed.
         endpoint: Of the Hub.
 
+    Returns:
+        The commit, and the origin of the bank from now on, which knows what was pushed.
+
     Raises:
         PushConflict: See there, as the others.
     """
-    named = None if concepts is None else tuple(bank[name].concept.name for name in dict.fromkeys(listed(concepts)))
+    named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
+    if unknown := [name for name in named or () if name not in bank.entries]:
+        raise KeyError(f"cannot push {unknown}: the bank has {list(bank.entries)}")
     api = HfApi(
         endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
     )
     repository = _prepare(api, repository, private, None if create_pr else revision)
     with TemporaryDirectory(prefix="sepme-push-") as scratch:
-        change = _Change.of(bank, repository, named, tuple(remove), Path(scratch) / "bank", dtype)
+        change = _Change.of(bank, origin, repository, named, tuple(remove), Path(scratch) / "bank", dtype)
         dress = _Dress(repository, license, tuple(pictures), signing_key)
         expected = None
         for attempt in range(_ATTEMPTS):
@@ -180,9 +218,7 @@ def push(
                 if error.response.status_code != _MOVED_ON:
                     raise
                 continue
-            if not create_pr:
-                change.remember(manifest)
-            return info
+            return info, origin if create_pr else change.origin_after(manifest, origin)
     raise PushConflict(f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published")
 
 
@@ -242,7 +278,7 @@ class _Head:
 class _Change:
     """What a push wants to be different on the Hub: concepts, written to a folder as a bank is, and removals."""
 
-    bank: ConceptBank
+    bank: Contents
     origin: Origin | None
     named: tuple[str, ...] | None
     remove: tuple[str, ...]
@@ -252,19 +288,21 @@ class _Change:
     @classmethod
     def of(
         cls,
-        bank: ConceptBank,
+        bank: Contents,
+        origin: Origin | None,
         repository: str,
         named: tuple[str, ...] | None,
         remove: tuple[str, ...],
         folder: Path,
         dtype: torch.dtype | None,
     ) -> _Change:
-        origin = bank.origin if bank.origin and bank.origin.repository == repository else None
+        origin = origin if origin and origin.repository == repository else None
         pulled = origin.entries if origin else {}
-        names = named if named is not None else [name for name, entry in bank.items() if pulled.get(name) is not entry]
+        entries = bank.entries
+        names = named if named is not None else [name for name in entries if pulled.get(name) is not entries[name]]
         if both := sorted(set(names) & set(remove)):
             raise ValueError(f"{both} cannot be both pushed and removed")
-        replace(bank, entries={name: bank[name] for name in names}, always=()).save_pretrained(folder, dtype)
+        write(Contents(bank.base, {name: entries[name] for name in names}), folder, dtype)
         return cls(bank, origin, named, remove, folder, BankFolder(folder).manifest())
 
     @property
@@ -293,13 +331,13 @@ class _Change:
             raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {list(head.records)}")
         return {name: seen.get(name) if name in known else None for name in (*self.records, *self.remove)}
 
-    def remember(self, manifest: Mapping[str, Any]) -> None:
-        """Let the bank know what it has pushed, so that its next push is not taken for a conflict with this one."""
+    def origin_after(self, manifest: Mapping[str, Any], origin: Origin | None) -> Origin | None:
+        """What the bank knows once this is pushed, so that its next push is not taken for a conflict with this one."""
         if self.origin is None:
-            return
-        for name in self.records:
-            self.origin.records[name] = manifest["concepts"][name]
-            self.origin.entries.setdefault(name, self.bank[name])
+            return origin
+        records = {name: manifest["concepts"][name] for name in self.records}
+        entries = {name: self.bank.entries[name] for name in self.records}
+        return replace(origin, records={**origin.records, **records}, entries={**origin.entries, **entries})
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -320,9 +358,9 @@ def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[s
             taken.add(_folder(records[name]))
     always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
     if missing := [name for name in always if name not in records]:
-        raise ValueError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
-    base = head.manifest["base"] if head.manifest and change.named is not None else change.manifest["base"]
+        raise PolicyError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
     policy = {**change.manifest["policy"], "always": always}
+    base = _base(head, change)
     merged = {**change.manifest, "base": base, "policy": policy, "concepts": records}
     same = head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts"))
     return head.manifest if same else merged
@@ -348,12 +386,22 @@ def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any])
 
 
 def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    same = all(theirs[key] == mine[key] for key in ("width", "n_tokens"))
-    if not (same and base_model({"base": theirs}).has_projections(mine["projections"])):
+    if reason := base_model({"base": theirs}).fingerprint.differs(base_model({"base": mine}).fingerprint):
         raise BankError(
-            f"the bank on the Hub is for {theirs['name']!r} and this one for {mine['name']!r}, another base; push it "
-            "to a repository of its own"
+            f"the bank on the Hub is for {theirs['name']!r} and this one for {mine['name']!r}, another base "
+            f"({reason}); push it to a repository of its own"
         )
+
+
+def _base(head: _Head, change: _Change) -> dict[str, Any]:
+    """The base as the bank on the Hub shall name it: as the push does, or as it is there if only some are pushed.
+
+    The further doors are those of both.
+    """
+    mine, theirs = change.manifest["base"], head.manifest["base"] if head.manifest else {}
+    doors = {**theirs.get("doors", {}), **mine.get("doors", {})}
+    base = theirs if theirs and change.named is not None else mine
+    return {**base, "doors": doors} if doors else base
 
 
 def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
@@ -411,7 +459,9 @@ class _Dress:
         (folder / MANIFEST).write_bytes(data)
         card = model_card(manifest, self.repository, self.license, self.pictures, head.card)
         (folder / CARD).write_text(card, "utf-8")
-        write_pictures(folder, self.pictures)
+        for picture in self.pictures:
+            (folder / picture.path).parent.mkdir(exist_ok=True)
+            (folder / picture.path).write_bytes(picture.png())
         if self.signing_key is not None:
             sign(folder, self.signing_key)
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -15,17 +15,12 @@ from typing import Any
 
 from jsonschema_rs import Draft202012Validator, ValidationError
 
+from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.layout import DOORS_FILE, LORA_CONFIG, WEIGHTS
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.spelling import look_alikes, slug
 
-MANIFEST = "sepme_bank.json"
 FORMAT_VERSION = 5
-LORA_FILE, LORA_CONFIG, TEXT_FILE = "adapter_model.safetensors", "adapter_config.json", "text_increment.safetensors"
-MODULE_FILE = "module_increment.safetensors"
-# What a per-module increment does at further doors; a text-side one has that in its own file.
-DOORS_FILE = "doors.safetensors"
-WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
-
 # Parsed, JSON takes up to 30 times its bytes: this bounds the memory that a manifest can claim.
 MAX_BYTES = 8 * 2**20
 _MAX_DEPTH = 16
@@ -35,10 +30,6 @@ _NO_DIGEST = "0" * 64
 _SHOWN = 20
 # Listing the faults of more values than this takes seconds: then the first has to do.
 _MANY = 30_000
-
-
-class BankError(ValueError):
-    """A bank on disk cannot be trusted or understood; the message names the file."""
 
 
 def parse(data: bytes, file: Path) -> dict[str, Any]:
@@ -51,6 +42,19 @@ def parse(data: bytes, file: Path) -> dict[str, Any]:
     if manifest is None or found:
         raise BankError(f"{file} is not a valid bank manifest: {listed(found)}")
     return manifest
+
+
+def is_damaged(data: bytes) -> bool:
+    """Whether a manifest's bytes cannot be those that were written: they are no JSON, or not what the digest says.
+
+    A manifest of another version, or one that the schema refuses, is not damaged if its digest is true.
+    """
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        return True
+    digest = manifest.get("digest") if isinstance(manifest, dict) else None
+    return not isinstance(digest, str) or not _is_digest(digest, data)
 
 
 def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
@@ -196,10 +200,13 @@ def _short(text: object) -> str:
 def _digest_faults(manifest: Mapping[str, Any], data: bytes) -> Iterator[str]:
     if manifest["version"] == 1:
         return
-    digest = manifest["digest"].encode()
-    blank = data.replace(digest, _NO_DIGEST.encode())
-    if data.count(digest) != 1 or hashlib.sha256(blank).hexdigest().encode() != digest:
+    if not _is_digest(manifest["digest"], data):
         yield "it is damaged or was changed (its SHA-256 is not its digest)"
+
+
+def _is_digest(digest: str, data: bytes) -> bool:
+    blank = data.replace(digest.encode(), _NO_DIGEST.encode())
+    return data.count(digest.encode()) == 1 and hashlib.sha256(blank).hexdigest() == digest
 
 
 def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:

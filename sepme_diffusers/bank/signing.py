@@ -1,16 +1,21 @@
 """Signatures of a bank: who vouches for it. By OpenSSF's `model-signing`; install `sepme-diffusers[sign]`.
 
-What is signed is the manifest. It holds the SHA-256 of every concept's file, and the reader checks each one that it
+The manifest is what is signed. It holds the SHA-256 of every concept's files, and the reader checks each file that it
 loads; so a signature also covers a bank that was pulled in part.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from sepme_diffusers.bank.manifest import MANIFEST, BankError
+from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.files import write_file
+from sepme_diffusers.bank.folder import BankFolder
+from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
 
-SIGNATURE = f"{MANIFEST}.sig"
+# Signatures of one manifest take a few kilobytes.
+_MAX_BYTES = 2**20
 
 
 def sign(folder: str | Path, private_key: str | Path, password: str | None = None) -> Path:
@@ -31,7 +36,8 @@ def sign(folder: str | Path, private_key: str | Path, password: str | None = Non
     """
     from model_signing import signing
 
-    manifest = _manifest(folder)
+    BankFolder(Path(folder)).manifest_bytes()
+    manifest = Path(folder) / MANIFEST
     config = signing.Config().use_elliptic_key_signer(
         private_key=Path(private_key), password=password.encode() if password else None
     )
@@ -40,12 +46,15 @@ def sign(folder: str | Path, private_key: str | Path, password: str | None = Non
     return signature
 
 
-def verify_signature(folder: str | Path, public_key: str | Path) -> None:
+def verify_signature(folder: str | Path, public_key: str | Path) -> bytes:
     """Refuse a bank whose manifest is not signed with this key's private half.
 
     Args:
         folder: The bank's.
         public_key: PEM file.
+
+    Returns:
+        The manifest's bytes that were verified. Parse these, not the file, which may have been replaced since.
 
     Raises:
         BankError: If it is not signed, signed with another key, or was changed since.
@@ -54,21 +63,22 @@ def verify_signature(folder: str | Path, public_key: str | Path) -> None:
     """
     from model_signing import verifying
 
-    manifest = _manifest(folder)
-    signature = manifest.with_name(SIGNATURE)
-    if not signature.is_file():
+    bank = BankFolder(Path(folder))
+    manifest = bank.manifest_bytes()
+    if not (bank.folder / SIGNATURE).is_file():
         raise BankError(f"{folder} is not signed: it has no {SIGNATURE}")
+    signature = bank.file(SIGNATURE, _MAX_BYTES)
     verifier = verifying.Config().use_elliptic_key_verifier(public_key=Path(public_key))
-    try:
-        # A download cache holds links, which the library does not follow.
-        verifier.verify(manifest.resolve(), signature.resolve())
-    except Exception as error:
-        # Whatever went wrong with somebody else's file, it is no valid signature.
-        raise BankError(f"{signature} is no signature of {MANIFEST} with the key {public_key}: {error!r}") from error
-
-
-def _manifest(folder: str | Path) -> Path:
-    manifest = Path(folder) / MANIFEST
-    if not manifest.is_file():
-        raise BankError(f"{folder} is no concept bank: it has no {MANIFEST}")
+    with TemporaryDirectory(prefix="sepme-verify-") as private:
+        # The library reads files; these copies are ours alone. It also compares the file's name.
+        copies = Path(private, MANIFEST), Path(private, SIGNATURE)
+        for copy, data in zip(copies, (manifest, signature), strict=True):
+            write_file(copy, data)
+        try:
+            verifier.verify(*copies)
+        except Exception as error:
+            # Whatever went wrong with somebody else's file, it is no valid signature.
+            raise BankError(
+                f"{bank.folder / SIGNATURE} is no signature of {MANIFEST} with the key {public_key}: {error!r}"
+            ) from error
     return manifest

@@ -16,9 +16,10 @@ from torch import Tensor
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
-from sepme_diffusers.bank.folder import CARD, LOCK, BankFolder, increment_files, sha256
-from sepme_diffusers.bank.manifest import DOORS_FILE, LORA_CONFIG, LORA_FILE, MANIFEST, BankError, examine
-from sepme_diffusers.bank.signing import SIGNATURE
+from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.folder import BankFolder, increment_files, sha256
+from sepme_diffusers.bank.layout import CARD, DOORS_FILE, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
+from sepme_diffusers.bank.manifest import examine
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import leakage

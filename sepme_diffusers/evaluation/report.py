@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont
 
+from sepme_diffusers.bank.files import replace_file
+
 _GAP, _LABEL, _HEADER = 4, 190, 22
 _INK, _PAPER = (30, 30, 34), (255, 255, 255)
 
@@ -124,9 +126,7 @@ def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | N
         picture.save(stream, "PNG")
         files[".png"] = stream.getvalue()
     for ending, content in files.items():
-        unfinished = folder / f".{name}{ending}"
-        unfinished.write_bytes(content)
-        unfinished.replace(folder / f"{name}{ending}")
+        replace_file(folder / f"{name}{ending}", content)
 
 
 def write(folder: Path, picture: Image.Image, page: str) -> None:

@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sepme_diffusers.bank.bank import ConceptBank, libraries
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
-from sepme_diffusers.bank.manifest import LORA_FILE
+from sepme_diffusers.bank.contents import libraries
+from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.bank.layout import LORA_FILE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import to_lora
@@ -342,7 +344,7 @@ def _note(bank: ConceptBank, format: str, strengths: Mapping[str, float]) -> dic
 def _leave_note(place: Path, note: Mapping[str, str]) -> None:
     if place.is_dir():
         content = {**json.loads(note[NOTE]), "files": sorted(_files(place))}
-        (place / _NOTE_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+        replace_file(place / _NOTE_FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def _files(folder: Path) -> set[str]:

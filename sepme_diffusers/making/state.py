@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sepme_diffusers.bank.files import replace_file
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.learner import _SHARED, Learner
 
@@ -78,9 +78,7 @@ class TrainingState:
     def _write(self, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"fingerprint": self.fingerprint, "found": json.dumps(found)}
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        staged.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata))
-        os.replace(staged, self.path)
+        replace_file(self.path, save({key: t.cpu().contiguous() for key, t in tensors.items()}, metadata))
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.path.exists():

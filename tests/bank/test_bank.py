@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from filelock import FileLock
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
+from PIL import Image
 
 from folders import reseal, same, tree
 from hub import serving
-from sepme_diffusers import BankError, Concept, ConceptBank, Increment, SepMETrainer
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PolicyError, SepMETrainer
 from sepme_diffusers.algebra.subspace import leakage
-from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.bank.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.text.encoding import encode, rows
@@ -319,3 +321,76 @@ def test_numbers_that_are_too_large_for_a_compact_bank_are_refused(mixed_bank):
     increment = mixed_bank["neon"].increment
     with pytest.raises(ValueError, match=r"NaN or Inf in \['B'\]"):
         replace(increment, B=1e9 * increment.B).compact()
+
+
+def test_a_host_can_tell_a_breach_of_policy_from_other_errors(text_bank, tmp_path):
+    bank = replace(text_bank, always=("cat",))
+    bank.save_pretrained(tmp_path / "bank")
+    breaches = [
+        lambda: bank.subset(["neon"]),
+        lambda: bank.obey_policy({"neon": 1.0}),
+        lambda: bank.obey_policy({"cat": 0.5}),
+        lambda: ConceptBank.from_pretrained(tmp_path / "bank", concepts=["neon"]),
+    ]
+    for breach in breaches:
+        with pytest.raises(PolicyError, match=r"always erases \['cat'\]"):
+            breach()
+    assert issubclass(PolicyError, ValueError)
+
+
+def changed(bank, **changes):
+    return bank.with_entries([replace(bank["neon"], **changes)])
+
+
+def test_the_digest_changes_with_all_that_a_bank_does_and_with_nothing_else(text_bank, tmp_path):
+    increment, guards = text_bank["neon"].increment, text_bank["neon"].guards
+    b = increment.B.clone()
+    b[-1, -1] += 1e-6
+    others = [
+        text_bank,
+        changed(text_bank, increment=replace(increment, B=b)),
+        changed(text_bank, increment=replace(increment, B=increment.B.double())),
+        changed(text_bank, increment=replace(increment, gate=0.5)),
+        changed(text_bank, guards=(*guards, "a fox")),
+        replace(text_bank, always=("neon",)),
+        replace(text_bank, entries=dict(reversed(text_bank.entries.items()))),
+        text_bank.subset(["neon", "cat"]),
+        text_bank.compact(),
+    ]
+    assert len({bank.digest for bank in others}) == len(others)
+    text_bank.save_pretrained(tmp_path)
+    assert ConceptBank.from_pretrained(tmp_path).digest == text_bank.digest
+    assert changed(text_bank, metrics={}).digest == text_bank.digest
+
+
+def test_a_bank_prints_on_one_line(text_bank):
+    shown = repr(text_bank)
+    assert len(shown) < 200
+    assert "\n" not in shown
+    assert all(part in shown for part in ("3 concepts", "'neon'", text_bank.base.name, text_bank.digest[:12]))
+    many = [replace(text_bank["neon"], concept=Concept(f"neon {i}")) for i in range(30)]
+    assert len(repr(text_bank.with_entries(many))) < 250
+
+
+def test_a_notebook_shows_a_short_table_that_names_cannot_break_out_of(text_bank):
+    many = [replace(text_bank["neon"], concept=Concept(f"<script>{i}")) for i in range(30)]
+    page = text_bank.with_entries(many)._repr_html_()
+    assert page.count("<tr>") == 1 + 20
+    assert "and 13 more" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;0" in page
+
+
+def test_pictures_are_written_under_the_lock_and_before_the_card_that_shows_them(text_bank, tmp_path):
+    """A save that another one keeps out leaves no picture, nor does one that fails leave a card without its own."""
+    picture = Picture("cat-before", "a cat", Image.new("RGB", (8, 8), "red"))
+    text_bank.save_pretrained(tmp_path)
+    before = tree(tmp_path)
+    with FileLock(tmp_path / LOCK), pytest.raises(BankError, match="another process is saving"):
+        text_bank.subset(["neon"]).save_pretrained(tmp_path, pictures=[picture])
+    assert {file: data for file, data in tree(tmp_path).items() if file != LOCK} == before
+    (tmp_path / "assets").write_bytes(b"in the way")
+    with pytest.raises((BankError, OSError)):
+        text_bank.subset(["neon"]).save_pretrained(tmp_path, pictures=[picture])
+    (tmp_path / "assets").unlink()
+    assert {file: data for file, data in tree(tmp_path).items() if file != LOCK} == before

@@ -13,7 +13,7 @@ def test_a_bank_fits_its_own_base(pipe, mixed_bank):
 def test_text_side_increments_fit_every_unet_and_per_module_ones_do_not(text_bank, mixed_bank):
     weights = {name: weight * 1.1 for name, weight in projection_weights(random_pipeline(seed=1).unet).items()}
     refuse_other_weights(text_bank, weights)
-    with pytest.raises(ValueError, match=r"this UNet has other weights\. Text-side increments"):
+    with pytest.raises(ValueError, match=r"this UNet has other weights than .*Text-side increments"):
         refuse_other_weights(mixed_bank, weights)
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from folders import same, tree
 from hub import serving
 from sepme_diffusers import BankError, Concept, ConceptBank
-from sepme_diffusers.bank.folder import LOCK
+from sepme_diffusers.bank.layout import LOCK
 from tiny import tiny_bank
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from folders import reseal, same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment, pocket
 from sepme_diffusers.bank.folder import sha256
-from sepme_diffusers.bank.manifest import FORMAT_VERSION, MANIFEST
+from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.manifest import FORMAT_VERSION
 from tiny import tiny_bank
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

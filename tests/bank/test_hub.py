@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import threading
@@ -17,7 +18,7 @@ from hub import NARROW, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, pocket
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.hub import DownloadError
-from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.bank.layout import MANIFEST
 
 REPOSITORY = "me/my-bank"
 
@@ -171,6 +172,27 @@ def test_a_new_and_a_pushed_version_of_one_bank_follow_each_other(text_bank, pus
     bank = bank.with_entries([stronger(bank["chalk"])])
     push(bank)
     assert same(bank, pull())
+
+
+def test_what_one_bank_pushed_is_not_known_to_another_of_the_same_pull(text_bank, push, pull, server):
+    """Each knows the Hub as it last saw it itself: the second of two that change one concept is a conflict."""
+    push(text_bank)
+    pulled = pull()
+    first, second = (pulled.with_entries([stronger(pulled["cat"], factor)]) for factor in (2.0, 3.0))
+    push(first)
+    before = server.files(REPOSITORY)
+    with pytest.raises(PushConflict, match=r"\['cat'\] changed on the Hub"):
+        push(second)
+    with pytest.raises(PushConflict, match=r"\['cat'\] changed on the Hub"):
+        push(pulled, remove=["cat"])
+    assert server.files(REPOSITORY) == before
+    push(first.with_entries([stronger(first["cat"])]))
+
+
+def test_doors_of_two_banks_add_up(text_bank, push, pull):
+    push(replace(text_bank, base=replace(text_bank.base, doors={"pooled": 8})))
+    push(grown(replace(text_bank, base=replace(text_bank.base, doors={"other": 9})), "chalk"))
+    assert pull().base.doors == {"pooled": 8, "other": 9}
 
 
 class TestConcurrency:
@@ -427,6 +449,29 @@ class TestTrouble:
         with pytest.raises(BankError):
             pull(local_files_only=True)
         assert same(text_bank, pull())
+
+    def test_only_damaged_files_are_downloaded_again(self, text_bank, push, pull, server, tmp_path):
+        push(text_bank)
+        pull()
+        (link,) = (tmp_path / "cache").rglob("snapshots/*/neon/*.safetensors")
+        link.resolve().write_bytes(b"damaged")
+        server.forget()
+        assert same(text_bank, pull())
+        assert server.fetched == ["neon/text_increment.safetensors"]
+
+    @pytest.mark.parametrize("change", [{"version": 99}, {"policy": {"always": ["ghost"]}}])
+    def test_what_is_wrong_but_not_damaged_is_not_downloaded_again(self, change, text_bank, push, pull, server):
+        """A newer version, or a manifest that breaks the rules, is the same after every download."""
+        push(text_bank)
+        files = server.files(REPOSITORY)
+        manifest = json.loads(files[MANIFEST]) | change | {"digest": "0" * 64}
+        blank = json.dumps(manifest).encode()
+        sealed = blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
+        server.publish(REPOSITORY, {**files, MANIFEST: sealed})
+        server.forget()
+        with pytest.raises(BankError, match="version 99|ghost"):
+            pull()
+        assert server.fetched == [MANIFEST]
 
     def test_a_server_that_dies_in_the_middle(self, text_bank, push, pull, server):
         push(text_bank)

@@ -7,7 +7,8 @@ from jsonschema_rs import Draft202012Validator, meta
 
 import sepme_diffusers
 from sepme_diffusers import BankError
-from sepme_diffusers.bank.manifest import MANIFEST, MAX_BYTES, examine, parse, seal
+from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.manifest import MAX_BYTES, examine, parse, seal
 from tiny import tiny_bank
 
 

@@ -18,7 +18,7 @@ import pytest
 from folders import reseal, same
 from sepme_diffusers import BankError, ConceptBank
 from sepme_diffusers.bank.folder import sha256
-from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.verify import verify
 from tiny import tiny_bank
 

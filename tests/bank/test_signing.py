@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import hub
 from folders import same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment
-from sepme_diffusers.bank.manifest import MANIFEST
-from sepme_diffusers.bank.signing import SIGNATURE, sign, verify_signature
+from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
+from sepme_diffusers.bank.signing import sign, verify_signature
 from sepme_diffusers.cli.app import app
 
 pytest.importorskip("model_signing", reason="the extra sepme-diffusers[sign] is not installed")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from folders import reseal, tree
 from sepme_diffusers import ConceptBank, Increment, SepMEPipeline, pocket
 from sepme_diffusers.bank.folder import sha256
-from sepme_diffusers.bank.manifest import MANIFEST
+from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.cli.app import app
 from small import random_pipeline

@@ -1,0 +1,23 @@
+"""The names of a bank's files."""
+
+from __future__ import annotations
+
+MANIFEST = "sepme_bank.json"
+SIGNATURE = f"{MANIFEST}.sig"
+CARD = "README.md"
+# The card's pictures. They stand beside the concepts' folders, are no part of the bank and are never read by it.
+ASSETS = "assets"
+
+TEXT_FILE = "text_increment.safetensors"
+LORA_FILE, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# A compact per-module increment, which is no LoRA.
+MODULE_FILE = "module_increment.safetensors"
+# What a per-module increment does at further doors; a text-side one has that in its own file.
+DOORS_FILE = "doors.safetensors"
+WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
+
+LOCK = ".sepme_bank.lock"
+# Everything that a save prepares stands here until it is moved into place.
+STAGING = ".sepme_bank.writing"
+# There: the manifest that is being replaced.
+FORMER = "former.json"
