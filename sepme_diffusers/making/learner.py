@@ -13,7 +13,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.noise import NoisyPictures, Reference
 
-_SHARED = "B"
+SHARED = "B"
 
 
 class Learner:
@@ -49,12 +49,12 @@ class Learner:
 
     def _first(self, config: SepMEConfig, start: Increment | None) -> dict[str, Tensor]:
         r, d = self.basis.shape
-        heights = {_SHARED: d} if config.parametrisation == "text" else {m: len(w) for m, w in self.weights.items()}
+        heights = {SHARED: d} if config.parametrisation == "text" else {m: len(w) for m, w in self.weights.items()}
         if start is None:
             return {key: torch.zeros(height, r, device=self.device) for key, height in heights.items()}
         # Coordinates of its A in the basis: A = L S.
         coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
-        factors = {_SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
+        factors = {SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
 
     def reference(self, unet: nn.Module) -> Reference:
@@ -66,14 +66,14 @@ class Learner:
     def delta_weights(self) -> Iterator[Tensor]:
         """ΔW_m for each module, with gradient to the factors."""
         for module, weight in self.weights.items():
-            text_side = self.factors.get(_SHARED)
+            text_side = self.factors.get(SHARED)
             yield (self.factors[module] if text_side is None else weight.float() @ text_side) @ self.basis
 
     def increment(self) -> Increment:
         """The increment as it is now, on the CPU."""
         factors = {key: factor.detach().cpu() for key, factor in self.factors.items()}
-        if _SHARED in factors:
-            return Increment(self.basis.cpu(), B=factors[_SHARED])
+        if SHARED in factors:
+            return Increment(self.basis.cpu(), B=factors[SHARED])
         return Increment(self.basis.cpu(), C=factors)
 
     def metrics(self) -> dict[str, Any]:

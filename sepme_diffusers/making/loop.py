@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss, sparsity
 from sepme_diffusers.doors.linears import linear_of, text_projections
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.making.learner import _SHARED, Learner
+from sepme_diffusers.making.learner import SHARED, Learner
 from sepme_diffusers.making.noise import Reference
 from sepme_diffusers.making.state import TrainingState
 
@@ -53,23 +53,25 @@ def learn(
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    optimizer = torch.optim.Adam([f for one in learners for f in one.factors.values()], lr=config.learning_rate)
+    optimizer = torch.optim.Adam(
+        [f for learner in learners for f in learner.factors.values()], lr=config.learning_rate
+    )
     first = 0 if state is None else state.restore(learners, optimizer)
-    for one in learners if first == 0 else ():
-        if one.warm:
-            scale_warm_start(pipe.unet, one)
-    # Only between batches: going on then draws the next one.
+    for learner in learners if first == 0 else ():
+        if learner.warm:
+            scale_warm_start(pipe.unet, learner)
+    # Only between batches: going on then draws the next learner.
     save_every = config.steps_per_batch * max(1, _SAVE_EVERY // config.steps_per_batch)
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.update(first)
         for step in range(first, config.max_steps):
-            active = [one for one in learners if not one.stopped]
+            active = [learner for learner in learners if not learner.stopped]
             if not active:
                 break
             _take_step(pipe.unet, active, learners, optimizer, config, on_step)
             bar.update()
-            bar.set_description(", ".join(one.name for one in active))
-            bar.set_postfix(momentum=f"{max(one.stop.value for one in active):+.1e}")
+            bar.set_description(", ".join(learner.name for learner in active))
+            bar.set_postfix(momentum=f"{max(learner.stop.value for learner in active):+.1e}")
             if state is not None and (step + 1) % save_every == 0:
                 state.save(step + 1, learners, optimizer)
 
@@ -82,8 +84,8 @@ def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
     strong costs dozens of steps.
     """
     batches = (learner.pictures.next() for _ in range(_BATCHES_TO_SCALE))
-    found = [correlation(unet, Reference.of(unet, batch), [learner]) for batch in batches]
-    edited, original = (sum(map(float, values)) for values in zip(*found, strict=True))
+    pairs = [correlation(unet, Reference.of(unet, batch), [learner]) for batch in batches]
+    edited, original = (sum(map(float, values)) for values in zip(*pairs, strict=True))
     if edited < original:  # else it is no start at all, and training has to turn it round
         for factor in learner.factors.values():
             factor.mul_(min(original / (original - edited), _MOST_SCALED))
@@ -97,17 +99,17 @@ def _take_step(
     config: SepMEConfig,
     on_step: Callable[[Step], None] | None,
 ) -> None:
-    factors = [factor for one in active for factor in one.factors.values()]
+    factors = [factor for learner in active for factor in learner.factors.values()]
     losses, scales, gradients = [], [], []
-    for one in active:
-        loss, scale = correlation(unet, one.reference(unet), learners)
-        refuse_divergence(loss, one.name, one.stop.step + 1)
+    for learner in active:
+        loss, scale = correlation(unet, learner.reference(unet), learners)
+        refuse_divergence(loss, learner.name, learner.stop.step + 1)
         gradients.append(torch.autograd.grad(loss, factors, allow_unused=True))
         losses.append(loss.item())
         scales.append(scale)
-    floors = [one.stop.threshold(scale) for one, scale in zip(active, scales, strict=True)]
+    floors = [learner.stop.threshold(scale) for learner, scale in zip(active, scales, strict=True)]
     shares = balance(losses, floors)
-    penalty = sum(sparsity(one.delta_weights()) for one in active)
+    penalty = sum(sparsity(learner.delta_weights()) for learner in active)
     optimizer.zero_grad()
     (config.sparsity * penalty).backward(inputs=factors)
     for share, some in zip(shares, gradients, strict=True):
@@ -115,10 +117,10 @@ def _take_step(
             if gradient is not None:
                 factor.grad += share * gradient
     optimizer.step()
-    for one, loss, scale in zip(active, losses, scales, strict=True):
-        one.stopped = one.stop.update(loss, scale)
+    for learner, loss, scale in zip(active, losses, scales, strict=True):
+        learner.stopped = learner.stop.update(loss, scale)
         if on_step is not None:
-            on_step(Step(one.name, one.stop.step, loss, one.stop.value))
+            on_step(Step(learner.name, learner.stop.step, loss, learner.stop.value))
 
 
 def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
@@ -152,7 +154,7 @@ def attached(unet: nn.Module, learners: Sequence[Learner]) -> Iterator[None]:
     projections = {name: linear_of(module) for name, module in text_projections(unet).items()}
     handles = []
     for name, linear in projections.items():
-        if _SHARED in learners[0].factors:
+        if SHARED in learners[0].factors:
             handles.append(linear.register_forward_pre_hook(_edit_input(learners)))
         else:
             handles.append(linear.register_forward_hook(_add_change(learners, name)))
@@ -165,7 +167,7 @@ def attached(unet: nn.Module, learners: Sequence[Learner]) -> Iterator[None]:
 
 def _edit_input(learners: Sequence[Learner]) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0] + _change(inputs[0], learners, _SHARED), *inputs[1:])
+        return (inputs[0] + _change(inputs[0], learners, SHARED), *inputs[1:])
 
     return hook
 
@@ -176,4 +178,4 @@ def _add_change(learners: Sequence[Learner], name: str) -> Callable[..., Any]:
 
 def _change(embedding: Tensor, learners: Sequence[Learner], key: str) -> Tensor:
     e = embedding.float()
-    return sum((e @ one.basis.T) @ one.factors[key].T for one in learners).to(embedding.dtype)
+    return sum((e @ learner.basis.T) @ learner.factors[key].T for learner in learners).to(embedding.dtype)

@@ -221,7 +221,7 @@ def test_a_state_of_other_settings_is_refused(pipe, tmp_path):
         SepMETrainer(pipe, replace(TRAIN, seed=1), state=tmp_path).erase([WOODCUT])
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match="no training state"):
+    with pytest.raises(ValueError, match="not a training state"):
         SepMETrainer(pipe, TRAIN, state=tmp_path).erase([WOODCUT])
 
 
@@ -232,7 +232,7 @@ from dataclasses import replace
 from small import TRAIN, random_pipeline
 from sepme_diffusers import Concept, SepMETrainer
 from sepme_diffusers.making import loop
-optimise._SAVE_EVERY = 2
+loop._SAVE_EVERY = 2
 config = replace(TRAIN, max_steps=400, min_steps=400)
 print("ready", flush=True)
 SepMETrainer(random_pipeline(), config, state={state!r}).erase([Concept("woodcut", (("woodcut", ""),))])
@@ -253,8 +253,8 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(tmp_path):
 
     with safe_open(files[0], "pt") as file:
         fingerprint = file.metadata()["fingerprint"]
-    _, found = TrainingState(files[0], fingerprint)._read()
-    assert found["step"] >= 2
+    _, record = TrainingState(files[0], fingerprint)._read()
+    assert record["step"] >= 2
 
 
 def test_progress_shows_momentum(pipe, capsys):
