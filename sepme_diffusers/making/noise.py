@@ -78,6 +78,11 @@ class Reference:
         """L_cor of the original model with itself: the mean square of its r_c."""
         return correlation_loss(self.representation, self.representation).item()
 
+    @property
+    def slope(self) -> float:
+        """The largest derivative of L_cor with respect to a number of the predicted noise, max |r_c| / their count."""
+        return self.representation.abs().max().item() / self.representation.numel()
+
     @classmethod
     @torch.no_grad()
     def of(cls, unet: nn.Module, batch: Batch) -> Reference:

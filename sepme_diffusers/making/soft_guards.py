@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import covariance, nearest_covariance
+from sepme_diffusers.bank.files import replace_file
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import encode, rows
 
@@ -85,9 +85,7 @@ class SoftGuards:
         path = Path(path)
         triangle = self.covariance.float().cpu()[_upper(len(self.covariance))].contiguous()
         metadata = {"format": _FORMAT, "version": "1", "prompts": json.dumps(self.prompts, ensure_ascii=False)}
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_bytes(save({"covariance": triangle}, metadata))
-        os.replace(staged, path)
+        replace_file(path, save({"covariance": triangle}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> SoftGuards:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sepme_diffusers.bank.files import replace_file
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.learner import SHARED, Learner
@@ -117,9 +117,7 @@ class TrainingState:
     def _write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"fingerprint": self.fingerprint, "record": json.dumps(record)}
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        staged.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata))
-        os.replace(staged, self.path)
+        replace_file(self.path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata))
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.path.exists():
