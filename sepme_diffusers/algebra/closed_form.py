@@ -62,7 +62,7 @@ def reduced_rank_edit(
         )
     n = len(concept)
     inside, change = concept.double() @ null.T, change.double() / n**0.5
-    metric = _metric(inside, null, penalty, ridge)
+    metric = regression_metric(inside, null, penalty, ridge)
     root = torch.linalg.cholesky(metric if penalty_inside is None else metric + penalty_inside)
     # With fewer rows than directions everything happens in the span of the rows.
     span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
@@ -103,27 +103,15 @@ def with_gain(
     return a, b * (gain / share)
 
 
-def imitation(concept: Tensor, null: Tensor, penalty: Tensor | None = None, ridge: float = 1e-5) -> Tensor:
-    """K (d, d), float64, with rows in the null space, so that e Kᵀ is as good as e for the concept's tokens e.
-
-        K = Eᵀ X M⁻¹ N / n,    X = E Nᵀ,    M = XᵀX / n + N P Nᵀ + ε s I,    s = ‖X‖² / (n k)
-
-    Put behind a change ΔW it gives ΔW K, which does to the concept what ΔW does, and nothing to the guards.
+def regression_metric(inside: Tensor, null: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
+    """Return M = XᵀX / n + N P Nᵀ + ε s I, (k, k), float64: what an edit costs, in the null space's coordinates.
 
     Args:
-        concept: E, the concept's token rows, (n, d).
-        null: N, orthonormal rows of the guard's null space, (k, d).
-        penalty: P, what moving other tokens costs, (d, d).
-        ridge: ε.
+        inside: X = E Nᵀ, the concept's token rows in these coordinates, (n, k), float64.
+        null: N, orthonormal rows of the guard's null space, (k, d), float64.
+        penalty: P, what moving other tokens costs, (d, d); or None.
+        ridge: ε, what the edit's norm costs, relative to s = ‖X‖² / (n k).
     """
-    null, concept = null.double(), concept.double()
-    inside = concept @ null.T
-    metric = _metric(inside, null, penalty, ridge)
-    return torch.linalg.solve(metric, inside.T @ concept / len(inside)).T @ null
-
-
-def _metric(inside: Tensor, null: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
-    """M = XᵀX / n + N P Nᵀ + ε s I, (k, k)."""
     metric = inside.T @ inside / len(inside)
     metric.diagonal().add_(ridge * float(metric.trace()) / len(null))
     return metric if penalty is None else metric + null @ penalty.double() @ null.T

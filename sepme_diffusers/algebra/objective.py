@@ -40,11 +40,21 @@ def sparsity(deltas: Iterable[Tensor]) -> Tensor:
     return torch.stack(norms).sum() / len(norms)
 
 
+def l1_gradient(coefficients: Tensor, basis: Tensor) -> Tensor:
+    """Differentiate ‖C A‖₁ with respect to C: sign(C A) Aᵀ, (d_out, r).
+
+    Args:
+        coefficients: C, (d_out, r).
+        basis: A, (r, d).
+    """
+    return (coefficients @ basis).sign_() @ basis.T
+
+
 def balance(losses: Sequence[float], floors: Sequence[float]) -> list[float]:
     """η_i = max_k |L_k| / |L_i|: weights with which every concept's loss counts as much as the largest.
 
     Args:
-        losses: L_i, a number a concept.
+        losses: L_i, one number per concept.
         floors: Least magnitude each is taken at: where a loss is as good as zero, its weight would grow without bound.
 
     Source: arXiv 2402.05947 (joint variant).

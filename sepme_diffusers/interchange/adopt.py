@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sepme_diffusers.algebra.closed_form import imitation
+from sepme_diffusers.algebra.imitation import imitated, separable_factors
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
@@ -18,14 +18,12 @@ from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
-from sepme_diffusers.making.trainer import SepMETrainer
+from sepme_diffusers.making.trainer import SepMETrainer, refuse_erased
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded, rows
 
 Method = Literal["imitate", "project"]
 
-# An eraser of rank r has r effects; what rounding adds lies below this share of the largest.
-_LEAST_EFFECT = 1e-6
 # Below this share of an eraser's effect, or of the concept's embedding, what the guards leave is rounding.
 _LEAST_KEPT = 1e-4
 
@@ -82,7 +80,8 @@ def from_lora(
     """
     if method not in get_args(Method):
         raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
-    found = as_concepts(concepts)
+    refuse_erased(pipe)
+    concepts = as_concepts(concepts)
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
     bank = bank if bank is not None else ConceptBank(base)
@@ -95,71 +94,15 @@ def from_lora(
             f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
         )
     encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
-    names = dict.fromkeys((*bank, *(concept.name for concept in found)))
+    names = dict.fromkeys((*bank, *(concept.name for concept in concepts)))
     room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
-    for concept in found:
+    for concept in concepts:
         regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
         penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
         penalty = sum(penalties) if penalties else None
         entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
     return bank.with_entries(entries)
-
-
-def imitated(
-    deltas: Mapping[str, Tensor],
-    concept: Tensor,
-    null: Tensor,
-    penalty: Tensor | None = None,
-    ridge: float = 1e-5,
-) -> dict[str, Tensor]:
-    """The changes (d_out, d), float64, with rows in the null space that do to the concept's tokens what ΔW does.
-
-    With X = E Nᵀ and K of `closed_form.imitation` it is ΔW K, the ridge regression of E ΔWᵀ on X: one K for all
-    modules.
-
-    Args:
-        deltas: ΔW_m (d_out, d) by module name.
-        concept: E, the concept's token rows, (n, d).
-        null: N, orthonormal rows of the guard's null space, (k, d).
-        penalty: P, what moving other tokens costs, (d, d).
-        ridge: ε, relative to the mean square of X.
-    """
-    operator = imitation(concept, null, penalty, ridge)
-    return {name: delta.double() @ operator for name, delta in deltas.items()}
-
-
-def separable_factors(
-    deltas: Mapping[str, Tensor], concept: Tensor, null: Tensor, rank: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Factors A (r, d) and C_m (d_out, r), float64, of the rank-r part of ΔW NᵀN that the concept feels most.
-
-    Of all D of rank r with rows in the null space it minimises Σ_m ‖E (ΔW_m NᵀN − D_m)ᵀ‖² with one A shared by all
-    modules (Eckart–Young on ΔW Nᵀ (N EᵀE Nᵀ)^½, modules stacked), and acts on every other token as ΔW does within
-    these directions.
-
-    Args:
-        deltas: ΔW_m (d_out, d) by module name.
-        concept: E, the concept's token rows, (n, d).
-        null: N, orthonormal rows of the guard's null space, (k, d).
-        rank: r; fewer where fewer directions have an effect.
-
-    Raises:
-        ValueError: If there is no effect at all.
-    """
-    null = null.double()
-    _, sizes, directions = torch.linalg.svd(concept.double() @ null.T, full_matrices=False)
-    probes = (directions @ null).T * sizes
-    effects = {name: delta.double() @ probes for name, delta in deltas.items()}
-    squares, right = torch.linalg.eigh(sum(effect.T @ effect for effect in effects.values()))
-    if not squares[-1] > 0:
-        raise ValueError("its change does nothing to the concept's tokens that the guards leave room for")
-    values = squares.clamp(min=0).sqrt().flip(0)[:rank]
-    kept = values > _LEAST_EFFECT * values[0]
-    right = right.flip(1)[:, :rank][:, kept] / values[kept]
-    c = {name: effect @ right for name, effect in effects.items()}
-    a = sum(c[name].T @ delta.double() for name, delta in deltas.items())
-    return a @ null.T @ null, c
 
 
 def _entry(

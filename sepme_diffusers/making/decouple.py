@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sepme_diffusers.algebra.closed_form import imitation
+from sepme_diffusers.algebra.imitation import imitation
 from sepme_diffusers.algebra.subspace import project
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
@@ -26,7 +26,7 @@ _LEAST_KEPT = 1e-3
 def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     """The bank with every increment guarded on the name of every other concept: A is projected, A NᵀN.
 
-    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, `closed_form.imitation`: names are
+    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, `imitation`: names are
     damped by what of them a direction holds, and what leaks is measured.
 
     An increment that knew all of them already is left as it is. What it cost each of the others is in its metrics:

@@ -61,7 +61,7 @@ class Guards:
     """
 
     def __init__(self, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> None:
-        self._encoded, self.hard, self.config = encoded, tuple(hard), config
+        self.encoded, self.hard, self.config = encoded, tuple(hard), config
         self.names = tuple(name for name in names if name not in self.hard)
         self.width = encoded(self.hard).shape[-1]
         room = int((1 - config.reserve) * self.width)
@@ -101,7 +101,7 @@ class Guards:
             return None
         energy = self._name_energy_inside
         if concept.name in self.names:
-            own = rows(self._encoded([concept.name])).double() @ self._hard_null.T
+            own = rows(self.encoded([concept.name])).double() @ self._hard_null.T
             energy = energy - own.T @ own / len(own)
         return self.config.name_weight * energy
 
@@ -111,7 +111,7 @@ class Guards:
         Raises:
             ValueError: If that is nothing, with the guards to blame where one is the same prompt.
         """
-        guarded, embeddings = self._encoded(self.prompts(concept)), self._encoded(concept.prompts)
+        guarded, embeddings = self.encoded(self.prompts(concept)), self.encoded(concept.prompts)
         for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
             # The last tokens alone tell nearly all prompts apart, and are no farther from each other than the wholes.
             least = _SAME * embedding.norm()
@@ -132,16 +132,16 @@ class Guards:
 
     def dimensions_taken(self, concept: Concept) -> int:
         """How many dimensions the concept's name takes from each increment that guards it exactly."""
-        with_it = row_space(rows(self._encoded((*self.prompts(concept), concept.name))), self.config.guard_tolerance)
-        without = row_space(rows(self._encoded(self.prompts(concept))), self.config.guard_tolerance)
+        with_it = row_space(rows(self.encoded((*self.prompts(concept), concept.name))), self.config.guard_tolerance)
+        without = row_space(rows(self.encoded(self.prompts(concept))), self.config.guard_tolerance)
         return len(with_it) - len(without)
 
     def _exact_null(self, concept: Concept) -> Tensor:
-        return null_space(rows(self._encoded(self.prompts(concept))), self.config.guard_tolerance)
+        return null_space(rows(self.encoded(self.prompts(concept))), self.config.guard_tolerance)
 
     @cached_property
     def _hard_null(self) -> Tensor:
-        return null_space(rows(self._encoded(self.hard)), self.config.guard_tolerance)
+        return null_space(rows(self.encoded(self.hard)), self.config.guard_tolerance)
 
     @cached_property
     def _name_energy(self) -> Tensor:
@@ -152,5 +152,5 @@ class Guards:
         return self._hard_null @ self._name_energy @ self._hard_null.T
 
     def _energy(self, names: Sequence[str]) -> Tensor:
-        tokens = self._encoded(names).double()
+        tokens = self.encoded(names).double()
         return torch.einsum("nti,ntj->ij", tokens, tokens) / tokens.shape[1]

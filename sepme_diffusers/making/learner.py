@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sepme_diffusers.algebra.objective import MomentumStop
+from sepme_diffusers.algebra.objective import MomentumStop, l1_gradient
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.noise import NoisyPictures, Reference
 
-_SHARED = "B"
+# The name of the factor that all modules share in text-side form.
+SHARED = "B"
 
 
 class Learner:
@@ -24,7 +25,7 @@ class Learner:
         basis: A, scaled (the paper's β S), (r, d).
         weights: W_m (d_out, d) by module name.
         pictures: Noisy pictures of the concept.
-        config: How.
+        config: The settings.
         start: An increment to start from, its A within the span of the basis. Default: zero.
     """
 
@@ -49,33 +50,40 @@ class Learner:
 
     def _first(self, config: SepMEConfig, start: Increment | None) -> dict[str, Tensor]:
         r, d = self.basis.shape
-        heights = {_SHARED: d} if config.parametrisation == "text" else {m: len(w) for m, w in self.weights.items()}
+        heights = {SHARED: d} if config.parametrisation == "text" else {m: len(w) for m, w in self.weights.items()}
         if start is None:
             return {key: torch.zeros(height, r, device=self.device) for key, height in heights.items()}
         # Coordinates of its A in the basis: A = L S.
         coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
-        factors = {_SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
+        factors = {SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
 
     def reference(self, unet: nn.Module) -> Reference:
-        """What the next step learns from: a new noisy batch whenever one has served its steps."""
+        """Return what the next step learns from: a new noisy batch whenever the last has served its steps."""
         if self.stop.step % self.steps_per_batch == 0:
             self._reference = Reference.of(unet, self.pictures.next())
         return self._reference
 
-    def delta_weights(self) -> Iterator[Tensor]:
-        """ΔW_m for each module, with gradient to the factors."""
+    @torch.no_grad()
+    def sparsity_gradient(self) -> dict[str, Tensor]:
+        """Differentiate Σ_m ‖ΔW_m‖₁ / M with respect to each factor, with one dense ΔW_m in memory at a time."""
+        shared = self.factors.get(SHARED)
+        slopes = {key: torch.zeros_like(factor) for key, factor in self.factors.items()}
         for module, weight in self.weights.items():
-            text_side = self.factors.get(_SHARED)
-            yield (self.factors[module] if text_side is None else weight.float() @ text_side) @ self.basis
+            if shared is None:
+                slopes[module] = l1_gradient(self.factors[module], self.basis) / len(self.weights)
+            else:  # C_m = W_m B
+                w = weight.float()
+                slopes[SHARED] += w.T @ l1_gradient(w @ shared, self.basis) / len(self.weights)
+        return slopes
 
     def increment(self) -> Increment:
-        """The increment as it is now, on the CPU."""
+        """Return the increment as it is now, on the CPU."""
         factors = {key: factor.detach().cpu() for key, factor in self.factors.items()}
-        if _SHARED in factors:
-            return Increment(self.basis.cpu(), B=factors[_SHARED])
+        if SHARED in factors:
+            return Increment(self.basis.cpu(), B=factors[SHARED])
         return Increment(self.basis.cpu(), C=factors)
 
     def metrics(self) -> dict[str, Any]:
-        """Steps taken, the momentum statistic, and whether the rule stopped it."""
+        """Report steps taken, the momentum statistic, and whether the rule stopped it."""
         return {"steps": self.stop.step, "momentum": self.stop.value, "stopped_by_rule": self.stopped}

@@ -1,4 +1,4 @@
-"""The training loop: one concept's coefficients, or those of several at once, until the stop rule says enough."""
+"""The training loop, and one step of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss, sparsity
+from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss
 from sepme_diffusers.doors.linears import linear_of, text_projections
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.making.learner import _SHARED, Learner
+from sepme_diffusers.making.gradients import frozen, gradients
+from sepme_diffusers.making.learner import SHARED, Learner
 from sepme_diffusers.making.noise import Reference
 from sepme_diffusers.making.state import TrainingState
 
@@ -38,38 +39,40 @@ def learn(
     on_step: Callable[[Step], None] | None = None,
     state: TrainingState | None = None,
 ) -> None:
-    """Train until every learner has stopped, or `max_steps`.
+    """Train until every learner has stopped, or for `max_steps`.
 
     Minimises Σ_i η_i L_cor,i + λ Σ_i ‖ΔW_i‖₁ / M, each L_cor,i of the model with the increments of all learners on it.
-    One that has stopped stays as it is: going on would only destroy what is unrelated.
+    A learner that has stopped stays as it is: going on would only destroy what is unrelated.
 
     Args:
         pipe: The original model, which is left as it was.
         learners: One, or several that are trained together (the paper's joint variant).
-        config: How.
+        config: The settings.
         on_step: Called after every step, for each learner.
         state: Where to go on from, and what is written every few steps.
 
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    optimizer = torch.optim.Adam([f for one in learners for f in one.factors.values()], lr=config.learning_rate)
+    factors = [factor for learner in learners for factor in learner.factors.values()]
+    optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
     first = 0 if state is None else state.restore(learners, optimizer)
-    for one in learners if first == 0 else ():
-        if one.warm:
-            scale_warm_start(pipe.unet, one)
+    if first == 0:
+        for learner in learners:
+            if learner.warm:
+                scale_warm_start(pipe.unet, learner)
     # Only between batches: going on then draws the next one.
     save_every = config.steps_per_batch * max(1, _SAVE_EVERY // config.steps_per_batch)
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.update(first)
         for step in range(first, config.max_steps):
-            active = [one for one in learners if not one.stopped]
+            active = [learner for learner in learners if not learner.stopped]
             if not active:
                 break
-            _take_step(pipe.unet, active, learners, optimizer, config, on_step)
+            take_step(pipe.unet, active, learners, optimizer, config, on_step)
             bar.update()
-            bar.set_description(", ".join(one.name for one in active))
-            bar.set_postfix(momentum=f"{max(one.stop.value for one in active):+.1e}")
+            bar.set_description(", ".join(learner.name for learner in active))
+            bar.set_postfix(momentum=f"{max(learner.stop.value for learner in active):+.1e}")
             if state is not None and (step + 1) % save_every == 0:
                 state.save(step + 1, learners, optimizer)
 
@@ -81,44 +84,54 @@ def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
     The momentum statistic starts at the first loss and forgets it slowly, so a start that is a little too weak or too
     strong costs dozens of steps.
     """
-    batches = (learner.pictures.next() for _ in range(_BATCHES_TO_SCALE))
-    found = [correlation(unet, Reference.of(unet, batch), [learner]) for batch in batches]
-    edited, original = (sum(map(float, values)) for values in zip(*found, strict=True))
+    references = [Reference.of(unet, learner.pictures.next()) for _ in range(_BATCHES_TO_SCALE)]
+    with attached(unet, [learner]):
+        edited = sum(float(correlation(unet, reference)) for reference in references)
+    original = sum(reference.correlation for reference in references)
     if edited < original:  # else it is no start at all, and training has to turn it round
         for factor in learner.factors.values():
             factor.mul_(min(original / (original - edited), _MOST_SCALED))
 
 
-def _take_step(
+def take_step(
     unet: nn.Module,
     active: Sequence[Learner],
     learners: Sequence[Learner],
     optimizer: torch.optim.Optimizer,
     config: SepMEConfig,
-    on_step: Callable[[Step], None] | None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> None:
-    factors = [factor for one in active for factor in one.factors.values()]
-    losses, scales, gradients = [], [], []
-    for one in active:
-        loss, scale = correlation(unet, one.reference(unet), learners)
-        refuse_divergence(loss, one.name, one.stop.step + 1)
-        gradients.append(torch.autograd.grad(loss, factors, allow_unused=True))
+    """Take one step of the active learners, with the increments of all learners on the model.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    factors = [factor for learner in active for factor in learner.factors.values()]
+    losses, scales, slopes = [], [], []
+    for learner in active:
+        reference = learner.reference(unet)
+        # Until the gradient is taken: with gradient checkpointing that runs the denoiser again, edited like before.
+        with frozen(unet), attached(unet, learners):
+            loss = correlation(unet, reference)
+            refuse_divergence(loss, learner.name, learner.stop.step + 1)
+            slopes.append(gradients(loss, factors, unet.dtype, reference.slope))
         losses.append(loss.item())
-        scales.append(scale)
-    floors = [one.stop.threshold(scale) for one, scale in zip(active, scales, strict=True)]
+        scales.append(reference.correlation)
+    floors = [learner.stop.threshold(scale) for learner, scale in zip(active, scales, strict=True)]
     shares = balance(losses, floors)
-    penalty = sum(sparsity(one.delta_weights()) for one in active)
     optimizer.zero_grad()
-    (config.sparsity * penalty).backward(inputs=factors)
-    for share, some in zip(shares, gradients, strict=True):
-        for factor, gradient in zip(factors, some, strict=True):
-            if gradient is not None:
-                factor.grad += share * gradient
+    for learner in active:
+        for key, slope in learner.sparsity_gradient().items():
+            learner.factors[key].grad = config.sparsity * slope
+    for share, of_loss in zip(shares, slopes, strict=True):
+        for factor, slope in zip(factors, of_loss, strict=True):
+            if slope is not None:
+                factor.grad += share * slope
     optimizer.step()
-    for one, loss, scale in zip(active, losses, scales, strict=True):
-        one.stopped = one.stop.update(loss, scale)
+    for learner, loss, scale in zip(active, losses, scales, strict=True):
+        learner.stopped = learner.stop.update(loss, scale)
         if on_step is not None:
-            on_step(Step(one.name, one.stop.step, loss, one.stop.value))
+            on_step(Step(learner.name, learner.stop.step, loss, learner.stop.value))
 
 
 def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
@@ -134,29 +147,30 @@ def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
         )
 
 
-def correlation(unet: nn.Module, reference: Reference, learners: Sequence[Learner]) -> tuple[Tensor, float]:
-    """L_cor of the model with increments, with gradient, and that of the original.
+def correlation(unet: nn.Module, reference: Reference) -> Tensor:
+    """Compute L_cor of the model as it is now, with the increments that are attached to it; a scalar.
 
-    One pass beside those of the reference. The edited model's prediction without the concept is taken from the
+    This is one pass beside those of the reference. The edited model's prediction without the concept is taken from the
     original: exact for a guarded prompt, and for any other the reference that the edit must not drift from.
     """
-    with attached(unet, learners):
-        edited = reference.batch.predict_noise(unet, reference.batch.with_concept)
-    representation = concept_representation(edited, reference.without)
-    return correlation_loss(representation, reference.representation), reference.correlation
+    edited = reference.batch.predict_noise(unet, reference.batch.with_concept)
+    return correlation_loss(concept_representation(edited, reference.without), reference.representation)
 
 
 @contextmanager
 def attached(unet: nn.Module, learners: Sequence[Learner]) -> Iterator[None]:
-    """While the block runs, the learners' increments act on the text projections, with gradient to their factors."""
+    """While the block runs, the learners' increments act on the text projections, with gradient to their factors.
+
+    Take gradients inside the block: gradient checkpointing runs the projections again for them.
+    """
     projections = {name: linear_of(module) for name, module in text_projections(unet).items()}
     handles = []
-    for name, linear in projections.items():
-        if _SHARED in learners[0].factors:
-            handles.append(linear.register_forward_pre_hook(_edit_input(learners)))
-        else:
-            handles.append(linear.register_forward_hook(_add_change(learners, name)))
     try:
+        for name, linear in projections.items():
+            if SHARED in learners[0].factors:
+                handles.append(linear.register_forward_pre_hook(_edit_input(learners)))
+            else:
+                handles.append(linear.register_forward_hook(_add_change(learners, name)))
         yield
     finally:
         for handle in handles:
@@ -165,7 +179,7 @@ def attached(unet: nn.Module, learners: Sequence[Learner]) -> Iterator[None]:
 
 def _edit_input(learners: Sequence[Learner]) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0] + _change(inputs[0], learners, _SHARED), *inputs[1:])
+        return (inputs[0] + _change(inputs[0], learners, SHARED), *inputs[1:])
 
     return hook
 
@@ -176,4 +190,4 @@ def _add_change(learners: Sequence[Learner], name: str) -> Callable[..., Any]:
 
 def _change(embedding: Tensor, learners: Sequence[Learner], key: str) -> Tensor:
     e = embedding.float()
-    return sum((e @ one.basis.T) @ one.factors[key].T for one in learners).to(embedding.dtype)
+    return sum((e @ learner.basis.T) @ learner.factors[key].T for learner in learners).to(embedding.dtype)

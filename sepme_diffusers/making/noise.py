@@ -20,7 +20,7 @@ _KNOWN = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Text:
-    """What a denoiser reads beside the picture, a row a prompt.
+    """What a denoiser reads beside the picture, one row per prompt.
 
     Args:
         states: e(c), (n, n_tokens, d).
@@ -51,7 +51,7 @@ class Batch:
     prediction_type: str
 
     def predict_noise(self, unet: nn.Module, text: Text) -> Tensor:
-        """ε(x_t, c) for one prompt a row, or for several after one another, (len(text), channels, h, w), float32."""
+        """Predict ε(x_t, c) for one prompt per picture or several in turn, (len(text), channels, h, w), float32."""
         copies = len(text.states) // len(self.noisy)
         noisy, steps = self.noisy.repeat(copies, 1, 1, 1), self.steps.repeat(copies)
         added = {name: value.to(unet.dtype) for name, value in text.added.items()}
@@ -78,10 +78,15 @@ class Reference:
         """L_cor of the original model with itself: the mean square of its r_c."""
         return correlation_loss(self.representation, self.representation).item()
 
+    @property
+    def slope(self) -> float:
+        """The largest derivative of L_cor with respect to a number of the predicted noise, max |r_c| / their count."""
+        return self.representation.abs().max().item() / self.representation.numel()
+
     @classmethod
     @torch.no_grad()
     def of(cls, unet: nn.Module, batch: Batch) -> Reference:
-        """What this denoiser predicts on the batch, with and without the concept in one pass."""
+        """Predict on the batch, with and without the concept in one pass."""
         with_concept, without = batch.predict_noise(unet, batch.with_concept.then(batch.without)).chunk(2)
         return cls(batch, without, concept_representation(with_concept, without))
 
@@ -121,18 +126,18 @@ class NoisyPictures:
         prompts = [self.concept.prompts[i % len(self.concept.pairs)] for i in range(self.config.n_images)]
         parts = []
         for start in range(0, len(prompts), self.config.batch_size):
-            made = self.pipe(
+            drawn = self.pipe(
                 prompts[start : start + self.config.batch_size],
                 num_inference_steps=self.config.image_steps,
                 guidance_scale=self.config.guidance_scale,
                 generator=self.generator,
                 output_type="latent",
             )
-            parts.append(made.images.float())
+            parts.append(drawn.images.float())
         return torch.cat(parts)
 
     def next(self) -> Batch:
-        """The next batch; the same sequence for the same seed."""
+        """Return the next batch; the same sequence for the same seed."""
         n, scheduler, device = self.config.batch_size, self.pipe.scheduler, self.latents.device
         chosen = torch.randint(len(self.latents), (n,), generator=self.generator)
         steps = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=self.generator)
@@ -146,7 +151,7 @@ class NoisyPictures:
         return Batch(noisy, steps.to(device), self.with_concept[pair], self.without[pair], alphas, kind)
 
     def state(self) -> dict[str, Tensor]:
-        """What `restore` goes on from."""
+        """Return what `restore` goes on from."""
         return {"latents": self.latents, "generator": self.generator.get_state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -156,7 +161,7 @@ class NoisyPictures:
 
 
 def refuse_other_schedules(scheduler: Any) -> None:
-    """Check that training knows how a scheduler adds noise.
+    """Check that a scheduler adds noise in a way that training knows.
 
     Raises:
         ValueError: If it has no ᾱ_t (flow matching, EDM), or predicts something else than noise, velocity or picture.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sepme_diffusers.algebra.objective import MomentumStop, concept_representation, correlation_loss
-from sepme_diffusers.doors.linears import cross_attentions
+from sepme_diffusers.doors.linears import cross_attentions, plain
 from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.making.gradients import frozen, gradients
 from sepme_diffusers.making.loop import Step, refuse_divergence
-from sepme_diffusers.making.noise import Batch, NoisyPictures, Reference
+from sepme_diffusers.making.noise import NoisyPictures, Reference
 
 
 def unlearn_permanently(
@@ -23,14 +24,14 @@ def unlearn_permanently(
     config: SepMEConfig,
     on_step: Callable[[Step], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Changed weights of every cross-attention, {parameter name: weight}; concepts one after the other.
+    """Return changed weights of every cross-attention, {parameter name: weight}; concepts one after the other.
 
     Four passes a step, two of them with gradient: without guards the prediction without the concept moves as well.
 
     Args:
         pipe: The original model, which is left as it was.
-        names: Of the concepts.
-        pictures: Noisy pictures of each concept.
+        names: The concepts' names.
+        pictures: Noisy pictures, one sequence per concept.
         config: `learning_rate`, `momentum`, `tolerance`, steps.
         on_step: Called after every step.
 
@@ -60,16 +61,15 @@ def _unlearn(
 ) -> None:
     optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
     stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
-    edited_unet = _Edited(pipe.unet, weights)
+    step = _Step(plain(pipe.unet))
     with pipe.progress_bar(total=config.max_steps) as bar:
         bar.set_description(name)
         for _ in range(config.max_steps):
             if stop.step % config.steps_per_batch == 0:
                 reference = Reference.of(pipe.unet, pictures.next())
-            loss = correlation_loss(_representation(edited_unet, reference.batch), reference.representation)
-            refuse_divergence(loss, name, stop.step + 1)
-            optimizer.zero_grad()
-            loss.backward(inputs=list(weights.values()))
+            loss, slopes = step.with_weights(weights, reference, name, stop.step + 1)
+            for weight, slope in zip(weights.values(), slopes, strict=True):
+                weight.grad = slope
             optimizer.step()
             stopping = stop.update(loss.item(), reference.correlation)
             bar.update()
@@ -80,17 +80,33 @@ def _unlearn(
                 break
 
 
-def _representation(unet: Any, batch: Batch) -> Tensor:
-    both = batch.with_concept.then(batch.without)
-    return concept_representation(*batch.predict_noise(unet, both).chunk(2))
+class _Step(nn.Module):
+    """The loss of a denoiser and its gradients, as a module: all of it runs with other weights in place.
 
+    Gradient checkpointing runs the denoiser again for the gradients, and must find the same weights there.
+    """
 
-class _Edited:
-    """A denoiser computed with other weights, which leaves its own as they were."""
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
 
-    def __init__(self, unet: nn.Module, weights: dict[str, Tensor]) -> None:
-        self.unet, self.weights, self.dtype = unet, weights, unet.dtype
+    def with_weights(
+        self, weights: Mapping[str, Tensor], reference: Reference, name: str, number: int
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute the loss and its gradients with respect to these weights, which replace the denoiser's own.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cast = {name: weight.to(self.dtype) for name, weight in self.weights.items()}
-        return functional_call(self.unet, cast, args, kwargs)
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        with frozen(self.unet):
+            cast = {f"unet.{key}": weight.to(self.unet.dtype) for key, weight in weights.items()}
+            return functional_call(self, cast, (list(weights.values()), reference, name, number))
+
+    def forward(
+        self, weights: Sequence[Tensor], reference: Reference, name: str, number: int
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        batch = reference.batch
+        both = batch.predict_noise(self.unet, batch.with_concept.then(batch.without))
+        loss = correlation_loss(concept_representation(*both.chunk(2)), reference.representation)
+        refuse_divergence(loss, name, number)
+        return loss.detach(), gradients(loss, weights, self.unet.dtype, reference.slope)

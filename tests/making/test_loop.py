@@ -28,6 +28,12 @@ def learner(pipe, concept, config=TRAIN, guards=("",), start=None):
     return Learner(concept.name, config.beta * basis, projection_weights(pipe.unet), pictures, config, start)
 
 
+@torch.no_grad()
+def correlation_of(pipe, references, learners):
+    with attached(pipe.unet, learners):
+        return sum(correlation(pipe.unet, reference).item() for reference in references)
+
+
 def equal(first, second):
     return first.tensors().keys() == second.tensors().keys() and all(
         torch.equal(t, second.tensors()[name]) for name, t in first.tensors().items()
@@ -62,14 +68,16 @@ def test_the_loss_is_the_papers(pipe):
         for factor in one.factors.values():
             factor.normal_()
     batch = one.pictures.next()
-    loss, scale = correlation(pipe.unet, Reference.of(pipe.unet, batch), [one])
+    reference = Reference.of(pipe.unet, batch)
     with torch.no_grad():
+        with attached(pipe.unet, [one]):
+            loss = correlation(pipe.unet, reference)
         frozen = [batch.predict_noise(pipe.unet, text) for text in (batch.with_concept, batch.without)]
         with attached(pipe.unet, [one]):
             edited = [batch.predict_noise(pipe.unet, text) for text in (batch.with_concept, batch.without)]
     product = (edited[0] - edited[1]) * (frozen[0] - frozen[1])
     assert loss.item() == pytest.approx(product.mean().item(), rel=1e-3)
-    assert scale == pytest.approx((frozen[0] - frozen[1]).square().mean().item(), rel=1e-4)
+    assert reference.correlation == pytest.approx((frozen[0] - frozen[1]).square().mean().item(), rel=1e-4)
 
 
 def test_a_noisy_batch_serves_its_steps(pipe):
@@ -109,10 +117,10 @@ def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
         pictures = NoisyPictures(pipe, WOODCUT, config, Encoded(pipe))
         one = Learner("woodcut", 0.01 * basis, projection_weights(pipe.unet), pictures, config, start)
         references = [Reference.of(pipe.unet, one.pictures.next()) for _ in range(4)]
-        found = [correlation(pipe.unet, reference, [one]) for reference in references]
-        before, scale = sum(loss.item() for loss, _ in found), sum(scale for _, scale in found)
+        scale = sum(reference.correlation for reference in references)
+        before = correlation_of(pipe, references, [one])
         scale_warm_start(pipe.unet, one)
-        after = sum(correlation(pipe.unet, reference, [one])[0].item() for reference in references)
+        after = correlation_of(pipe, references, [one])
         left.append(abs(after) / scale)
         assert abs(after) < max(abs(before), 0.2 * scale)
     assert max(left) < 0.3
@@ -126,8 +134,10 @@ def test_joint_gradients_of_mutually_guarded_concepts_are_the_separate_ones(pipe
             factor.normal_()
     batch = Reference.of(pipe.unet, woodcut.pictures.next())
     own, others = list(woodcut.factors.values()), list(neon.factors.values())
-    alone = torch.autograd.grad(correlation(pipe.unet, batch, [woodcut])[0], own)
-    together = torch.autograd.grad(correlation(pipe.unet, batch, [woodcut, neon])[0], [*own, *others])
+    with attached(pipe.unet, [woodcut]):
+        alone = torch.autograd.grad(correlation(pipe.unet, batch), own)
+    with attached(pipe.unet, [woodcut, neon]):
+        together = torch.autograd.grad(correlation(pipe.unet, batch), [*own, *others])
     size = max(gradient.abs().max() for gradient in alone)
     for mine, joint in zip(alone, together, strict=False):
         assert (mine - joint).abs().max() < 1e-3 * size
@@ -166,9 +176,9 @@ def test_joint_training_sees_what_unguarded_concepts_do_to_each_other(pipe):
         pipe.load_sepme(bank)
         pipe.set_erased(list(bank))
         with torch.no_grad():
-            found = batch.predict_noise(pipe.unet, batch.with_concept)
+            predicted = batch.predict_noise(pipe.unet, batch.with_concept)
         pipe.unload_sepme()
-        return found
+        return predicted
 
     assert not torch.allclose(left(separate), left(joint), atol=1e-3)
 
@@ -221,7 +231,7 @@ def test_a_state_of_other_settings_is_refused(pipe, tmp_path):
         SepMETrainer(pipe, replace(TRAIN, seed=1), state=tmp_path).erase([WOODCUT])
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match="no training state"):
+    with pytest.raises(ValueError, match="not a training state"):
         SepMETrainer(pipe, TRAIN, state=tmp_path).erase([WOODCUT])
 
 
@@ -232,7 +242,7 @@ from dataclasses import replace
 from small import TRAIN, random_pipeline
 from sepme_diffusers import Concept, SepMETrainer
 from sepme_diffusers.making import loop
-optimise._SAVE_EVERY = 2
+loop._SAVE_EVERY = 2
 config = replace(TRAIN, max_steps=400, min_steps=400)
 print("ready", flush=True)
 SepMETrainer(random_pipeline(), config, state={state!r}).erase([Concept("woodcut", (("woodcut", ""),))])
@@ -253,8 +263,8 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(tmp_path):
 
     with safe_open(files[0], "pt") as file:
         fingerprint = file.metadata()["fingerprint"]
-    _, found = TrainingState(files[0], fingerprint)._read()
-    assert found["step"] >= 2
+    _, record = TrainingState(files[0], fingerprint)._read()
+    assert record["step"] >= 2
 
 
 def test_progress_shows_momentum(pipe, capsys):

@@ -1,3 +1,5 @@
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.algebra.subspace import null_space
+from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, TRAIN, latents
 
@@ -116,3 +119,37 @@ def test_damped_names_that_leave_the_gate_shut_are_promised_exactly(pipe):
     pipe.load_sepme(bank)
     assert torch.equal(latents(pipe, "neon", erased=["cat", "pencil"]), before)
     assert not torch.equal(latents(pipe, "neon", erased=["neon"]), before)
+
+
+def test_what_was_erased_after_the_trainer_was_built_is_noticed(pipe, text_bank):
+    """Increments are made on the original model, whenever the erased set was changed."""
+    trainer = SepMETrainer(pipe, TRAIN)
+    pipe.load_sepme(text_bank)
+    pipe.set_erased(["neon"])
+    for make in (trainer.erase, trainer.erase_permanently):
+        with pytest.raises(ValueError, match=r"has erased \['neon'\]; restore them"):
+            make([WOODCUT])
+    pipe.set_erased([])
+    assert list(trainer.erase([WOODCUT])) == ["woodcut"]
+
+
+def test_training_states_and_soft_guards_are_on_the_disk_when_they_are_written(pipe, tmp_path, monkeypatch):
+    """Each file is flushed to the disk before it gets its name, and its folder after."""
+    events = []
+    fsync, replace_name = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        events.append("name")
+        replace_name(source, target)
+
+    monkeypatch.setattr("os.fsync", note_fsync)
+    monkeypatch.setattr("os.replace", note_replace)
+    SepMETrainer(pipe, TRAIN, state=tmp_path).erase([WOODCUT])
+    assert events == ["file", "name", "folder"]
+    events.clear()
+    SoftGuards.from_prompts(pipe, ["a dog"]).save(tmp_path / "soft.safetensors")
+    assert events == ["file", "name", "folder"]
