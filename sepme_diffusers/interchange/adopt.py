@@ -1,4 +1,4 @@
-"""Other erasers made separable: what they change, kept off the guards and cut down to what the concept feels."""
+"""Other erasers made separable: their change of the weights, without what it does to the guards."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def from_lora(
     method: Method = "imitate",
     difference: bool = False,
 ) -> ConceptBank:
-    """A bank from an eraser that was made with another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
+    """Make a bank from an eraser of another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
 
-    Its change of the text projections is brought into the null space of the guards and factored by reduced rank, cut
-    by effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
+    Its change of the text projections is brought into the null space of the guards. Then it is cut to the rank, by
+    its effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
     and leaves the guarded prompts exactly alone. What it changes elsewhere cannot be kept.
 
-    What each step cost stands in the entry's metrics. `effect_kept_within_guards` and, after the cut to the rank,
+    The entry's metrics say what each step cost. `effect_kept_within_guards` and, after the cut to the rank,
     `effect_kept`: how much of the wanted change of the concept's keys and values is made (1: all of it).
     `guard_damage_before` and `guard_damage_after`: how much of the guarded prompts' keys and values changes.
     `share_representable`: the text projections' share of the eraser's whole change; `parts_outside`: how many other
     modules it changes.
 
     Args:
-        source: Tensors by name, a .safetensors file or a folder with one, see `foreign.read_change`.
+        source: Tensors by name, a .safetensors file or a folder with one, see `weight_change.read_change`.
         pipe: The pipeline that the eraser was made for; only read.
         concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
         guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
@@ -68,13 +68,11 @@ def from_lora(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If nothing in the source is understood or representable, it was made for another base, it does
-            nothing to a concept that the guards leave room for, or the pipeline has erasures active.
+        ValueError: If nothing in the source is understood or can be kept, it was made for another base, the guards
+            take away all that it does to a concept, or the pipeline has erasures active.
 
     Example:
-        >>> from sepme_diffusers import SepMEPipeline, pocket
-        >>> from sepme_diffusers.interchange.adopt import from_lora
-        >>> from sepme_diffusers.interchange.export import export_lora
+        >>> from sepme_diffusers import SepMEPipeline, export_lora, from_lora, pocket
         >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
         >>> file = export_lora(pocket.bank("styles"), pipe, ["neon"], "neon.safetensors", format="kohya")
         >>> list(from_lora(file, pipe, ["neon"]))
@@ -82,7 +80,7 @@ def from_lora(
     """
     if method not in get_args(Method):
         raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
-    found = as_concepts(concepts)
+    adopted = as_concepts(concepts)
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
     bank = bank if bank is not None else ConceptBank(base)
@@ -95,10 +93,10 @@ def from_lora(
             f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
         )
     encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
-    names = dict.fromkeys((*bank, *(concept.name for concept in found)))
+    names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
     room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
-    for concept in found:
+    for concept in adopted:
         regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
         penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
         penalty = sum(penalties) if penalties else None
@@ -113,7 +111,7 @@ def imitated(
     penalty: Tensor | None = None,
     ridge: float = 1e-5,
 ) -> dict[str, Tensor]:
-    """The changes (d_out, d), float64, with rows in the null space that do to the concept's tokens what ΔW does.
+    """Solve for the changes with rows in the null space that do to the concept's tokens what ΔW does.
 
     With X = E Nᵀ and K of `closed_form.imitation` it is ΔW K, the ridge regression of E ΔWᵀ on X: one K for all
     modules.
@@ -124,6 +122,9 @@ def imitated(
         null: N, orthonormal rows of the guard's null space, (k, d).
         penalty: P, what moving other tokens costs, (d, d).
         ridge: ε, relative to the mean square of X.
+
+    Returns:
+        The changes (d_out, d) by module name, float64.
     """
     operator = imitation(concept, null, penalty, ridge)
     return {name: delta.double() @ operator for name, delta in deltas.items()}
@@ -132,7 +133,7 @@ def imitated(
 def separable_factors(
     deltas: Mapping[str, Tensor], concept: Tensor, null: Tensor, rank: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Factors A (r, d) and C_m (d_out, r), float64, of the rank-r part of ΔW NᵀN that the concept feels most.
+    """Factor the part of rank r of ΔW NᵀN that acts most on the concept: A (r, d) and C_m (d_out, r), float64.
 
     Of all D of rank r with rows in the null space it minimises Σ_m ‖E (ΔW_m NᵀN − D_m)ᵀ‖² with one A shared by all
     modules (Eckart–Young on ΔW Nᵀ (N EᵀE Nᵀ)^½, modules stacked), and acts on every other token as ΔW does within
@@ -185,13 +186,13 @@ def _entry(
     a, c = separable_factors(inside, tokens, null, config.rank)
     c = {name: c.get(name, torch.zeros(len(weight), len(a))).float() for name, weight in weights.items()}
     increment = Increment(a.float(), C=c)
-    made = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
+    changes = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
     original = _norm(weights, guarded)
     metrics = {
         "effect_kept_within_guards": _kept(inside, deltas, tokens),
-        "effect_kept": _kept(made, deltas, tokens),
+        "effect_kept": _kept(changes, deltas, tokens),
         "guard_damage_before": _norm(deltas, guarded) / original,
-        "guard_damage_after": _norm(made, guarded) / original,
+        "guard_damage_after": _norm(changes, guarded) / original,
         "source": change.kind,
         "method": method,
         "share_representable": change.share_inside,
@@ -220,7 +221,7 @@ def _norm(deltas: Mapping[str, Tensor], tokens: Tensor) -> float:
     return float(sum((tokens @ delta.double().T).square().sum() for delta in deltas.values())) ** 0.5
 
 
-def _kept(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
+def _kept(changes: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
     """⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
-    pairs = ((tokens @ made[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
-    return float(sum((mine * theirs).sum() for mine, theirs in pairs)) / _norm(wanted, tokens) ** 2
+    pairs = ((tokens @ changes[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
+    return float(sum((kept * whole).sum() for kept, whole in pairs)) / _norm(wanted, tokens) ** 2

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer
 from sepme_diffusers.evaluation.bench import making, shapes
 from sepme_diffusers.evaluation.bench.runner import peak_resident
-from sepme_diffusers.interchange.export import single_file_tensors
+from sepme_diffusers.interchange.checkpoint import single_file_tensors
 from sepme_diffusers.text.encoding import encode
 
 pytestmark = pytest.mark.slow
