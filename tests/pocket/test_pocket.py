@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from sepme_diffusers import SoftGuards, pocket
-from sepme_diffusers.evaluation.measures.metrics import generate, judged
+from sepme_diffusers.evaluation.measures.accuracy import judged
+from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.pocket import concepts
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.text.encoding import encode, rows

@@ -1,4 +1,4 @@
-"""The paper's training step and null space, as the authors' code takes them."""
+"""The training step and the null space of the paper, as in the authors' code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 
 
 def null_space_by_elimination(guard: Tensor) -> Tensor:
-    """Unit rows (d - rank, d), float64, that span the null space of G: not orthonormal, by elimination in sympy.
+    """Find unit rows (d - rank, d), float64, that span the null space of G by elimination in sympy; not orthonormal.
 
     Args:
         guard: G, the token rows that must not change, (n_rows, d).
@@ -29,7 +29,7 @@ def null_space_by_elimination(guard: Tensor) -> Tensor:
 
 
 class PaperStep:
-    """A training step as the paper takes it: two UNets, four passes, the full basis.
+    """Takes a training step as the paper does: two UNets, four passes, the full basis.
 
     ε(x_t, c) and ε(x_t, ∅) of the frozen UNet, and both of the edited one with gradient.
 
@@ -67,7 +67,7 @@ class PaperStep:
         self.optimizer = torch.optim.Adam(self.coefficients.values(), lr=config.learning_rate)
 
     def __call__(self, noisy: Tensor, steps: Tensor) -> float:
-        """Take a step on x_t (n, channels, h, w) at timesteps t (n,); the correlation loss before it."""
+        """Take a step on x_t (n, channels, h, w) at timesteps t (n,), and return the correlation loss before it."""
         with torch.no_grad():
             frozen = concept_representation(*self._both(self.frozen, noisy, steps))
         self.edited.requires_grad_(not self.freeze)
