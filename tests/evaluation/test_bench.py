@@ -37,7 +37,9 @@ def test_every_measure_has_a_name_a_bar_and_a_baseline():
         assert measure.run.__doc__
 
 
-@pytest.mark.parametrize("name", ["loop_50_of_50", "loop_built_in", "mixed_batch"])
+@pytest.mark.parametrize(
+    "name", ["loop_50_of_50", pytest.param("loop_built_in", marks=pytest.mark.slow), "mixed_batch"]
+)
 def test_the_loop_is_timed_against_the_plain_pipeline(name, runner, pocket_pipe):
     if name == "loop_built_in":
         runner.small = pocket_pipe

@@ -61,6 +61,15 @@ def test_frechet_distance_of_known_gaussians():
         frechet_distance(x[:1], x)
 
 
+def test_frechet_distance_is_the_formula_in_all_dimensions():
+    """Computed in the few dimensions that the pictures span, it is the distance in all of them."""
+    draw = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(6, 30, dtype=torch.float64, generator=draw) for _ in range(2))
+    roots = torch.linalg.eigvals(torch.cov(x.T) @ torch.cov(y.T)).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * roots
+    assert frechet_distance(x, y) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_pooled_features_are_what_the_heads_read():
     assert pooled_features(noise(2)).shape == (4, 2 * 96 + 2 * 128)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.evaluation.measures.judge_features import pooled_features
@@ -26,9 +27,11 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
 
     if min(len(features), len(others)) < 2:
         raise ValueError(f"a covariance needs two pictures or more, not {len(features)} and {len(others)}")
-    metric = FrechetInceptionDistance(_GivenFeatures(features.shape[1]))
-    metric.update(features.double(), real=True)
-    metric.update(others.double(), real=False)
+    # The distance does not change in an orthonormal basis of what both sets span: a few pictures need few dimensions.
+    basis = torch.linalg.qr(torch.cat([features, others]).double().T).Q
+    metric = FrechetInceptionDistance(_GivenFeatures(basis.shape[1]))
+    metric.update(features.double() @ basis, real=True)
+    metric.update(others.double() @ basis, real=False)
     return max(float(metric.compute()), 0.0)
 
 
