@@ -23,3 +23,4 @@ from .runtime.pipeline import SepMEPipeline as SepMEPipeline
 from .runtime.pipeline import SepMEXLPipeline as SepMEXLPipeline
 from .runtime.pipeline import attach as attach
 from .text.concept import Concept as Concept
+from .version import __version__ as __version__

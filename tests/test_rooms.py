@@ -24,6 +24,7 @@ FROM_TOP_TO_BOTTOM = (
     "text",
     "increment",
     "algebra",
+    "version",  # a module of the root, beneath every room
 )
 ROOT = Path(sepme_diffusers.__file__).parent
 
