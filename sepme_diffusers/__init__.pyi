@@ -29,3 +29,4 @@ from .runtime.pipeline import attach as attach
 from .runtime.receipt import Receipt as Receipt
 from .runtime.sheets import card_pictures as card_pictures
 from .text.concept import Concept as Concept
+from .version import __version__ as __version__

@@ -1,6 +1,7 @@
 """The benchmarks' measures: those that are quick at small size, and what the slow ones are made of."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_elimination_spans_the_same_null_space():
     assert theirs.shape == (7, 12)
     torch.testing.assert_close(theirs.norm(dim=1), torch.ones(7, dtype=torch.float64))
     torch.testing.assert_close(theirs @ ours.T @ ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_elimination_without_sympy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sympy", None)
+    with pytest.raises(ImportError, match=r"sympy: pip install 'sepme-diffusers\[eval\]'"):
+        null_space_by_elimination(torch.eye(2))
 
 
 def test_elimination_says_what_was_timed():

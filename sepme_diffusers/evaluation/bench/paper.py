@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +22,15 @@ def null_space_by_elimination(guard: Tensor) -> Tensor:
     Args:
         guard: G, the token rows that must not change, (n_rows, d).
 
+    Raises:
+        ImportError: If sympy is missing.
+
     Source: the authors' code for arXiv 2402.05947, `Matrix(embeddings).nullspace()` on floats.
     """
+    try:
+        import sympy
+    except ImportError as error:
+        raise ImportError("elimination needs sympy: pip install 'sepme-diffusers[eval]'") from error
     solutions = sympy.Matrix(guard.cpu().numpy()).nullspace()
     basis = torch.from_numpy(np.array(solutions, dtype=np.float64).reshape(len(solutions), guard.shape[1]))
     return basis / basis.norm(dim=1, keepdim=True)
