@@ -68,6 +68,6 @@ def _on_disk(bank: ConceptBank, form: str, otherwise: str) -> Figure:
 def held(bank: ConceptBank, pipe: SepMEPipeline) -> int:
     """Count the bytes of a bank and of what the pipeline stacked of it, each storage once."""
     tensors = [tensor for entry in bank.values() for tensor in entry.increment.tensors().values()]
-    tensors += erasures_of(pipe.unet).stacked()
+    tensors += erasures_of(pipe.unet).tensors()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
