@@ -174,8 +174,8 @@ def _newer(version: Any) -> str | None:
 
 @cache
 def _validator() -> Draft202012Validator:
-    schema = resources.files("sepme_diffusers.bank").joinpath("schema", "sepme_bank.schema.json").read_text("utf-8")
-    return Draft202012Validator(json.loads(schema))
+    schema = resources.files("sepme_diffusers.bank") / "schema" / "sepme_bank.schema.json"
+    return Draft202012Validator(json.loads(schema.read_text("utf-8")))
 
 
 def _schema_faults(manifest: Any, all_of_them: bool) -> list[str]:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.text.encoding import encode
 
+# The base (None where it cannot be read), entries, faults of the folder, faults by concept, and notes.
+_Found = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]
 # Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
 _HUGE = 300.0
 # What a guarded prompt's projections may move by, in float32; a lower precision moves them by so many of its steps.
@@ -102,10 +104,9 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         >>> verify(pocket.bank("styles"), SepMEPipeline.from_pretrained(pocket.path())).ok
         True
     """
-    if isinstance(bank, ConceptBank):
-        base, entries, folder, faults, notes = bank.base, dict(bank), [], {}, []
-    else:
-        base, entries, folder, faults, notes = _read(BankFolder(Path(bank)))
+    found: _Found
+    found = (bank.base, dict(bank), [], {}, []) if isinstance(bank, ConceptBank) else _read(BankFolder(Path(bank)))
+    base, entries, folder, faults, notes = found
     leaks: dict[str, dict[str, float]] = {}
     if pipe is None:
         notes.append("guards and base were not checked: that takes a pipeline")
@@ -114,7 +115,7 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         folder += [fault] if fault else []
         leaks = {} if fault else _leaks(pipe, entries)
     for name, entry in entries.items():
-        faults[name] = [*faults.get(name, []), *_entry_faults(entry, base)]
+        faults[name] = [*faults.get(name, []), *_entry_faults(entry, cast(BaseModel, base))]
         faults[name] += _guard_faults(entry, leaks[name], _tolerance(pipe)) if name in leaks else []
     checked = {name: _checked(entries.get(name), base, leaks.get(name), tuple(faults[name])) for name in faults}
     return Report(tuple(folder), checked, tuple(notes))
@@ -133,9 +134,7 @@ def _checked(
 # --- the folder
 
 
-def _read(
-    folder: BankFolder,
-) -> tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]:
+def _read(folder: BankFolder) -> _Found:
     """The base, the entries that can be read, faults of the folder, faults by concept, and notes."""
     try:
         manifest, found = examine(folder.manifest_bytes())
@@ -262,7 +261,7 @@ def _own_norm(increment: Increment, base: BaseModel) -> float:
     if increment.B is not None:
         return float(torch.linalg.matrix_norm(increment.B.double() @ r, 2))
     norms = {name: max(norm, 1e-12) for name, (_, norm) in base.projections.items()}
-    return max(float((c.double() @ r).norm()) / norms[name] for name, c in increment.C.items())
+    return max(float((c.double() @ r).norm()) / norms[name] for name, c in (increment.C or {}).items())
 
 
 # --- with a pipeline

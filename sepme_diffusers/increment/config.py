@@ -124,7 +124,7 @@ class SepMEConfig:
     def paper(cls, **changes: Any) -> SepMEConfig:
         """The paper's constants: full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4, 10 to 1000 steps, each on
         noise of its own."""
-        constants = {
+        constants: dict[str, Any] = {
             "basis": "full", "learning_rate": 0.1, "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6,
             "tolerance": 1e-4, "relative": False, "min_steps": 10, "max_steps": 1000, "steps_per_batch": 1,
         }  # fmt: skip

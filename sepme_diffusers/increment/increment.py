@@ -94,7 +94,7 @@ class Increment:
         return self._own_tensors() | self._tensors_of_doors()
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B} if self.C is None else {"A": self.A, **self.C}
+        return {"A": self.A, **({} if self.B is None else {"B": self.B}), **(self.C or {})}
 
     def _tensors_of_doors(self) -> dict[str, Tensor]:
         return {
@@ -119,7 +119,8 @@ class Increment:
                 )
             return {name: weight.float() @ self.B.to(weight.device).float() for name, weight in weights.items()}
         self.refuse_other_modules(weights)
-        return {name: self.C[name].to(weight.device).float() for name, weight in weights.items()}
+        own = self.C or {}
+        return {name: own[name].to(weight.device).float() for name, weight in weights.items()}
 
     def refuse_other_modules(self, weights: Mapping[str, Tensor]) -> None:
         """Check that a per-module increment has the modules and shapes of a base.
@@ -127,10 +128,11 @@ class Increment:
         Raises:
             ValueError: If not, with what differs.
         """
-        if set(self.C) != set(weights):
-            missing, unknown = sorted(set(weights) - set(self.C)), sorted(set(self.C) - set(weights))
+        own = self.C or {}
+        if set(own) != set(weights):
+            missing, unknown = sorted(set(weights) - set(own)), sorted(set(own) - set(weights))
             raise ValueError(f"the increment was made for another base: it lacks {missing} and has unknown {unknown}")
-        shapes = {module: (len(self.C[module]), self.A.shape[1]) for module in weights}
+        shapes = {module: (len(own[module]), self.A.shape[1]) for module in weights}
         if wrong := {m: (shapes[m], tuple(w.shape)) for m, w in weights.items() if shapes[m] != w.shape}:
             raise ValueError(f"the increment was made for another base: shapes (increment, base) differ: {wrong}")
 

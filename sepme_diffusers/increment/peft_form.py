@@ -38,7 +38,9 @@ def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
     Raises:
         ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
     """
-    down, up, unknown = {}, {}, []
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for key, tensor in tensors.items():
         name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
         if key.startswith(_PREFIX) and factor in ("A.weight", "B.weight"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -66,10 +66,10 @@ def _decoupled(
     hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
     room = Guards(encoded, hard, [name for name in (*bank, *damped) if name != entry.concept.name], entry.config)
     null, tokens, a = room.null(entry.concept).cpu(), rows(encoded(entry.concept.prompts)).cpu(), old.A.cpu()
-    if room.exact:
+    if (penalty := room.penalty(entry.concept)) is None:
         a = project(a, null)
     else:
-        a = a.double() @ imitation(tokens, null, room.penalty(entry.concept).cpu(), entry.config.ridge)
+        a = a.double() @ imitation(tokens, null, penalty.cpu(), entry.config.ridge)
     increment = replace(old, A=a.to(old.A.dtype))
     kept = _effect_kept(old, increment, tokens, weights)
     if kept < _LEAST_KEPT:
@@ -92,6 +92,6 @@ def _decoupled(
 
 def _effect_kept(old: Increment, new: Increment, tokens: Tensor, weights: Mapping[str, Tensor]) -> float:
     """⟨E ΔW'ᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖² over all modules: both have the same coefficients C."""
-    gram = sum(c.double().T @ c.double() for c in old.coefficients(weights).values()).cpu()
+    gram = cast(Tensor, sum(c.double().T @ c.double() for c in old.coefficients(weights).values())).cpu()
     before, after = (tokens.double() @ increment.A.double().cpu().T for increment in (old, new))
     return float(((after @ gram) * before).sum() / ((before @ gram) * before).sum())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from sepme_diffusers.algebra.objective import MomentumStop, l1_gradient
 from sepme_diffusers.increment.config import SepMEConfig
@@ -55,10 +56,11 @@ class Learner:
             return {key: torch.zeros(height, r, device=self.device) for key, height in heights.items()}
         # Coordinates of its A in the basis: A = L S.
         coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
-        factors = {SHARED: start.B} if config.parametrisation == "text" else start.coefficients(self.weights)
+        shared = config.parametrisation == "text"
+        factors = {SHARED: cast(Tensor, start.B)} if shared else start.coefficients(self.weights)
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
 
-    def reference(self, unet: nn.Module) -> Reference:
+    def reference(self, unet: ModelMixin) -> Reference:
         """Return what the next step learns from: a new noisy batch whenever the last has served its steps."""
         if self.stop.step % self.steps_per_batch == 0:
             self._reference = Reference.of(unet, self.pictures.next())

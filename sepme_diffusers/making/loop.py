@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss
 from sepme_diffusers.doors.attachment import Attachment
@@ -81,7 +82,7 @@ def learn(
 
 
 @torch.no_grad()
-def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
+def scale_warm_start(unet: ModelMixin, learner: Learner) -> None:
     """Scale an increment to start from so that its correlation is about zero, by one secant: L is nearly linear in it.
 
     The momentum statistic starts at the first loss and forgets it slowly, so a start that is a little too weak or too
@@ -97,7 +98,7 @@ def scale_warm_start(unet: nn.Module, learner: Learner) -> None:
 
 
 def take_step(
-    unet: nn.Module,
+    unet: ModelMixin,
     active: Sequence[Learner],
     learners: Sequence[Learner],
     optimizer: torch.optim.Optimizer,
@@ -124,17 +125,17 @@ def take_step(
     shares = balance(losses, floors)
     optimizer.zero_grad()
     for learner in active:
-        for key, slope in learner.sparsity_gradient().items():
-            learner.factors[key].grad = config.sparsity * slope
+        for key, of_norm in learner.sparsity_gradient().items():
+            learner.factors[key].grad = config.sparsity * of_norm
     for share, of_loss in zip(shares, slopes, strict=True):
         for factor, slope in zip(factors, of_loss, strict=True):
             if slope is not None:
-                factor.grad += share * slope
+                cast(Tensor, factor.grad).add_(share * slope)
     optimizer.step()
-    for learner, loss, scale in zip(active, losses, scales, strict=True):
-        learner.stopped = learner.stop.update(loss, scale)
+    for learner, value, scale in zip(active, losses, scales, strict=True):
+        learner.stopped = learner.stop.update(value, scale)
         if on_step is not None:
-            on_step(Step(learner.name, learner.stop.step, loss, learner.stop.value))
+            on_step(Step(learner.name, learner.stop.step, value, learner.stop.value))
 
 
 def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
@@ -150,7 +151,7 @@ def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
         )
 
 
-def correlation(unet: nn.Module, reference: Reference) -> Tensor:
+def correlation(unet: ModelMixin, reference: Reference) -> Tensor:
     """Compute L_cor of the model as it is now, with the increments that are attached to it; a scalar.
 
     This is one pass beside those of the reference. The edited model's prediction without the concept is taken from the
@@ -160,7 +161,7 @@ def correlation(unet: nn.Module, reference: Reference) -> Tensor:
     return correlation_loss(concept_representation(edited, reference.without), reference.representation)
 
 
-def attached(unet: nn.Module, learners: Sequence[Learner]) -> AbstractContextManager[Attachment]:
+def attached(unet: ModelMixin, learners: Sequence[Learner]) -> AbstractContextManager[Attachment]:
     """While the block runs, the learners' increments act on the denoiser, with gradient to their factors.
 
     Take gradients inside the block: gradient checkpointing runs the Linears again for them.

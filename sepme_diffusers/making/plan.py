@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Plan:
 
     def closed_form(self) -> Increment:
         """The closed form as an increment, float32 on the CPU."""
-        a, b = self.factors
+        a, b = self._solved()
         return Increment(a.float().cpu(), B=b.float().cpu())
 
     def basis(self, config: SepMEConfig, weights: Mapping[str, Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class Plan:
         """
         directions = self.full_basis
         if directions is None:
-            directions = torch.linalg.svd(self.factors[0], full_matrices=False).Vh
+            directions = torch.linalg.svd(self._solved()[0], full_matrices=False).Vh
         beta = config.beta
         if config.relative:
             # An Adam step moves every coefficient by about the learning rate, so a wider basis takes a longer step.
@@ -128,3 +128,7 @@ class Plan:
                 squares = [weight.float().square().sum(dim=1) for weight in weights.values()]
                 beta /= float(torch.cat(squares).mean().sqrt())
         return beta * directions
+
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """The factors, for what needs them; `of` has made them then."""
+        return cast(tuple[Tensor, Tensor], self.factors)

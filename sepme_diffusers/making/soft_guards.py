@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -136,7 +136,8 @@ class SoftGuards:
 
 def _mean_covariance(pipe: Any, prompts: Sequence[str]) -> Tensor:
     parts = [prompts[start : start + _AT_A_TIME] for start in range(0, len(prompts), _AT_A_TIME)]
-    return sum(len(part) * covariance(rows(encode(pipe, part))) for part in parts) / len(prompts)
+    total = sum(len(part) * covariance(rows(encode(pipe, part))) for part in parts)
+    return cast(Tensor, total) / len(prompts)
 
 
 def _upper(d: int) -> tuple[Tensor, Tensor]:

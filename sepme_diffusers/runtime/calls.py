@@ -16,16 +16,9 @@ if TYPE_CHECKING:
     from sepme_diffusers.runtime.erasures import Erasures
 
 
-class _Thread(threading.local):
-    """What a thread runs at the moment. By class, so that a compiled graph sees the attribute from the start.
-
-    A `threading.local`: torch.compile traces it, and no ContextVar.
-    """
-
-    record: Call | None = None
-
-
-_thread = _Thread()
+# What a thread runs at the moment: `record`, and the records `before` it. torch.compile traces a `threading.local`,
+# and no ContextVar.
+_thread = threading.local()
 
 
 class Call:
@@ -57,7 +50,6 @@ class Call:
         self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
         self.alive, self.ran = True, False
-        self._before: list[Call | None] = []
 
     def set_of(self, picture: int) -> Strengths:
         """The erased set of one picture."""
@@ -73,7 +65,7 @@ class Call:
         self.ran = True
 
     def __enter__(self) -> Call:
-        now = _thread.record
+        now = record_of_thread()
         if not self.alive:
             raise ErasureNotInForce(
                 f"the call that erases {self.names()} has ended; its record cannot be opened again"
@@ -83,12 +75,14 @@ class Call:
                 "another call's record is open in this thread, so it is not known which rows of a batch belong to "
                 "which call; open mixed_calls([...]) with one row of a call per row of the batch"
             )
-        _stack().append(now)
+        _thread.before = [*getattr(_thread, "before", []), now]
         _thread.record = self
+        for attachment in self.erasures.attachments:
+            attachment.prepare_thread()
         return self
 
     def __exit__(self, *error: object) -> None:
-        _thread.record = _stack().pop()
+        _thread.record = _thread.before.pop()
 
 
 class _Mixed(Call):
@@ -114,12 +108,6 @@ class _Mixed(Call):
             call.ran = True
 
 
-def _stack() -> list[Call | None]:
-    if not hasattr(_thread, "stack"):
-        _thread.stack = []
-    return _thread.stack
-
-
 def current_call() -> Call:
     """Return the call that this thread runs, to carry it into another thread: `with call:` there.
 
@@ -138,7 +126,7 @@ def current_call() -> Call:
         >>> seen
         [['neon']]
     """
-    record = _thread.record
+    record = record_of_thread()
     if record is None or not record.alive:
         raise ErasureNotInForce("no call of an attached pipeline runs in this thread")
     return record
@@ -161,13 +149,13 @@ def mixed_calls(rows: Sequence[tuple[Call, int]]) -> Call:
 
 def record_of_thread() -> Call | None:
     """The record that is open in this thread."""
-    return _thread.record
+    return getattr(_thread, "record", None)
 
 
 @contextmanager
 def opened(call: Call) -> Iterator[Call]:
     """While the block runs, a call's record is open in this thread; afterwards the record is dead."""
-    before = _thread.record
+    before = record_of_thread()
     _thread.record = call
     try:
         yield call
@@ -178,5 +166,5 @@ def opened(call: Call) -> Iterator[Call]:
 
 def following() -> Any:
     """What acts on a pass of a ControlNet: what acts on the call that it is part of; outside a call nothing."""
-    record = _thread.record
+    record = record_of_thread()
     return None if record is None or not record.alive else record.active

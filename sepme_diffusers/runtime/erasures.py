@@ -163,10 +163,10 @@ class Erasures:
             if fault := attachment.fault():
                 raise ErasureNotInForce(f"{fault}; unload_sepme() and load the bank again")
 
-    def come_last(self) -> None:
-        """Let the edit come after what other hooks do to the text."""
+    def renew(self) -> None:
+        """Take account of what was done to the denoisers since, see `Attachment.renew`."""
         for attachment in self.attachments:
-            attachment.come_last()
+            attachment.renew()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held beside the banks' own."""
@@ -213,7 +213,7 @@ def follow(helpers: Iterable[nn.Module]) -> None:
                 attachment = Attachment(helper, _Following())
                 setattr(helper, _FOLLOWER, attachment)
             attachment.attach()
-            attachment.come_last()
+            attachment.renew()
 
 
 class _Following:

@@ -52,7 +52,7 @@ def test_a_pipeline_requires_it_too(pipe, signed, keys):
     (signed / SIGNATURE).unlink()
     with pytest.raises(BankError, match="not signed"):
         pipe.load_sepme(signed, name="again", require_signature=keys[1])
-    assert list(pipe._erasures().banks) == ["bank"]
+    assert pipe.get_bank() is pipe.get_bank("bank")
 
 
 def test_another_key_is_refused(signed, tmp_path):
