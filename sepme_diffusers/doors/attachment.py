@@ -90,6 +90,8 @@ class Attachment:
             doors = denoiser.register_forward_pre_hook(_Doors(self), with_kwargs=True)
             self._handles["doors"] = denoiser, doors
             self._handles["end"] = denoiser, denoiser.register_forward_hook(_End(self))
+            reset = denoiser.register_forward_hook(_Reset(self), always_call=True)
+            self._handles["reset"] = denoiser, reset
             self._handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
         for index, (name, module) in enumerate(wanted.items()):
             linear = linear_of(module)
@@ -186,9 +188,11 @@ class _Doors(_Hook):
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attachment, at = self.attachment, self.attachment.at
+        at.through_doors = False
         edit = attachment.acting()
-        at.edit, at.reading, at.through_doors = edit, None, True
+        at.edit, at.reading = edit, None
         if edit is None:
+            at.through_doors = True
             return None
         embeddings = attachment.arguments.embeddings(args, kwargs)
         if not embeddings:
@@ -199,7 +203,15 @@ class _Doors(_Hook):
             at.seen = _Seen()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 edited = _carrying(embeddings | edited, at.reading)
+        at.through_doors = True
         return attachment.arguments.replaced(args, kwargs, edited)
+
+
+class _Reset(_Hook):
+    """Forgets, also after a pass that failed, that the pass came through the doors."""
+
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.attachment.at.through_doors = False
 
 
 def _carrying(embeddings: dict[str, Tensor], reading: Any) -> dict[str, Tensor]:

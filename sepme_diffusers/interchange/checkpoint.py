@@ -118,9 +118,7 @@ def _fused_pipeline(pipe: DiffusionPipeline, increment: Increment, dtype: torch.
     return fused
 
 
-def _fused_unet(
-    unet: UNet2DConditionModel, increment: Increment, dtype: torch.dtype | None
-) -> UNet2DConditionModel:
+def _fused_unet(unet: UNet2DConditionModel, increment: Increment, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """A UNet of its own modules, so that no hook and no failure can touch the given one; tensors are shared."""
     with torch.device("meta"):
         fused = type(unet).from_config(unet.config)

@@ -35,6 +35,8 @@ class Call:
         own: Whether the set is the call's own, not the standing one.
         pictures: How many pictures the call draws, as far as that is known.
         unedited: Whether it is no call of a pipeline but work on the original model, see `erasures.unedited`.
+        least: What a reading must exceed to count, see `stack.ActiveStack`.
+        fixed_shape: Whether the denoiser is compiled, see `snapshot.Stacks.get`.
     """
 
     def __init__(
@@ -46,9 +48,12 @@ class Call:
         own: bool,
         pictures: int = 1,
         unedited: bool = False,
+        least: float = 0.0,
+        fixed_shape: bool = False,
     ) -> None:
         self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
+        self.least, self.fixed_shape = least, fixed_shape
         self.alive, self.ran = True, False
 
     def set_of(self, picture: int) -> Strengths:
@@ -98,7 +103,9 @@ class _Mixed(Call):
                 "calls that began before and after a change of the loaded banks cannot share a batch"
             )
         sets = [call.set_of(picture) for call, picture in parts]
-        super().__init__(first.erasures, first.snapshot, sets, first.snapshot.active(sets, len(sets)), True, len(sets))
+        least, fixed_shape = max(call.least for call in calls), any(call.fixed_shape for call in calls)
+        active = first.snapshot.active(sets, len(sets), fixed_shape, least)
+        super().__init__(first.erasures, first.snapshot, sets, active, True, len(sets))
         self.calls = calls
 
     def note_pass(self) -> None:

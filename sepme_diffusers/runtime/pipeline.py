@@ -423,7 +423,7 @@ class SepMELoaderMixin:
             erasures.check(self._main().values())
             self._check_weights(snapshot, keys)
             helpers = [module for module in denoisers_of(self).values() if is_helper(module)]
-            follow(helpers)
+            follow(erasures, helpers)
             if helpers and snapshot.has_per_module:
                 logger.warning(
                     "per-module increments act on the UNet alone: %s go on reading the unedited prompt. Text-side "
@@ -494,7 +494,7 @@ class SepMELoaderMixin:
         fixed_shape = any(is_compiled(component) for component in self._denoising_components())
         pictures = max(pictures, 1)
         active = snapshot.active(sets, pictures, fixed_shape, least)
-        call = Call(erasures, snapshot, sets, active, own, pictures)
+        call = Call(erasures, snapshot, sets, active, own, pictures, least=least, fixed_shape=fixed_shape)
         self._claim(erasures, call)
         try:
             with opened(call):
