@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.text.encoding import encode
 
@@ -45,12 +46,19 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
     """Check that the pipeline's text encoders are those that the banks were made with.
 
     Raises:
-        ValueError: If the increments read what their guards should hide from them, or there is no encoder to ask.
+        ValueError: If the increments read what their guards should hide from them, a concept leaves no guard by which
+            this could be seen, or there is no encoder to ask.
     """
+    banks = list(banks)
     if not _encoders(pipe):
         raise ValueError(
             "the pipeline has no text encoder, so it cannot be seen whether the bank was made for its embeddings; "
             "load the bank first, then drop the encoder"
+        )
+    if unknown := [name for bank in banks for name, entry in bank.items() if entry.guards and not _exact(entry)]:
+        raise ValueError(
+            f"{unknown}: every guard is listed in metrics.leakage_of as not exact, so it cannot be seen whether the "
+            "bank was made for this pipeline's text encoder; make these concepts again with a guard that is exact"
         )
     leaks = {name: leak for bank in banks for name, leak in _leaks(pipe, bank).items() if not leak <= _FOREIGN_LEAKAGE}
     if leaks:
@@ -62,10 +70,7 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
     """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
-    exact = {
-        name: [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
-        for name, entry in bank.items()
-    }
+    exact = {name: _exact(entry) for name, entry in bank.items()}
     asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
     if not asked:
         return {}
@@ -75,6 +80,11 @@ def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
     read = (tokens @ torch.cat([a / a.norm() for a in bases]).T).split([len(a) for a in bases], dim=-1)
     shares = {name: part.norm(dim=-1).amax(dim=-1).tolist() for name, part in zip(bank, read, strict=True)}
     return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
+
+
+def _exact(entry: Entry) -> list[str]:
+    """The guards that an entry leaves exactly alone."""
+    return [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
 
 
 def _encoders(pipe: Any) -> list[Any]:
