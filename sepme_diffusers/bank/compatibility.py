@@ -22,7 +22,7 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
 
     Args:
         bank: The bank.
-        weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
+        weights: W_m (d_out, d) by module name, see `doors.linears.projection_weights`.
 
     Raises:
         ValueError: If they were made for another width, other modules, or other weights (per-module increments).
@@ -93,7 +93,7 @@ def _encoders(pipe: Any) -> list[Any]:
 
 
 def text_state(pipe: Any) -> tuple[tuple[int, int, int], ...]:
-    """What changes when a text encoder is swapped, gets adapters or other weights; cheap enough for every call."""
+    """Describe the text encoders: another one, an adapter or other weights change it. Cheap enough for every call."""
     return tuple(
         (id(encoder), len(parameters), sum(0 if p.is_inference() else p._version for p in parameters))
         for encoder in _encoders(pipe)

@@ -130,7 +130,7 @@ def other_alpha(folder: Path) -> None:
         (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="a\0b/c")), "not a file of a concept's"),
         (lambda f: (f / "NEON").mkdir(), r"\['NEON', 'neon'\] for one name"),
         (lambda f: reseal(f, look_alike), "look alike: 'neon', 'nеon'"),
-        (lambda f: (f / MANIFEST).write_text('{"format": "sepme_bank", "format": 1}'), "a key stands twice"),
+        (lambda f: (f / MANIFEST).write_text('{"format": "sepme_bank", "format": 1}'), "a key is given twice"),
         (lambda f: os.truncate(f / MANIFEST, 2**30), f"has {2**30} bytes"),
         (lambda f: (f / MANIFEST).write_text('{"a":' * 10_000 + "1" + "}" * 10_000), "not JSON"),
         (lambda f: (f / MANIFEST).unlink(), "it has no sepme_bank.json"),
