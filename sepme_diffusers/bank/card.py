@@ -78,7 +78,7 @@ class Picture:
 
     Args:
         name: Its file's name, without folder and suffix.
-        text: What is said below it; the prompt, at least.
+        text: The caption; at least the prompt.
         image: The picture.
 
     Raises:
@@ -115,7 +115,7 @@ def model_card(
     pictures: Sequence[Picture] = (),
     previous: str | None = None,
 ) -> str:
-    """The README.md of a bank.
+    """Write the README.md of a bank.
 
     Args:
         manifest: The bank's.

@@ -13,7 +13,7 @@ from sepme_diffusers.text.concept import Concept
 
 @torch.no_grad()
 def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """The embeddings e(c) that the pipeline's cross-attention reads, (n_prompts, n_tokens, d), float32 on its device.
+    """Encode prompts as the pipeline's cross-attention reads them: e(c), (n_prompts, n_tokens, d), float32.
 
     Args:
         pipe: A pipeline with `encode_prompt` (Stable Diffusion 1.x, 2.x, SDXL and their relatives).

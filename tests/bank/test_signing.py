@@ -85,6 +85,24 @@ def test_no_altered_byte_loads_anything_else(file, mixed_bank, signed, keys):
     assert refused > 10
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_is_verified_is_what_is_loaded(moment, mixed_bank, signed, keys, tmp_path, monkeypatch):
+    """Whoever can write to the folder swaps the manifest while the signature is verified, or right after."""
+    from model_signing import verifying
+
+    mixed_bank.subset(["neon"]).save_pretrained(tmp_path / "unsigned")
+    verify = verifying.Config.verify
+
+    def swap_and_verify(config, *files):
+        if moment == "before":
+            shutil.copy(tmp_path / "unsigned" / MANIFEST, signed / MANIFEST)
+        verify(config, *files)
+        shutil.copy(tmp_path / "unsigned" / MANIFEST, signed / MANIFEST)
+
+    monkeypatch.setattr(verifying.Config, "verify", swap_and_verify)
+    assert same(mixed_bank, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", b"[" * 100_000])
 def test_what_is_no_signature_is_refused(data, signed, keys):
     (signed / SIGNATURE).write_bytes(data)
