@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sepme_diffusers.algebra.imitation import imitation
@@ -15,8 +16,9 @@ from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_w
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.measure import LeakageMeter
+from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import Encoded, rows
 
 # Below this share of its effect, what is left of an increment is rounding.
@@ -24,9 +26,9 @@ _LEAST_KEPT = 1e-3
 
 
 def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
-    """The bank with every increment guarded on the name of every other concept: A is projected, A NᵀN.
+    """Guard every increment of the bank on the name of every other concept: A is projected, A NᵀN.
 
-    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, `imitation`: names are
+    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, with K of `imitation`: names are
     damped by what of them a direction holds, and what leaks is measured.
 
     An increment that knew all of them already is left as it is. What it cost each of the others is in its metrics:
@@ -61,33 +63,56 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
 def _decoupled(
     entry: Entry, unknown: list[str], bank: ConceptBank, encoded: Encoded, weights: Mapping[str, Tensor]
 ) -> Entry:
-    guards, old = (*entry.guards, *unknown), entry.increment
+    guards, old, concept = (*entry.guards, *unknown), entry.increment, entry.concept
     damped = entry.metrics.get("leakage_of", {})
     hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
-    room = Guards(encoded, hard, [name for name in (*bank, *damped) if name != entry.concept.name], entry.config)
-    null, tokens, a = room.null(entry.concept).cpu(), rows(encoded(entry.concept.prompts)).cpu(), old.A.cpu()
-    if room.exact:
-        a = project(a, null)
-    else:
-        a = a.double() @ imitation(tokens, null, room.penalty(entry.concept).cpu(), entry.config.ridge)
-    increment = replace(old, A=a.to(old.A.dtype))
-    kept = _effect_kept(old, increment, tokens, weights)
+    names = [name for name in (*bank, *damped) if name != concept.name]
+    room = Guards(encoded, hard, names, entry.config)
+    increment = _projected(old, concept, room)
+    kept = _effect_kept(old, increment, rows(encoded(concept.prompts)).cpu(), weights)
     if kept < _LEAST_KEPT:
         raise ValueError(
-            f"guarded on {unknown} as well, nothing would be left of the increment of {entry.concept.name!r} "
+            f"guarded on {unknown} as well, nothing would be left of the increment of {concept.name!r} "
             f"(share of its effect: {kept:.1e}); make it anew with fewer guards"
         )
-    if old.gate is not None:
-        own = encoded(entry.concept.prompts)
-        increment = increment.gated(own, old.gate / float(old.reading(own).min()))
+    rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in old.doors}
+    doors = {door: _at_door(there, concept, rooms[door]) for door, there in old.doors.items()}
+    doors = {door: there for door, there in doors.items() if there is not None}
+    increment = replace(_gated_like(old, increment, encoded(concept.prompts)), doors=doors)
+    damped = dict.fromkeys(name for each in (room, *rooms.values()) for name in each.damped)
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **measured_leakage(increment, guards, encoded(guards), weights, room.damped),
-        "dimensions_left": len(null),
+        **LeakageMeter(encoded, weights).metrics(increment, guards, damped),
+        "dimensions_left": len(room.null(concept)),
         "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
     }
     return replace(entry, increment=increment, guards=guards, metrics=metrics)
+
+
+def _projected(increment: Increment, concept: Concept, room: Guards) -> Increment:
+    """The increment with A in the null space, or damped where the names do not fit."""
+    null, a = room.null(concept).cpu(), increment.A.cpu()
+    if room.exact:
+        a = project(a, null)
+    else:
+        tokens = rows(room.encoded(concept.prompts)).cpu()
+        a = a.double() @ imitation(tokens, null, room.penalty(concept).cpu(), room.config.ridge)
+    return replace(increment, A=a.to(increment.A.dtype))
+
+
+def _at_door(old: Increment, concept: Concept, room: Guards) -> Increment | None:
+    """The same for what an increment does at a further door; None where the guards leave nothing of it."""
+    new, embeddings = _projected(old, concept, room), room.encoded(concept.prompts)
+    identity = torch.eye(embeddings.shape[-1])
+    if _effect_kept(old, new, rows(embeddings).cpu(), {"": identity}) < _LEAST_KEPT:
+        return None
+    return _gated_like(old, new, embeddings)
+
+
+def _gated_like(old: Increment, new: Increment, own: Tensor) -> Increment:
+    """The new increment with a gate at the old one's share of what it reads in the concept's own prompts."""
+    return new if old.gate is None else new.gated(own, old.gate / float(old.reading(own).min()))
 
 
 def _effect_kept(old: Increment, new: Increment, tokens: Tensor, weights: Mapping[str, Tensor]) -> float:

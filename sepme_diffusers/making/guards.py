@@ -18,7 +18,7 @@ from sepme_diffusers.text.encoding import Encoded, rows
 logger = logging.get_logger(__name__)
 
 # Below this share of its embedding, what the guards leave of a concept is rounding.
-_LEAST_REACH = 1e-4
+LEAST_REACH = 1e-4
 # Two prompts whose embeddings differ by less than this share are one prompt to the text encoder.
 _SAME = 1e-6
 
@@ -105,11 +105,16 @@ class Guards:
             energy = energy - own.T @ own / len(own)
         return self.config.name_weight * energy
 
+    def reach(self, concept: Concept) -> float:
+        """‖E P‖ / ‖E‖: the share of the concept's embedding that an increment can touch."""
+        embeddings = rows(self.encoded(concept.prompts)).double()
+        return float((embeddings @ self.null(concept).T).norm() / embeddings.norm())
+
     def refuse_unreachable(self, concept: Concept) -> float:
-        """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all.
+        """Check that an increment can touch some of the concept's embedding; return `reach`.
 
         Raises:
-            ValueError: If that is nothing, with the guards to blame where one is the same prompt.
+            ValueError: If it cannot. If a guard is the same prompt to the text encoder, the message names it.
         """
         guarded, embeddings = self.encoded(self.prompts(concept)), self.encoded(concept.prompts)
         for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
@@ -121,9 +126,8 @@ class Guards:
                     f"the prompt {prompt!r} of concept {concept.name!r} is to the text encoder the guard "
                     f"{self.prompts(concept)[same[0]]!r}: no dimension is left to tell them apart; drop one of them"
                 )
-        embeddings = rows(embeddings).double()
-        reach = float((embeddings @ self.null(concept).T).norm() / embeddings.norm())
-        if reach < _LEAST_REACH:
+        reach = self.reach(concept)
+        if reach < LEAST_REACH:
             raise ValueError(
                 f"the {len(self.prompts(concept))} guard prompts fill the space that {concept.name!r} lives in (reach "
                 f"{reach:.1e}): nothing can be erased; guard fewer prompts, or move some of them to the soft guards"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from sepme_diffusers.algebra.closed_form import reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.guards import LEAST_REACH, Guards
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import rows
 
@@ -26,17 +26,24 @@ _WIDTH_OF_BETA = 768
 
 @dataclass(frozen=True)
 class Problem:
-    """The regression that the closed form solves, for any concept.
+    """The regression that the closed form solves at one door, for any concept.
 
     Args:
-        guards: What may not change, with the embeddings of prompts.
+        guards: What may not change, with the embeddings of prompts at this door.
         soft: Returns P for a concept: what moving regular prompts costs, weighted, (d, d); or None.
         output_factor: Returns Fₒ (d, p), see `reduced_rank_edit`; or None for the identity.
+        doors: The same at further doors of the denoiser, by door name.
     """
 
     guards: Guards
     soft: Callable[[Concept], Tensor | None]
     output_factor: Callable[[], Tensor | None]
+    doors: Mapping[str, Problem] = field(default_factory=dict)
+
+    @property
+    def damped(self) -> tuple[str, ...]:
+        """The names that are not guarded exactly at one of the doors."""
+        return tuple(dict.fromkeys((*self.guards.damped, *(n for p in self.doors.values() for n in p.damped))))
 
     def factors(self, concept: Concept, null: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for A (r, d) and B (d, r), float64, with A in the null space (k, d).
@@ -44,10 +51,8 @@ class Problem:
         Raises:
             ValueError: If no change is wanted.
         """
-        config, encoded = self.guards.config, self.guards.encoded
-        embeddings = encoded(concept.prompts)
-        own, change = rows(embeddings), rows(encoded.anchors(concept) - embeddings)
-        output_factor = self.output_factor()
+        config, output_factor = self.guards.config, self.output_factor()
+        own, change = self._rows(concept), self._wanted_change(concept)
         factors = reduced_rank_edit(
             own,
             change,
@@ -60,10 +65,37 @@ class Problem:
         )
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
 
+    def gated(self, increment: Increment, concept: Concept) -> Increment:
+        """The increment with the gate that the config asks for, at a share of what it reads in the concept's prompts.
+
+        Raises:
+            ValueError: If it reads nothing in one of them.
+        """
+        share = self.guards.config.gate
+        return increment if share is None else increment.gated(self.guards.encoded(concept.prompts), share)
+
+    def at_doors(self, concept: Concept) -> dict[str, Increment]:
+        """Solve at the further doors, in closed form. A door that reads nothing of the concept is left out."""
+        readable = {door: problem for door, problem in self.doors.items() if problem._reads(concept)}
+        return {
+            door: problem.gated(_as_increment(problem.factors(concept, problem.guards.null(concept))), concept)
+            for door, problem in readable.items()
+        }
+
+    def _reads(self, concept: Concept) -> bool:
+        wanted = self._wanted_change(concept).norm() / self._rows(concept).norm()
+        return self.guards.reach(concept) >= LEAST_REACH and float(wanted) >= LEAST_REACH
+
+    def _rows(self, concept: Concept) -> Tensor:
+        return rows(self.guards.encoded(concept.prompts))
+
+    def _wanted_change(self, concept: Concept) -> Tensor:
+        return rows(self.guards.encoded.anchors(concept)) - self._rows(concept)
+
     def full_basis(self, concept: Concept, null: Tensor) -> Tensor:
         """The whole null space (k, d), with directions shortened by what of damped names they hold."""
         penalty = self.guards.penalty(concept)
-        return null if penalty is None else damped(null, penalty, rows(self.guards.encoded(concept.prompts)))
+        return null if penalty is None else damped(null, penalty, self._rows(concept))
 
 
 @dataclass(frozen=True)
@@ -77,6 +109,7 @@ class Plan:
         dimensions_left: How many dimensions of the embedding it may use.
         factors: A (r, d) and B (d, r) of the closed form, float64; None where nothing needs them.
         full_basis: The directions (k, d) of a full basis; None for an aligned one.
+        doors: What the increment does at further doors of the denoiser, which every solver takes as it is.
     """
 
     concept: Concept
@@ -85,6 +118,7 @@ class Plan:
     dimensions_left: int
     factors: tuple[Tensor, Tensor] | None
     full_basis: Tensor | None
+    doors: Mapping[str, Increment]
 
     @classmethod
     def of(cls, concept: Concept, problem: Problem, solver: Solver) -> Plan:
@@ -102,12 +136,12 @@ class Plan:
             len(null),
             problem.factors(concept, null) if solver.starts_from_closed_form or not full else None,
             problem.full_basis(concept, null) if full else None,
+            problem.at_doors(concept),
         )
 
     def closed_form(self) -> Increment:
-        """The closed form as an increment, float32 on the CPU."""
-        a, b = self.factors
-        return Increment(a.float().cpu(), B=b.float().cpu())
+        """The closed form at the token door as an increment, float32 on the CPU."""
+        return _as_increment(self.factors)
 
     def basis(self, config: SepMEConfig, weights: Mapping[str, Tensor]) -> Tensor:
         """β S (r, d): the full basis, or the orthonormal directions that the closed form reads, scaled.
@@ -128,3 +162,8 @@ class Plan:
                 squares = [weight.float().square().sum(dim=1) for weight in weights.values()]
                 beta /= float(torch.cat(squares).mean().sqrt())
         return beta * directions
+
+
+def _as_increment(factors: tuple[Tensor, Tensor]) -> Increment:
+    a, b = factors
+    return Increment(a.float().cpu(), B=b.float().cpu())
