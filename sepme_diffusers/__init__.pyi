@@ -10,9 +10,9 @@ from .doors.attachment import ErasureNotInForce as ErasureNotInForce
 from .increment.config import SepMEConfig as SepMEConfig
 from .increment.increment import Increment as Increment
 from .interchange.adopt import from_lora as from_lora
-from .interchange.export import export_adapters as export_adapters
-from .interchange.export import export_checkpoint as export_checkpoint
-from .interchange.export import export_lora as export_lora
+from .interchange.checkpoint import export_checkpoint as export_checkpoint
+from .interchange.lora_files import export_adapters as export_adapters
+from .interchange.lora_files import export_lora as export_lora
 from .making.decouple import decouple as decouple
 from .making.guards import Capacity as Capacity
 from .making.loop import Step as Step
@@ -29,3 +29,4 @@ from .runtime.pipeline import attach as attach
 from .runtime.receipt import Receipt as Receipt
 from .runtime.sheets import card_pictures as card_pictures
 from .text.concept import Concept as Concept
+from .version import __version__ as __version__

@@ -11,7 +11,8 @@ from torch import Tensor
 from sepme_diffusers import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.interchange.export import kohya_tensors, merged_increment, strengths_of
+from sepme_diffusers.interchange.lora_files import kohya_tensors
+from sepme_diffusers.interchange.merge import merged_increment, strengths_of
 
 
 class EraseConcepts:

@@ -17,7 +17,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import track
 
 from sepme_diffusers import pocket
-from sepme_diffusers.evaluation.measures.metrics import generate, judged
+from sepme_diffusers.evaluation.measures.accuracy import judged
+from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.evaluation.report import contact_sheet
 from sepme_diffusers.pocket import vocabulary as words
 

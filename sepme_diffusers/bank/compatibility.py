@@ -31,7 +31,7 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
         raise ValueError(f"the bank was made on {made_on.name!r}, and this is another base: {reason}")
     if per_module and (reason := made_on.fingerprint.differs(Fingerprint.of_weights(weights))):
         raise ValueError(
-            f"this UNet has other weights than {made_on.name!r}, for which the bank's per-module increments were made: "
+            f"this UNet has other weights than {made_on.name!r}, for which its per-module increments were made: "
             f"{reason}. Text-side increments (solver='closed_form') serve every base with the same text encoder"
         )
     for name, entry in per_module.items():

@@ -1,9 +1,12 @@
-"""The terminal: one console, other libraries quiet, tables as rich draws them."""
+"""The terminal: one console, other libraries quiet, tables as rich draws them, errors as one sentence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -23,11 +26,26 @@ def quieten() -> None:
         logging.disable_progress_bar()
 
 
+def announce_loading(what: str) -> None:
+    """Print at once what takes the first seconds, and quieten the libraries."""
+    console.print(f"Loading torch and {what} ...")
+    quieten()
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn errors that the user can mend into one sentence and exit status 2."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def as_rich(table: Table) -> RichTable:
-    """A report's table for the terminal."""
-    shown = RichTable(title=table.title)
+    """Draw a report's table for the terminal."""
+    drawn = RichTable(title=table.title)
     for column in table.columns:
-        shown.add_column(column, justify="left" if column == table.columns[0] else "right")
+        drawn.add_column(column, justify="left" if column == table.columns[0] else "right")
     for row in table.rows:
-        shown.add_row(*row)
-    return shown
+        drawn.add_row(*row)
+    return drawn

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sepme_diffusers.cli.console import as_rich, console, quieten
+from sepme_diffusers.cli.console import announce_loading, as_rich, console
 
 if TYPE_CHECKING:
+    from sepme_diffusers.evaluation.protocols.scenes import Moment, SceneRunner
     from sepme_diffusers.evaluation.report import Bar, Table
 
 app = typer.Typer(no_args_is_help=True, help="Measure erasures on the built-in model, against their bars.")
@@ -25,7 +26,7 @@ _NOTE = (
     "Fréchet's, both with the judge's features: they compare with other figures of this package only."
 )
 Output = Annotated[Path, typer.Option(help="Folder for the reports.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps a picture.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")]
 Seed = Annotated[int, typer.Option(help="Seed of the pictures.")]
 
 
@@ -40,42 +41,44 @@ def scenes(
 ) -> None:
     """The paper's four scenes, for styles and for objects."""
     chosen = _chosen(only or [])
-    with _working(sum(1 + len(numbers) for numbers in chosen.values())) as advance:
+    settings = {"seed": seed, "pictures": pictures, "steps": steps, "gates": gates}
+    bars: list[Bar] = []
+    with _progress(sum(1 + len(numbers) for numbers in chosen.values())) as advance:
         from sepme_diffusers.evaluation import report
         from sepme_diffusers.evaluation.protocols import scene_report
-        from sepme_diffusers.evaluation.protocols.making import GATED, LINEAR
-        from sepme_diffusers.evaluation.protocols.scenes import SCENES, Stage
+        from sepme_diffusers.evaluation.protocols.eraser import GATED, LINEAR
+        from sepme_diffusers.evaluation.protocols.scenes import SceneRunner
 
-        found: list[Bar] = []
         for kind, numbers in chosen.items():
-            stage, moments = Stage(kind, seed, pictures, steps, GATED if gates else LINEAR), []
-            for number in numbers:
-                said = f"{kind}, scene {number}"
-                played = stage.play(number, lambda erased, said=said: advance(f"{said}: {erased} erased", 0))
-                name, moments = f"{kind}-scene-{number}", [*moments, *played]
-                page = report.markdown(
-                    f"Scene {number}, {kind}", f"{_NOTE} {pictures} pictures a concept; FID is of {pictures} each.",
-                    [scene_report.table(kind, played)], f"{name}.png",
-                )  # fmt: skip
-                data = {"kind": kind, "scene": number, "erased": SCENES[number], "concepts": stage.concepts}
-                data |= {
-                    "seed": seed,
-                    "pictures": pictures,
-                    "steps": steps,
-                    "gates": gates,
-                    "moments": scene_report.values(played),
-                }
-                report.save(output, name, page, data, scene_report.sheet(stage.originals(), played))
-                advance(said, 1)
+            runner = SceneRunner(kind, seed, pictures, steps, GATED if gates else LINEAR)
+            moments = [moment for number in numbers for moment in _played(runner, number, output, settings, advance)]
             advance(f"{kind}: six erased, more pictures", 0)
-            six = stage.six_erased()
-            found += scene_report.bars(kind, six, moments)
+            six = runner.six_erased()
+            bars += scene_report.bars(kind, six, moments)
+            page = _page(f"Six {kind} erased", scene_report.table(kind, [six]))
             data = {"seed": seed, "gates": gates, **scene_report.values([six])[0]}
-            report.save(
-                output, f"{kind}-six-erased", _page(f"Six {kind} erased", scene_report.table(kind, [six])), data
-            )
+            report.save(output, f"{kind}-six-erased", page, data)
             advance(kind, 1)
-    _finish(output, "bars", "Bars", report.bars_table("Bars", found))
+    _finish(output, "bars", "Bars", report.bars_table("Bars", bars))
+
+
+def _played(
+    runner: SceneRunner, number: int, output: Path, settings: dict[str, Any], advance: Callable[[str, int], None]
+) -> list[Moment]:
+    """Play a scene and write its page, its figures and its pictures."""
+    from sepme_diffusers.evaluation import report
+    from sepme_diffusers.evaluation.protocols import scene_report
+    from sepme_diffusers.evaluation.protocols.scenes import SCENES
+
+    kind, name = runner.kind, f"{runner.kind}-scene-{number}"
+    moments = runner.play(number, lambda erased: advance(f"{kind}, scene {number}: {erased} erased", 0))
+    note = f"{_NOTE} {runner.pictures} pictures per concept; FID is of {runner.pictures} each."
+    page = report.markdown(f"Scene {number}, {kind}", note, [scene_report.table(kind, moments)], f"{name}.png")
+    data = {"kind": kind, "scene": number, "erased": SCENES[number], "concepts": runner.concepts, **settings}
+    data["moments"] = scene_report.values(moments)
+    report.save(output, name, page, data, scene_report.sheet(runner.originals(), moments))
+    advance(f"{kind}, scene {number}", 1)
+    return moments
 
 
 @app.command()
@@ -84,18 +87,19 @@ def many(
     seed: Seed = _SEED,
     pictures: Annotated[int, typer.Option(min=6, help="Of erased and of regular concepts, for each six.")] = 60,
     each: Annotated[int, typer.Option(min=1, help="Of each object, where half of all are erased.")] = 4,
-    sixes: Annotated[int, typer.Option(min=1, help="Sixes of each sort drawn from the bank of any_six.")] = 2,
+    sixes: Annotated[int, typer.Option(min=1, help="Selections of six of each sort, from one bank of all.")] = 2,
     steps: Steps = 20,
 ) -> None:
-    """Half of all objects erased at once, beside UCE; and any six of one bank of any_six."""
-    with _working(5 + 3 * sixes) as advance:
+    """Half of all objects erased at once, beside UCE; and any six of one bank of all objects and styles."""
+    with _progress(5 + 3 * sixes) as advance:
+        from sepme_diffusers.evaluation.baselines.registry import BASELINES
+        from sepme_diffusers.evaluation.pictures import built_in
         from sepme_diffusers.evaluation.protocols import any_six, half_of_all
-        from sepme_diffusers.evaluation.protocols.making import LINEAR
-        from sepme_diffusers.evaluation.protocols.scenes import built_in
+        from sepme_diffusers.evaluation.protocols.eraser import LINEAR
         from sepme_diffusers.evaluation.report import bars_table
 
         pipe = built_in()
-        half = half_of_all.HalfOfAll(pipe, seed, each, steps)
+        half = half_of_all.HalfOfAllRunner(pipe, seed, each, steps)
         advance("making the increments of half of all objects", 0)
         bank = half.bank()
         advance("half of all objects: the original", 1)
@@ -105,17 +109,17 @@ def many(
         advance("half of all objects erased, without gates", 1)
         linear = half.separate(half.bank(LINEAR), "separate increments, without gates")
         advance("half of all objects: UCE", 1)
-        fused, tries = half.fused(lambda name: advance(name, 0))
-        advance("making a bank of everything", 1)
-        whole, found = any_six.Everything(pipe, seed, pictures, steps), []
+        baseline, tries = half.baseline(BASELINES["UCE"], lambda name: advance(name, 0))
+        advance("making one bank of all objects and styles", 1)
+        whole, sixes_erased = any_six.AnySixRunner(pipe, seed, pictures, steps), []
         full = whole.bank()
-        for draw in any_six.draws(seed, sixes):
-            advance(", ".join(draw.names), 0)
-            found.append(whole.measure(full, draw))
-            advance(draw.kind, 1)
-        found_bars = [*half_of_all.half_bars(separate, fused, restored), *any_six.six_bars(found)]
-        tables = half_of_all.half_table((original, separate, linear, fused), tries), any_six.six_table(full, found)
-    _finish(output, "many", "Many concepts", bars_table("Bars", found_bars), *tables)
+        for selection in any_six.selections(seed, sixes):
+            advance(", ".join(selection.names), 0)
+            sixes_erased.append(whole.measure(full, selection))
+            advance(selection.kind, 1)
+        bars = [*half_of_all.half_bars(separate, baseline, restored), *any_six.six_bars(sixes_erased)]
+        halves = half_of_all.half_table((original, separate, linear, baseline), tries)
+    _finish(output, "many", "Many concepts", bars_table("Bars", bars), halves, any_six.six_table(full, sixes_erased))
 
 
 @app.command()
@@ -126,28 +130,30 @@ def variants(
     pictures: Annotated[int, typer.Option(min=1, help="Of each style.")] = 24,
     steps: Steps = 20,
 ) -> None:
-    """Every variant of the method on the same two styles; and a bank on another UNet."""
-    with _working(len(only or ()) or 14) as advance:
-        from sepme_diffusers.evaluation.protocols import variants as making
-        from sepme_diffusers.evaluation.protocols.scenes import built_in
+    """Every variant of the method and every baseline on the same two styles; and a bank on another UNet."""
+    with _progress(len(only) if only else None) as advance:
+        from sepme_diffusers.evaluation.pictures import built_in
+        from sepme_diffusers.evaluation.protocols import variant_runner
+        from sepme_diffusers.evaluation.protocols.variants import VARIANTS, VariantMaker, make
         from sepme_diffusers.evaluation.report import bars_table
 
-        names = list(only or making.VARIANTS)
-        if unknown := [name for name in names if name not in making.VARIANTS]:
-            raise typer.BadParameter(f"{unknown} are none of {list(making.VARIANTS)}")
+        if unknown := [name for name in only or () if name not in VARIANTS]:
+            raise typer.BadParameter(f"unknown variants {unknown}; there are {list(VARIANTS)}")
         pipe = built_in()
-        gallery = making.Gallery(pipe, seed, pictures, steps)
-        shop = making.Workshop(pipe, lambda step: advance(f"{step.concept}: step {step.step}", 0))
-        rows = [gallery.row("original", None)]
-        for name in names:
+        runner = variant_runner.VariantRunner(pipe, seed, pictures, steps)
+        maker = VariantMaker(pipe, lambda step: advance(f"{step.concept}: step {step.step}", 0))
+        rows = [runner.row("original", None)]
+        for name in only or VARIANTS:
             advance(name, 0)
-            rows.append(gallery.row(name, *making.make(shop, name)))
+            rows.append(runner.row(name, *make(maker, name)))
             advance(name, 1)
-        tables = [making.table(rows)]
+        tables = [variant_runner.table(rows), variant_runner.measures_table(rows)]
         if not only:
             advance("the closed form on another UNet", 0)
-            found = making.transfer(pipe, shop.bank(solver="closed_form").product, seed, 2 * pictures, steps)
-            tables += [making.transfer_table(found), bars_table("Bars", making.transfer_bars(found))]
+            bank = maker.bank(solver="closed_form").product
+            transferred = variant_runner.transfer(pipe, bank, seed, 2 * pictures, steps)
+            bars = bars_table("Bars", variant_runner.transfer_bars(transferred))
+            tables += [variant_runner.transfer_table(transferred), bars]
             advance("the closed form on another UNet", 1)
     _finish(output, "variants", "Variants", *tables)
 
@@ -160,27 +166,32 @@ def _page(title: str, *tables: Table) -> str:
 
 def _chosen(only: list[str]) -> dict[str, list[int]]:
     """{kind: scene numbers} from names of kinds and scenes."""
-    everything = {f"{kind}-{number}": (kind, number) for kind in ("styles", "objects") for number in range(1, 5)}
-    wanted = [name for name in everything if not only or name in only or everything[name][0] in only]
-    if unknown := set(only) - set(everything) - {"styles", "objects"}:
-        raise typer.BadParameter(f"{sorted(unknown)} are none of styles, objects, {', '.join(everything)}")
+    all_scenes = {f"{kind}-{number}": (kind, number) for kind in ("styles", "objects") for number in range(1, 5)}
+    wanted = [name for name in all_scenes if not only or name in only or all_scenes[name][0] in only]
+    if unknown := set(only) - set(all_scenes) - {"styles", "objects"}:
+        raise typer.BadParameter(
+            f"unknown scenes {sorted(unknown)}; there are styles, objects, {', '.join(all_scenes)}"
+        )
     chosen: dict[str, list[int]] = {}
-    for kind, number in map(everything.get, wanted):
+    for kind, number in map(all_scenes.get, wanted):
         chosen.setdefault(kind, []).append(number)
     return chosen
 
 
 @contextmanager
-def _working(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Progress while a command works: call what this gives with what is done now, and how many parts are finished."""
+def _progress(total: int | None) -> Iterator[Callable[[str, int], None]]:
+    """Show progress while the block runs. It calls what this gives with what is done now, and the parts just finished.
+
+    Args:
+        total: Parts of the work, if that is known.
+    """
     if find_spec("torchmetrics") is None:
         raise typer.BadParameter("sepme eval needs torchmetrics: pip install 'sepme-diffusers[eval]'")
-    console.print("Loading torch and the built-in model ...")
-    quieten()
+    announce_loading("the built-in model")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=total)
-        yield lambda said, finished: progress.update(task, description=said, advance=finished)
+        yield lambda doing, finished: progress.update(task, description=doing, advance=finished)
 
 
 def _finish(output: Path, name: str, title: str, *tables: Table) -> None:

@@ -1,4 +1,4 @@
-"""Commands that make erasures: `sepme erase`, `sepme capacity`, `sepme soft-guards`."""
+"""`sepme erase`, `sepme capacity` and `sepme soft-guards`: make erasures, or ask what they would cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table as RichTable
 
-from sepme_diffusers.cli.console import console, quieten
+from sepme_diffusers.cli.console import announce_loading, console, refusals
 
 if TYPE_CHECKING:
     from sepme_diffusers.bank.bank import ConceptBank
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sepme_diffusers.text.concept import Concept
 
 Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
-Names = Annotated[list[str] | None, typer.Option("--concept", help="A concept's name; give one option a concept.")]
+Names = Annotated[list[str] | None, typer.Option("--concept", help="A concept's name; one option per concept.")]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help='A prompt that shows it, with "{concept}" for its name.')
 ]
-Withouts = Annotated[list[str] | None, typer.Option("--without", help="The same prompt without it; one a template.")]
+Withouts = Annotated[list[str] | None, typer.Option("--without", help="The same prompt without it; one per template.")]
 Anchors = Annotated[list[str] | None, typer.Option("--anchor", help="What takes its place: a phrase, a hypernym.")]
 File = Annotated[
     Path | None,
@@ -29,7 +29,8 @@ File = Annotated[
 ]
 Hard = Annotated[list[str] | None, typer.Option("--guard", help="A prompt that must stay exactly as it is.")]
 Soft = Annotated[
-    Path | None, typer.Option(help="Regular prompts: a text file, one a line, or what `sepme soft-guards` wrote.")
+    Path | None,
+    typer.Option(help="Regular prompts: a text file with one per line, or what `sepme soft-guards` wrote."),
 ]
 Settings = Annotated[Path | None, typer.Option("--config", help="JSON: fields of SepMEConfig.")]
 Solver = Annotated[str | None, typer.Option(help="train, closed_form or closed_form+train.")]
@@ -57,16 +58,14 @@ def erase(
     """Make erasures and write them into a bank. `accelerate launch -m sepme_diffusers.cli` shares them out."""
     from accelerate import PartialState
 
-    try:
+    with refusals():
         wanted = _concepts(concept, template, without, anchor, concepts)
         trainer = _trainer(base, guard, soft_guards, solver, config, state, device)
         bank = trainer.erase(wanted, _bank(add or output))
         if PartialState().is_main_process:
             bank.save_pretrained(output, license=license)
-            console.print(_made(bank, [one.name for one in wanted]))
+            console.print(_increments_table(bank, [concept.name for concept in wanted]))
             console.print(f"Wrote {output}", soft_wrap=True)
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def capacity(
@@ -83,15 +82,13 @@ def capacity(
     device: Device = "cpu",
 ) -> None:
     """Tell how much room there is for erasures, and what one more would cost, before anything is made."""
-    try:
+    with refusals():
         wanted = _concepts(concept, template, without, anchor, concepts)
-        found = _trainer(base, guard, soft_guards, None, config, None, device).capacity(wanted, _bank(add))
-    except (OSError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    table = RichTable(title=f"Of {next(iter(found.values())).dimensions} dimensions")
+        capacities = _trainer(base, guard, soft_guards, None, config, None, device).capacity(wanted, _bank(add))
+    table = RichTable(title=f"Of {next(iter(capacities.values())).dimensions} dimensions")
     for column in ("concept", "left for it", "its name takes", "names guarded", "reach", "leakage"):
         table.add_column(column)
-    for name, room in found.items():
+    for name, room in capacities.items():
         cells = (room.dimensions_left, room.dimensions_taken, "exactly" if room.exact else "damped")
         table.add_row(name, *map(str, cells), f"{room.reach:.2f}", f"{room.leakage:.1e}")
     console.print(table)
@@ -99,24 +96,23 @@ def capacity(
 
 def soft_guards(
     base: Base,
-    prompts: Annotated[Path, typer.Argument(help="Text file of regular prompts, one a line.")],
+    prompts: Annotated[Path, typer.Argument(help="Text file of regular prompts, one per line.")],
     output: Annotated[Path, typer.Argument(help="What to write: a .safetensors file.")],
     device: Device = "cpu",
 ) -> None:
     """Make a small file of regular prompts that erasures should change little."""
     from sepme_diffusers.making.soft_guards import SoftGuards
 
-    try:
-        made = SoftGuards.from_file(_pipeline(base, device), prompts)
-        made.save(output)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(f"Wrote {output}: {len(made.prompts)} prompts, {output.stat().st_size / 1e3:.0f} KB", soft_wrap=True)
+    with refusals():
+        guards = SoftGuards.from_file(_pipeline(base, device), prompts)
+        guards.save(output)
+    console.print(
+        f"Wrote {output}: {len(guards.prompts)} prompts, {output.stat().st_size / 1e3:.0f} KB", soft_wrap=True
+    )
 
 
 def _pipeline(base: str, device: str) -> Any:
-    console.print("Loading torch and the base model ...")
-    quieten()
+    announce_loading("the base model")
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(base).to(device)
@@ -131,17 +127,13 @@ def _concepts(
 ) -> list[Concept]:
     from sepme_diffusers.text.concept import Concept, as_concepts
 
-    found = []
-    for name in names or ():
-        found.append(
-            Concept.from_template(name, templates, withouts or [], anchors or None) if templates else Concept(name)
-        )
+    concepts = [
+        Concept.from_template(name, templates, withouts or [], anchors or None) if templates else Concept(name)
+        for name in names or ()
+    ]
     for values in json.loads(file.read_text(encoding="utf-8")) if file is not None else ():
-        if "pairs" in values:
-            found.append(Concept.from_dict(values))
-        else:
-            found.append(Concept.from_template(**values))
-    return as_concepts(found)
+        concepts.append(Concept.from_dict(values) if "pairs" in values else Concept.from_template(**values))
+    return as_concepts(concepts)
 
 
 def _trainer(
@@ -174,8 +166,8 @@ def _bank(where: str | Path | None) -> ConceptBank | None:
     return ConceptBank.from_pretrained(where)
 
 
-def _made(bank: ConceptBank, names: list[str]) -> RichTable:
-    table = RichTable(title="Made")
+def _increments_table(bank: ConceptBank, names: list[str]) -> RichTable:
+    table = RichTable(title="New increments")
     for column in ("concept", "form", "rank", "steps", "leakage"):
         table.add_column(column)
     for name in names:

@@ -25,7 +25,7 @@ def contact_sheet(
     headers: Sequence[str] = (),
     scale: int = 1,
 ) -> Image.Image:
-    """Pictures in rows and columns, with a label before each row and a header over each column where given."""
+    """Lay out pictures in rows and columns, with a label before each row and a header over each column where given."""
     side = rows[0][0].width * scale
     left, top = (_LABEL if labels else 0), (_HEADER if headers else 0)
     columns = max(len(row) for row in rows)
@@ -63,13 +63,13 @@ class Bar:
 
 
 def bars_table(title: str, bars: Sequence[Bar]) -> Table:
-    """Bars as a table."""
-    rows = tuple((one.measure, one.bar, one.measured, "yes" if one.met else "no") for one in bars)
+    """Tabulate bars."""
+    rows = tuple((bar.measure, bar.bar, bar.measured, "yes" if bar.met else "no") for bar in bars)
     return Table(title, ("measure", "bar", "measured", "met"), rows)
 
 
 def markdown(title: str, summary: str, tables: Sequence[Table], picture: str = "") -> str:
-    """A page of Markdown, with the picture of that file name at its end."""
+    """Write a page of Markdown, with the picture of that file name at its end."""
     parts = [f"# {title}", summary]
     for table in tables:
         lines = [table.columns, ("---",) * len(table.columns), *table.rows]
@@ -109,7 +109,7 @@ _PAGE = """<!doctype html>
 def html_page(
     title: str, summary: str, tables: Sequence[Table], picture: Image.Image, caption: str, footer: str
 ) -> str:
-    """A page that needs no other file."""
+    """Write a page that needs no other file."""
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     encoded = base64.b64encode(stream.getvalue()).decode()
@@ -118,7 +118,7 @@ def html_page(
 
 
 def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | None = None) -> None:
-    """Write name.md, name.json and name.png into a folder, made if missing; none of them is ever half there."""
+    """Write name.md, name.json and name.png into a folder, which is made if missing. Each file appears complete."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {".md": page.encode(), ".json": json.dumps(data, indent=1, ensure_ascii=False).encode()}
     if picture is not None:
@@ -130,7 +130,7 @@ def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | N
 
 
 def write(folder: Path, picture: Image.Image, page: str) -> None:
-    """Write grid.png and report.html into a folder, made if missing."""
+    """Write grid.png and report.html into a folder, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / "grid.png")
     (folder / "report.html").write_text(page, encoding="utf-8")

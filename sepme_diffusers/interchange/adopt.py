@@ -1,4 +1,4 @@
-"""Other erasers made separable: what they change, kept off the guards and cut down to what the concept feels."""
+"""Other erasers made separable: their change of the weights, without what it does to the guards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
-from sepme_diffusers.making.trainer import SepMETrainer, refuse_erased
+from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded, rows
 
@@ -39,20 +39,20 @@ def from_lora(
     method: Method = "imitate",
     difference: bool = False,
 ) -> ConceptBank:
-    """A bank from an eraser that was made with another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
+    """Make a bank from an eraser of another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
 
-    Its change of the text projections is brought into the null space of the guards and factored by reduced rank, cut
-    by effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
+    Its change of the text projections is brought into the null space of the guards. Then it is cut to the rank, by
+    its effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
     and leaves the guarded prompts exactly alone. What it changes elsewhere cannot be kept.
 
-    What each step cost stands in the entry's metrics. `effect_kept_within_guards` and, after the cut to the rank,
+    The entry's metrics say what each step cost. `effect_kept_within_guards` and, after the cut to the rank,
     `effect_kept`: how much of the wanted change of the concept's keys and values is made (1: all of it).
     `guard_damage_before` and `guard_damage_after`: how much of the guarded prompts' keys and values changes.
     `share_representable`: the text projections' share of the eraser's whole change; `parts_outside`: how many other
     modules it changes.
 
     Args:
-        source: Tensors by name, a .safetensors file or a folder with one, see `foreign.read_change`.
+        source: Tensors by name, a .safetensors file or a folder with one, see `weight_change.read_change`.
         pipe: The pipeline that the eraser was made for; only read.
         concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
         guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
@@ -66,13 +66,11 @@ def from_lora(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If nothing in the source is understood or representable, it was made for another base, it does
-            nothing to a concept that the guards leave room for, or the pipeline has erasures active.
+        ValueError: If nothing in the source is understood or can be kept, it was made for another base, or the
+            guards take away all that it does to a concept.
 
     Example:
-        >>> from sepme_diffusers import SepMEPipeline, pocket
-        >>> from sepme_diffusers.interchange.adopt import from_lora
-        >>> from sepme_diffusers.interchange.export import export_lora
+        >>> from sepme_diffusers import SepMEPipeline, export_lora, from_lora, pocket
         >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
         >>> file = export_lora(pocket.bank("styles"), pipe, ["neon"], "neon.safetensors", format="kohya")
         >>> list(from_lora(file, pipe, ["neon"]))
@@ -80,8 +78,7 @@ def from_lora(
     """
     if method not in get_args(Method):
         raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
-    refuse_erased(pipe)
-    concepts = as_concepts(concepts)
+    adopted = as_concepts(concepts)
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
     bank = bank if bank is not None else ConceptBank(base)
@@ -94,10 +91,10 @@ def from_lora(
             f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
         )
     encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
-    names = dict.fromkeys((*bank, *(concept.name for concept in concepts)))
+    names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
     room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
-    for concept in concepts:
+    for concept in adopted:
         regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
         penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
         penalty = sum(penalties) if penalties else None
@@ -128,13 +125,13 @@ def _entry(
     a, c = separable_factors(inside, tokens, null, config.rank)
     c = {name: c.get(name, torch.zeros(len(weight), len(a))).float() for name, weight in weights.items()}
     increment = Increment(a.float(), C=c)
-    made = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
+    changes = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
     original = _norm(weights, guarded)
     metrics = {
         "effect_kept_within_guards": _kept(inside, deltas, tokens),
-        "effect_kept": _kept(made, deltas, tokens),
+        "effect_kept": _kept(changes, deltas, tokens),
         "guard_damage_before": _norm(deltas, guarded) / original,
-        "guard_damage_after": _norm(made, guarded) / original,
+        "guard_damage_after": _norm(changes, guarded) / original,
         "source": change.kind,
         "method": method,
         "share_representable": change.share_inside,
@@ -163,7 +160,7 @@ def _norm(deltas: Mapping[str, Tensor], tokens: Tensor) -> float:
     return float(sum((tokens @ delta.double().T).square().sum() for delta in deltas.values())) ** 0.5
 
 
-def _kept(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
+def _kept(changes: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
     """⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
-    pairs = ((tokens @ made[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
-    return float(sum((mine * theirs).sum() for mine, theirs in pairs)) / _norm(wanted, tokens) ** 2
+    pairs = ((tokens @ changes[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
+    return float(sum((kept * whole).sum() for kept, whole in pairs)) / _norm(wanted, tokens) ** 2

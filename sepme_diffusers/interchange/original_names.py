@@ -45,14 +45,14 @@ _OPEN_CLIP_LAYER = {
 
 
 def unet_names(names: Iterable[str], layers_per_block: int) -> dict[str, str]:
-    """The original name of each module or parameter of a diffusers UNet.
+    """Find the original name of each module or parameter of a diffusers UNet.
 
     Args:
         names: All names at once: where an upsampler stands depends on whether its block has attentions.
         layers_per_block: Of the UNet's config.
 
     Raises:
-        ValueError: If one has no name in the original code; lists them.
+        ValueError: If one has no name in the original code; the message lists them.
 
     Example:
         >>> unet_names(["down_blocks.1.attentions.0.proj_in"], 2)
@@ -60,8 +60,7 @@ def unet_names(names: Iterable[str], layers_per_block: int) -> dict[str, str]:
     """
     names = list(names)
     attended = {match[1] for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
-    found = {name: _unet_name(name, layers_per_block + 1, attended) for name in names}
-    return _complete(found, "UNet")
+    return _complete({name: _unet_name(name, layers_per_block + 1, attended) for name in names}, "UNet")
 
 
 def _unet_name(name: str, stride: int, attended: set[str]) -> str | None:
@@ -90,10 +89,10 @@ def _resampler(side: str | None, block: str, kind: str, rest: str, stride: int, 
 
 
 def vae(state: Mapping[str, Tensor], n_blocks: int) -> dict[str, Tensor]:
-    """A diffusers AutoencoderKL's tensors under their original names.
+    """Rename a diffusers AutoencoderKL's tensors to their original names.
 
     Raises:
-        ValueError: If one has no name in the original code; lists them.
+        ValueError: If one has no name in the original code; the message lists them.
     """
     names = _complete({name: _vae_name(name, n_blocks) for name in state}, "VAE")
     # The original attention is a 1 x 1 convolution.
@@ -123,17 +122,17 @@ def _vae_name(name: str, n_blocks: int) -> str | None:
 
 
 def clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIPTextModel's tensors under their original names."""
+    """Rename a CLIPTextModel's tensors to their original names."""
     # transformers has dropped the wrapper that the original names keep.
     outside = ("text_model.", "text_projection.")
     return {name if name.startswith(outside) else f"text_model.{name}": tensor for name, tensor in state.items()}
 
 
 def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIPTextModel's tensors under OpenCLIP's names, which SD 2.x and SDXL's second text encoder use.
+    """Rename a CLIPTextModel's tensors to OpenCLIP's names, which SD 2.x and SDXL's second text encoder use.
 
     Raises:
-        ValueError: If one has no name there; lists them.
+        ValueError: If one has no name there; the message lists them.
     """
     tensors = clip(state)
     stacked = {name for name in tensors if re.search(r"\.self_attn\.[qkv]_proj\.", name)}

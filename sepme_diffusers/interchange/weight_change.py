@@ -35,7 +35,7 @@ _IN_FOLDER = (
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What an eraser changes.
+    """Hold what an eraser changes.
 
     Args:
         kind: What it was read from.
@@ -58,7 +58,7 @@ class WeightChange:
 
 
 def read_change(source: Source, unet: nn.Module, difference: bool = False) -> WeightChange:
-    """Read an eraser.
+    """Read what an eraser changes, from tensors or from a file.
 
     Args:
         source: Tensors by name, a .safetensors file, or a folder with one: a LoRA in PEFT's, diffusers' or kohya's
@@ -92,15 +92,15 @@ def _load(source: Source) -> tuple[dict[str, Tensor], LoraConfig | None]:
 
 def _file(path: Path) -> Path:
     candidates = [path / name for name in _IN_FOLDER] if path.is_dir() else [path]
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no eraser at {path}: looked for {[str(file) for file in candidates]}")
-    if found.suffix != ".safetensors":
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no eraser at {path}: looked for {[str(candidate) for candidate in candidates]}")
+    if file.suffix != ".safetensors":
         raise ValueError(
-            f"{found} is not a .safetensors file, and nothing else is unpickled here; if you trust it, load it with "
+            f"{file} is not a .safetensors file, and nothing else is unpickled here; if you trust it, load it with "
             "torch.load(file, weights_only=True) and pass the tensors"
         )
-    return found
+    return file
 
 
 def _lora_change(tensors: dict[str, Tensor], settings: LoraConfig | None, unet: nn.Module) -> WeightChange:
@@ -113,15 +113,15 @@ def _lora_change(tensors: dict[str, Tensor], settings: LoraConfig | None, unet: 
             unknown.append(key)
     unknown += [f"{module} (one factor of two)" for module, pair in factors.items() if len(pair) < 2]
     if unknown or (settings is not None and settings.use_dora):
-        raise ValueError(f"not a plain LoRA (DoRA, LyCORIS or damaged?): {unknown or 'its settings say DoRA'}")
-    spelt = _spellings(projection_weights(unet), unet)
+        raise ValueError(f"not a plain LoRA but DoRA, LyCORIS or a damaged file: {unknown or 'its settings say DoRA'}")
+    own_names = _own_names(projection_weights(unet), unet)
     inside: dict[str, Tensor] = {}
     outside: dict[str, float] = {}
     for module, pair in factors.items():
         scale = _scale(module, len(pair["down"]), tensors.get(f"{module}.alpha"), settings)
         delta = scale * pair["up"].flatten(1).float() @ pair["down"].flatten(1).float()
-        if module in spelt:
-            inside[spelt[module]] = delta
+        if module in own_names:
+            inside[own_names[module]] = delta
         elif norm := float(delta.norm()):
             outside[module] = norm
     return WeightChange("lora", _fitting(inside, unet), outside)
@@ -138,12 +138,12 @@ def _scale(module: str, rank: int, alpha: Tensor | None, settings: LoraConfig | 
 
 def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool) -> WeightChange:
     base = {name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items()}
-    spelt = _spellings(base, unet)
+    own_names = _own_names(base, unet)
     projections = {f"{name}.weight": name for name in projection_weights(unet)}
     inside: dict[str, Tensor] = {}
     outside: dict[str, float] = {}
-    for key in tensors.keys() & spelt.keys():
-        name, new = spelt[key], tensors[key]
+    for key in tensors.keys() & own_names.keys():
+        name, new = own_names[key], tensors[key]
         # Rounded as the file is: an untouched weight of a half-precision file has not changed.
         old = torch.zeros_like(new) if difference else base[name].detach().to(new.device, new.dtype)
         if old.shape != new.shape:
@@ -157,7 +157,7 @@ def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool
             inside[projections[name]] = delta
         else:
             outside[key] = float(delta.norm())
-    unread = tuple(key for key in tensors if key not in spelt)
+    unread = tuple(key for key in tensors if key not in own_names)
     if len(unread) == len(tensors):
         raise ValueError(
             f"nothing in it is a LoRA or a weight of this UNet; its keys are like {list(unread[:3])}, understood are "
@@ -168,25 +168,25 @@ def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool
 
 def _fitting(inside: dict[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
     weights = projection_weights(unet)
-    wrong = {name: (tuple(d.shape), tuple(weights[name].shape)) for name, d in inside.items()}
-    if wrong := {name: shapes for name, shapes in wrong.items() if shapes[0] != shapes[1]}:
+    both = {name: (tuple(delta.shape), tuple(weights[name].shape)) for name, delta in inside.items()}
+    if wrong := {name: shapes for name, shapes in both.items() if shapes[0] != shapes[1]}:
         raise ValueError(f"made for another UNet: shapes (eraser, UNet) differ: {wrong}")
     return {name: inside[name] for name in weights if name in inside}
 
 
-def _spellings(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
-    """{a name in some tool's spelling: the UNet's own}."""
-    spelt = {f"{prefix}{name}": name for name in names for prefix in _UNET_PREFIXES}
-    spelt |= {re.sub(r"\.(to_[kv])$", r".processor.\1", spelling): name for spelling, name in spelt.items()}
-    spelt |= {f"lora_unet_{name.replace('.', '_')}": name for name in names}
+def _own_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
+    """{a name as some tool writes it: the UNet's own name}."""
+    own = {f"{prefix}{name}": name for name in names for prefix in _UNET_PREFIXES}
+    own |= {re.sub(r"\.(to_[kv])$", r".processor.\1", written): name for written, name in own.items()}
+    own |= {f"lora_unet_{name.replace('.', '_')}": name for name in names}
     for name, original in _original_names(names, unet).items():
-        spelt |= {f"{prefix}{original}": name for prefix in _ORIGINAL_PREFIXES}
-        spelt[f"lora_unet_{original.replace('.', '_')}"] = name
-    return spelt
+        own |= {f"{prefix}{original}": name for prefix in _ORIGINAL_PREFIXES}
+        own[f"lora_unet_{original.replace('.', '_')}"] = name
+    return own
 
 
 def _original_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
     try:
         return original_names.unet_names(names, unet.config.layers_per_block)
-    except (TypeError, ValueError):  # a UNet that the original code does not have: nobody spells it that way
+    except (TypeError, ValueError):  # a UNet that the original code does not have, so no file has its names
         return {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss
-from sepme_diffusers.doors.linears import linear_of, text_projections
+from sepme_diffusers.doors.attachment import Attachment
+from sepme_diffusers.doors.attachment import attached as attach_edit
+from sepme_diffusers.doors.family import TOKENS
+from sepme_diffusers.doors.linears import plain
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.gradients import frozen, gradients
 from sepme_diffusers.making.learner import SHARED, Learner
@@ -157,37 +160,41 @@ def correlation(unet: nn.Module, reference: Reference) -> Tensor:
     return correlation_loss(concept_representation(edited, reference.without), reference.representation)
 
 
-@contextmanager
-def attached(unet: nn.Module, learners: Sequence[Learner]) -> Iterator[None]:
-    """While the block runs, the learners' increments act on the text projections, with gradient to their factors.
+def attached(unet: nn.Module, learners: Sequence[Learner]) -> AbstractContextManager[Attachment]:
+    """While the block runs, the learners' increments act on the denoiser, with gradient to their factors.
 
-    Take gradients inside the block: gradient checkpointing runs the projections again for them.
+    Take gradients inside the block: gradient checkpointing runs the Linears again for them.
     """
-    projections = {name: linear_of(module) for name, module in text_projections(unet).items()}
-    handles = []
-    try:
-        for name, linear in projections.items():
-            if SHARED in learners[0].factors:
-                handles.append(linear.register_forward_pre_hook(_edit_input(learners)))
-            else:
-                handles.append(linear.register_forward_hook(_add_change(learners, name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return attach_edit(plain(unet), LearnersEdit(learners))
 
 
-def _edit_input(learners: Sequence[Learner]) -> Callable[..., Any]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0] + _change(inputs[0], learners, SHARED), *inputs[1:])
+@dataclass(frozen=True, eq=False)
+class LearnersEdit:
+    """The increments of learners as an edit of a denoiser: at the first door, or behind its text Linears.
 
-    return hook
+    Args:
+        learners: Those whose increments act; all text-side or all per-module.
+    """
 
+    learners: Sequence[Learner]
 
-def _add_change(learners: Sequence[Learner], name: str) -> Callable[..., Any]:
-    return lambda module, inputs, output: output + _change(inputs[0], learners, name)
+    @property
+    def at_linears(self) -> bool:
+        """Whether the increments are per-module ones."""
+        return SHARED not in self.learners[0].factors
 
+    def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The edited tokens, or the unedited ones for `change` to read."""
+        e = embeddings[TOKENS]
+        if self.at_linears:
+            return {}, e
+        return {TOKENS: e + self._sum(e, SHARED)}, e
 
-def _change(embedding: Tensor, learners: Sequence[Learner], key: str) -> Tensor:
-    e = embedding.float()
-    return sum((e @ learner.basis.T) @ learner.factors[key].T for learner in learners).to(embedding.dtype)
+    def change(self, name: str, reading: Tensor) -> Tensor:
+        """What the increments add to the output of a Linear that reads the tokens."""
+        return self._sum(reading, name)
+
+    def _sum(self, embedding: Tensor, key: str) -> Tensor:
+        e = embedding.float()
+        changes = [(e @ learner.basis.T) @ learner.factors[key].T for learner in self.learners]
+        return torch.stack(changes).sum(dim=0).to(embedding.dtype)

@@ -29,7 +29,7 @@ from sepme_diffusers.making.plan import Plan, Problem
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.solvers import SOLVERS, Task
 from sepme_diffusers.making.state import TrainingState
-from sepme_diffusers.runtime.erasures import erasures_of
+from sepme_diffusers.runtime.erasures import unedited
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded
 
@@ -101,17 +101,17 @@ class SepMETrainer:
                 original model draws them.
 
         Raises:
-            ValueError: If the pipeline has erasures active, the concepts are not usable, the bank is of another base,
+            ValueError: If the concepts are not usable, the bank is of another base,
                 or the guards leave no room.
             FloatingPointError: If training diverges.
         """
-        refuse_erased(self.pipe)
         concepts, problem, bank = self._prepared(concepts, bank)
         pictures = self._checked(pictures or {}, concepts)
         plans = [Plan.of(concept, problem, self._solver) for concept in concepts]
         joint = self.config.coupling == "joint" and self._solver.trains
         groups = [plans] if joint else [[plan] for plan in plans]
-        entries = shared_out(groups, lambda group: self._entries(group, problem, pictures))
+        with unedited(self.pipe):
+            entries = shared_out(groups, lambda group: self._entries(group, problem, pictures))
         return bank.with_entries(entry for group in entries for entry in group)
 
     def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
@@ -137,16 +137,16 @@ class SepMETrainer:
         `pipe.unet.load_state_dict(changed, strict=False)` applies the weights. Use `SepMEConfig.unconstrained()`.
 
         Raises:
-            ValueError: If the pipeline has erasures active, or the concepts are not usable.
+            ValueError: If the concepts are not usable.
             FloatingPointError: If training diverges.
 
         Source: arXiv 2402.05947 (unconstrained variant).
         """
-        refuse_erased(self.pipe)
         concepts = as_concepts(concepts)
         pictures = self._checked(pictures or {}, concepts)
-        noisy = [self._pictures(concept, pictures) for concept in concepts]
-        return unlearn_permanently(self.pipe, [c.name for c in concepts], noisy, self.config, self.on_step)
+        with unedited(self.pipe):
+            noisy = [self._pictures(concept, pictures) for concept in concepts]
+            return unlearn_permanently(self.pipe, [c.name for c in concepts], noisy, self.config, self.on_step)
 
     def base(self) -> BaseModel:
         """Describe what this trainer's increments are made on."""
@@ -254,15 +254,3 @@ class SepMETrainer:
         soft = self._soft if self._soft is None or isinstance(self._soft, Tensor) else self._soft.covariance
         images = [image.tobytes() for plan in plans for image in pictures.get(plan.concept.name, ())]
         return TrainingState.of(self.state, plans, vars(self.base()), self.config, soft, images)
-
-
-def refuse_erased(pipe: Any) -> None:
-    """Check that a pipeline has nothing erased: increments are made on the original model.
-
-    Raises:
-        ValueError: If it has, with the names.
-    """
-    erasures = erasures_of(pipe.unet)
-    if erasures is not None and erasures.active:
-        names = [erasures.names.shown[key] for key in erasures.active]
-        raise ValueError(f"the pipeline has erased {names}; restore them before making increments")

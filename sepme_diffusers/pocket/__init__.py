@@ -73,9 +73,8 @@ def classify(images: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the pictures are not 64 x 64.
     """
-    images = as_tensor(images)
-    logits = [load_judge()(part) for part in images.split(64)]
-    return tuple(torch.cat(part).softmax(dim=1) for part in zip(*logits, strict=True))
+    styles, objects_shown = zip(*(load_judge()(part) for part in as_tensor(images).split(64)), strict=True)
+    return torch.cat(styles).softmax(dim=1), torch.cat(objects_shown).softmax(dim=1)
 
 
 def as_tensor(images: Sequence[Image.Image] | Tensor) -> Tensor:

@@ -46,4 +46,9 @@ class Judge(nn.Module):
     def pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the two heads read: texture (n, 2 * widths[-2]) and shape (n, 2 * widths[-1]) features."""
         texture = self.stages[:-1](self.stem(images * 2 - 1))
-        return tuple(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1) for x in (texture, self.stages[-1](texture)))
+        return _means_and_maxima(texture), _means_and_maxima(self.stages[-1](texture))
+
+
+def _means_and_maxima(maps: Tensor) -> Tensor:
+    """Feature maps (n, d, height, width) as (n, 2 d)."""
+    return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)

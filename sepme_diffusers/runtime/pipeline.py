@@ -307,7 +307,7 @@ class SepMELoaderMixin:
     def for_request(self, always: ErasedSet = (), erased: ErasedSet | None = None) -> Any:
         """Return a light copy of the pipeline for one request, tenant or thread: own scheduler, shared weights.
 
-        Schedulers keep where they are in a picture, and fast tokenizers how they pad: neither can be shared by threads.
+        Schedulers keep where they are in a picture, and fast tokenizers how they pad: threads can share neither.
 
         Args:
             always: Erased in every call of the copy, whatever the call says.

@@ -4,8 +4,8 @@
 
 A mask holds the strengths of the active increments, in one row for a whole batch or one row per picture. A mask of
 zeros changes nothing, exactly; the order in which increments were asked for cannot leave a trace. Neither can what
-else is loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for the
-rows of an increment whose gate the prompt opens, and of one that has none, else 0.
+else is loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for
+the rows of an increment whose gate the prompt opens, and of one that has none, else 0.
 """
 
 from __future__ import annotations

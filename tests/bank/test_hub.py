@@ -469,7 +469,7 @@ class TestTrouble:
         sealed = blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
         server.publish(REPOSITORY, {**files, MANIFEST: sealed})
         server.forget()
-        with pytest.raises(BankError, match="version 99|ghost"):
+        with pytest.raises(BankError, match=r"version 99|ghost"):
             pull()
         assert server.fetched == [MANIFEST]
 

@@ -1,7 +1,10 @@
+"""The command line: help, version, bad options, benchmarks, exports and the demonstration."""
+
 import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ from typer.testing import CliRunner
 
 from sepme_diffusers import pocket
 from sepme_diffusers.cli.app import app
-from sepme_diffusers.evaluation.bench.inference import Bench
-from sepme_diffusers.evaluation.bench.runner import Result
+from sepme_diffusers.evaluation.bench import registry
+from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.protocols import demo as demonstration
 
 
@@ -20,6 +23,28 @@ def test_help_names_the_commands():
     assert shown.exit_code == 0
     assert "demo" in shown.output
     assert "bench" in shown.output
+
+
+def test_the_version_is_that_of_the_package():
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output == f"sepme-diffusers {version('sepme-diffusers')}\n"
+
+
+def test_the_bare_import_is_light():
+    """Neither torch nor what only the command line needs."""
+    check = "import sys, sepme_diffusers; sys.exit(bool({'torch', 'typer', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_only_the_command_line_imports_what_it_alone_needs():
+    package = Path(pocket.__file__).parents[1]
+    importing = {
+        file.relative_to(package).parts[0]
+        for file in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) (typer|rich)\b", file.read_text("utf-8"), re.MULTILINE)
+    }
+    assert importing == {"cli"}
 
 
 def test_bad_options_are_refused_before_any_work():
@@ -42,14 +67,14 @@ def test_bench_shows_what_it_measured_before_a_measure_that_fails(monkeypatch):
     """Whoever waited an hour keeps the figures, and the failure is told."""
 
     def measured(_):
-        yield Result("switching the erased set", ">= 100 x faster", "345 x", "one pair")
+        yield Figure("switching the erased set", "345 x", "one pair")
 
     def failing(_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Bench, "switching", measured)
-    monkeypatch.setattr(Bench, "disk", failing)
-    shown = CliRunner().invoke(app, ["bench", "--only", "switching", "--only", "disk"])
+    for name, run in (("switching", measured), ("disk_text", failing)):
+        monkeypatch.setitem(registry.MEASURES, name, Measure(name, ">= 100 x faster", "set_adapters", run))
+    shown = CliRunner().invoke(app, ["bench", "--only", "switching", "--only", "disk_text"])
     assert "345 x" in shown.output
     assert shown.exit_code == 1
     assert str(shown.exception) == "out of memory"
@@ -57,7 +82,7 @@ def test_bench_shows_what_it_measured_before_a_measure_that_fails(monkeypatch):
 
 def test_the_command_line_imports_nothing_heavy():
     """The first line appears at once: torch waits until a command runs."""
-    check = "import sys, sepme_diffusers.cli; sys.exit('torch' in sys.modules)"
+    check = "import sys, sepme_diffusers.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

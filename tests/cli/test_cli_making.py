@@ -9,7 +9,7 @@ from sepme_diffusers import ConceptBank, SoftGuards, pocket
 from sepme_diffusers.cli.app import app
 
 BASE = str(pocket.path())
-SAID = ["--concept", "neon", "--template", "a cat in the style of {concept}", "--without", "a cat"]
+DESCRIBED = ["--concept", "neon", "--template", "a cat in the style of {concept}", "--without", "a cat"]
 
 
 def run(*arguments: object):
@@ -22,7 +22,7 @@ def test_a_bank_is_made_and_added_to(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert SoftGuards.load(tmp_path / "regular.safetensors").prompts == ("a cat", "a dog", "a pencil fox")
     options = ["--solver", "closed_form", "--guard", "watermark", "--soft-guards"]
-    shown = run("erase", BASE, tmp_path / "bank", *SAID, *options, tmp_path / "regular.safetensors")
+    shown = run("erase", BASE, tmp_path / "bank", *DESCRIBED, *options, tmp_path / "regular.safetensors")
     assert shown.exit_code == 0, shown.output
     before = (tmp_path / "bank" / "neon" / "text_increment.safetensors").read_bytes()
     concepts = [
@@ -44,7 +44,7 @@ def test_a_bank_is_made_and_added_to(tmp_path):
 
 def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = run("capacity", BASE, *SAID, "--concept", "pixel")
+    shown = run("capacity", BASE, *DESCRIBED, "--concept", "pixel")
     assert shown.exit_code == 0, shown.output
     assert "Of 384 dimensions" in shown.output
     assert shown.output.count("exactly") == 2
@@ -52,7 +52,7 @@ def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ((), "no concept given"),
         (("--concept", "neon", "--solver", "magic"), "'closed_form'"),
@@ -60,9 +60,9 @@ def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
         (("--concepts", "missing.json"), "missing.json"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_written(options, said, tmp_path, monkeypatch):
+def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_written(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = run("erase", BASE, "bank", *options)
     assert shown.exit_code == 2
-    assert said in " ".join(shown.output.replace("│", "").split())
+    assert message in " ".join(shown.output.replace("│", "").split())
     assert not list(tmp_path.iterdir())

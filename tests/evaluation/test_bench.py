@@ -1,50 +1,78 @@
-"""The benchmarks that are quick enough, and what the slow ones are made of, at small sizes."""
+"""The benchmarks' measures: those that are quick at small size, and what the slow ones are made of."""
 
 import copy
+import sys
 
 import pytest
 import torch
 
 from sepme_diffusers import SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.evaluation.baselines.paper import PaperStep, null_space_by_elimination
-from sepme_diffusers.evaluation.bench import inference, making, runner
+from sepme_diffusers.evaluation.bench import processes, registry, solving, training_step
+from sepme_diffusers.evaluation.bench.measure import Figure, Measure
+from sepme_diffusers.evaluation.bench.paper import PaperStep, null_space_by_elimination
+from sepme_diffusers.evaluation.bench.runner import Runner
 from sepme_diffusers.evaluation.bench.shapes import random_module
 from sepme_diffusers.text.concept import BLANK
 from sepme_diffusers.text.encoding import encode, rows
 
 
-def number(figure: str, unit: str = " x") -> float:
-    return float(figure.removesuffix(unit))
+def number(value: str, unit: str = " x") -> float:
+    return float(value.removesuffix(unit))
 
 
 @pytest.fixture
-def small_bench(pipe) -> inference.Bench:
-    """The benchmarks with a pocket-size model in the place of the large one."""
-    made = inference.Bench(repeats=1)
-    made.large = pipe
-    return made
+def runner(pipe) -> Runner:
+    """A runner with a pocket-size model in the place of both its pipelines."""
+    small = Runner(repeats=1)
+    small.large = small.small = pipe
+    return small
 
 
-def test_measures_are_those_at_inference_and_those_of_making():
-    assert {"switching", "disk", "guard_basis", "training_step", "hundred_concepts", "steps_to_stop"} <= set(
-        inference.MEASURES
-    )
-    assert not {"large", "small"} & set(inference.MEASURES)
-    assert all(getattr(inference.Bench, name).__doc__ for name in inference.MEASURES)
+def test_every_measure_has_a_name_a_bar_and_a_baseline():
+    assert {"switching", "disk_text", "guard_basis", "training_step", "hundred_concepts"} <= set(registry.MEASURES)
+    for name, measure in registry.MEASURES.items():
+        assert name == measure.name == measure.run.__name__
+        assert measure.bar
+        assert measure.baseline
+        assert measure.run.__doc__
 
 
-def test_the_benchmark_of_the_built_in_model_runs():
-    chosen = inference.Bench(repeats=1, steps=1)
-    table = inference.table(chosen, inference.run(chosen, ("loop_built_in",)))
-    ((measure, bar, figure, _),) = table.rows
-    assert (measure, bar) == ("denoising: built-in model, 10 active of 110", "<= 1.10")
-    assert number(figure) > 0
+@pytest.mark.parametrize(
+    "name", ["loop_50_of_50", pytest.param("loop_built_in", marks=pytest.mark.slow), "mixed_batch"]
+)
+def test_the_loop_is_timed_against_the_plain_pipeline(name, runner, pocket_pipe):
+    if name == "loop_built_in":
+        runner.small = pocket_pipe
+    results = list(registry.run(runner, [name]))
+    assert [measure.name for measure, _ in results] == [name] * len(results)
+    assert all(number(figure.value) > 0 for _, figure in results)
+    assert runner.large.get_bank() is None
+    ((what, bar, value, baseline, _), *_) = registry.table(runner, results).rows
+    assert what.startswith("denoising: ")
+    assert (bar, baseline) == (registry.MEASURES[name].bar, "the plain pipeline with the same weights")
+    assert value == results[0][1].value
 
 
 def test_unknown_measures_are_refused():
     with pytest.raises(ValueError, match=r"unknown measures \['speed'\]; there are .*'switching'"):
-        inference.run(inference.Bench(), ("speed",))
+        registry.run(Runner(), ["speed"])
+
+
+def test_figures_come_one_by_one(monkeypatch):
+    """What was measured before a measure that fails is not lost."""
+
+    def failing(_):
+        yield Figure("first", "1 x", "")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(registry.MEASURES, "failing", Measure("failing", "", "", failing))
+    started = []
+    figures = registry.run(Runner(), ["failing"], started.append)
+    assert next(figures)[1].value == "1 x"
+    assert started == ["failing"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(figures)
 
 
 def test_elimination_spans_the_same_null_space():
@@ -56,11 +84,18 @@ def test_elimination_spans_the_same_null_space():
     torch.testing.assert_close(theirs @ ours.T @ ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_elimination_says_what_was_timed(small_bench):
-    guard = rows(encode(small_bench.large, [BLANK]))
-    found = small_bench._against_elimination(guard, guard)
-    assert number(found.figure) > 0
-    assert found.detail.startswith("16 x 384 tokens")
+def test_elimination_without_sympy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sympy", None)
+    with pytest.raises(ImportError, match=r"sympy: pip install 'sepme-diffusers\[eval\]'"):
+        null_space_by_elimination(torch.eye(2))
+
+
+def test_elimination_says_what_was_timed():
+    guard = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    figure = solving.against_elimination(Runner(repeats=1), guard[:3], guard)
+    assert number(figure.value) > 0
+    assert figure.detail.startswith("3 x 40 tokens")
+    assert "6 x 40 of nine concepts" in figure.detail
 
 
 def test_the_papers_step_lowers_its_loss_and_leaves_both_models_as_they_were(pipe):
@@ -70,7 +105,7 @@ def test_the_papers_step_lowers_its_loss_and_leaves_both_models_as_they_were(pip
     concept, blank = encode(pipe, ["neon cat"]), encode(pipe, [BLANK])
     config = SepMEConfig.paper(beta=0.02)
     act = PaperStep(pipe.unet, edited, null_space(rows(blank)), concept, blank, config)
-    noisy, at = making.picture(pipe)
+    noisy, at = training_step.noisy_picture(pipe)
     losses = [act(noisy, at) for _ in range(6)]
     assert losses[-1] < 0.5 * losses[0]
     for unet in (edited, pipe.unet):
@@ -81,8 +116,8 @@ def test_the_papers_step_lowers_its_loss_and_leaves_both_models_as_they_were(pip
 
 def test_the_papers_first_loss_is_that_of_the_original(pipe):
     """Unedited, the correlation is the mean square of r_c; the blank prompt's prediction never moves."""
-    act = making.paper_step(pipe, copy.deepcopy(pipe.unet), freeze=True)
-    noisy, at = making.picture(pipe)
+    act = training_step.paper_step(pipe, copy.deepcopy(pipe.unet), freeze=True)
+    noisy, at = training_step.noisy_picture(pipe)
     with torch.no_grad():
         with_concept, without = (pipe.unet(noisy, at, encode(pipe, [text])).sample for text in ("cat", BLANK))
     assert act(noisy, at) == pytest.approx(float((with_concept - without).square().mean()), rel=1e-4)
@@ -90,47 +125,75 @@ def test_the_papers_first_loss_is_that_of_the_original(pipe):
 
 def test_the_authors_step_computes_gradients_of_all_weights(pipe):
     edited = copy.deepcopy(pipe.unet)
-    making.paper_step(pipe, edited, freeze=False)(*making.picture(pipe))
+    training_step.paper_step(pipe, edited, freeze=False)(*training_step.noisy_picture(pipe))
     assert sum(parameter.grad is not None for parameter in edited.parameters()) > 50
 
 
-def test_a_training_step_takes_turns_with_the_papers(small_bench):
-    before = {name: tensor.clone() for name, tensor in small_bench.large.unet.state_dict().items()}
-    found = small_bench._step_times(small_bench.large)
+def test_a_training_step_takes_turns_with_the_papers(runner):
+    before = {name: tensor.clone() for name, tensor in runner.large.unet.state_dict().items()}
+    figures = training_step.step_times(runner)
     new, mean = "time of a training step, with new noise, ", "time of a training step, mean of the 4 on a batch, "
-    assert [one.measure for one in found] == [
-        f"{ours}against {theirs}" for ours in (new, mean) for theirs in making.AGAINST.values()
+    assert [figure.what for figure in figures] == [
+        f"{ours}against {theirs}" for ours in (new, mean) for theirs in training_step.PAPERS_STEPS.values()
     ]
-    assert all(number(one.figure) > 0 for one in found)
-    assert all(torch.equal(t, before[name]) for name, t in small_bench.large.unet.state_dict().items())
+    assert all(number(figure.value) > 0 for figure in figures)
+    assert all(torch.equal(t, before[name]) for name, t in runner.large.unet.state_dict().items())
 
 
-def test_a_peak_does_not_start_from_that_of_the_process_that_asks(pipe):
+def test_calls_take_turns():
+    order = []
+    taken = Runner().take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.slow
+def test_a_peak_does_not_start_from_that_of_the_process_that_asks():
     held = torch.ones(150_000_000)  # 600 MB
-    here = runner.peak_resident()
-    there = making.alone(runner.peak_resident)
+    here = processes.peak_resident()
+    there = processes.alone(processes.peak_resident)
     assert there < here - held.nbytes / 2
 
 
-def test_many_concepts_are_compared_with_one_fused_edit(small_bench):
-    found = small_bench._many(["cat", "dog", "fox"], "<= 2 x")
-    assert found.measure == "closed form of 3 concepts"
-    assert number(found.figure) > 0
-    assert "encoding the 4 prompts once" in found.detail
+def test_the_peak_of_this_process_counts_what_it_held():
+    before = processes.peak_resident()
+    held = torch.ones(int(1.1 * before) // 4)
+    assert processes.peak_resident() > before + held.nbytes / 2
 
 
-def test_steps_to_the_stopping_rule_are_counted(small_bench):
-    config = SepMEConfig(solver="closed_form+train", tolerance=0.9, n_images=2, batch_size=2, image_steps=1)
-    found = small_bench._steps_to_stop(("neon",), config)
-    assert 0 < number(found.figure) < 10
-    assert "neon 1" in found.detail
+def test_many_concepts_are_compared_with_one_fused_edit(runner):
+    figure = solving.closed_forms(runner, ["cat", "dog", "fox"])
+    assert figure.what == "closed form of 3 concepts"
+    assert number(figure.value) > 0
+    assert "encoding the 4 prompts once" in figure.detail
 
 
-def test_a_concept_on_disk_is_measured_in_both_forms(small_bench):
+def test_steps_to_the_stopping_rule_are_counted(runner, monkeypatch):
+    """On an untrained model, with few prompts: the count is the trainer's, and stopping by the rule is told apart."""
+    monkeypatch.setattr(solving, "regular_for_styles", lambda style: ())
+    monkeypatch.setattr(solving, "BANKED_STYLES", ("neon", "woodcut"))
+    few = {"n_images": 1, "batch_size": 1, "image_steps": 1, "max_steps": 12}
+    paper = SepMEConfig.paper
+    monkeypatch.setattr(SepMEConfig, "paper", lambda **settings: paper(**few, **settings))
+    figure = solving.stopping_steps(runner, ["neon"], SepMEConfig(solver="train", tolerance=0.9, **few))
+    assert 0 < number(figure.value) < 13
+    assert figure.detail.split(": ")[1].startswith("neon 1")
+
+
+def test_a_concept_on_disk_is_measured_in_both_forms(runner):
     """Compact, a concept takes less than with A in float32, and much less than a LoRA with A in every module."""
-    for result, most in zip(small_bench.disk(), (0.7, 0.3), strict=True):
-        wide = float(result.detail.rpartition(": ")[2].removesuffix(" KB"))
-        assert 0 < number(result.figure, " KB") < most * wide
+    figures = [figure for _, figure in registry.run(runner, ["disk_text", "disk_module"])]
+    for figure, most in zip(figures, (0.7, 0.3), strict=True):
+        wide = float(figure.detail.rpartition(": ")[2].removesuffix(" KB"))
+        assert 0 < number(figure.value, " KB") < most * wide
+
+
+def test_switching_and_memory_are_measured_and_nothing_stays_loaded(runner):
+    figures = {figure.what: figure for _, figure in registry.run(runner, ["switching", "memory"])}
+    assert number(figures["switching the erased set"].value) > 1
+    assert 0 < number(figures["memory of 100 concepts, text form"].value, " MB") < 5
+    assert runner.large.get_bank() is None
+    assert not getattr(runner.large.unet, "peft_config", {})
 
 
 def test_random_modules_are_equal_at_every_call_and_keep_a_signal_alive():
@@ -156,6 +219,6 @@ def test_modules_with_unknown_buffers_are_refused():
 @pytest.mark.slow
 def test_the_memory_of_a_hundred_concepts_is_that_of_their_factors():
     """At Stable Diffusion 1.5's shape, in float16: never dense, never a copy for every module."""
-    text, module = inference.run(inference.Bench(), ("memory",))
-    assert number(text.figure, " MB") < 5
-    assert number(module.figure, " MB") < 50
+    text, module = (figure for _, figure in registry.run(Runner(), ["memory"]))
+    assert number(text.value, " MB") < 5
+    assert number(module.value, " MB") < 50

@@ -5,8 +5,9 @@ from itertools import chain
 import pytest
 
 from sepme_diffusers import pocket
-from sepme_diffusers.evaluation.measures.probes import PARAPHRASES, Studio, pairs_probe, plain_probe, probe
-from sepme_diffusers.evaluation.protocols.making import Eraser
+from sepme_diffusers.evaluation.pictures import PictureCache
+from sepme_diffusers.evaluation.probes import PARAPHRASES, pairs_probe, plain_probe, probe
+from sepme_diffusers.evaluation.protocols.eraser import Eraser
 from sepme_diffusers.evaluation.protocols.scenes import CONCEPTS, NEVER_SEEN, REGULAR, cells
 from sepme_diffusers.pocket import vocabulary as words
 
@@ -70,18 +71,18 @@ def test_a_picture_is_drawn_once_for_each_erased_set(pocket_pipe):
             calls.append(len(prompts))
             return pocket_pipe(prompts, **kwargs)
 
-    studio, asked = Studio(Counting(), steps=1), probe("styles", "neon", 2, 0)
+    cache, asked = PictureCache(Counting(), steps=1), probe("styles", "neon", 2, 0)
     bank = pocket.bank("styles").subset(["neon", "pencil"])
-    first = studio.draw([asked, asked])
+    first = cache.draw([asked, asked])
     pocket_pipe.load_sepme(bank)
     try:
-        assert studio.draw([asked])[0] == first[0] == first[1]
+        assert cache.draw([asked])[0] == first[0] == first[1]
         pocket_pipe.set_erased(["neon"])
-        erased = studio.draw([asked])[0]
+        erased = cache.draw([asked])[0]
         pocket_pipe.set_erased(["pencil", "neon"])
-        studio.draw([asked])
+        cache.draw([asked])
         pocket_pipe.set_erased(["neon"])
-        assert studio.draw([asked])[0] == erased
+        assert cache.draw([asked])[0] == erased
     finally:
         pocket_pipe.unload_sepme()
     assert erased != first[0]

@@ -7,7 +7,9 @@ from typer.testing import CliRunner
 
 from sepme_diffusers import pocket
 from sepme_diffusers.cli.app import app
-from sepme_diffusers.evaluation.protocols.variants import STYLES, VARIANTS, Made, Row, Workshop, transfer_bars
+from sepme_diffusers.evaluation.measures.registry import MEASURES
+from sepme_diffusers.evaluation.protocols.variant_runner import Row, transfer_bars
+from sepme_diffusers.evaluation.protocols.variants import STYLES, VARIANTS, Edit, VariantMaker
 from sepme_diffusers.pocket.concepts import style_concept
 
 
@@ -17,7 +19,7 @@ def test_the_papers_representation_is_against_the_blank_prompt_with_the_same_anc
         "sepme_diffusers.making.trainer.SepMETrainer.erase",
         lambda self, concepts: seen.extend(concepts) or pocket.bank("styles"),
     )
-    VARIANTS["aligned basis, against the blank prompt"](Workshop(pocket_pipe))
+    VARIANTS["aligned basis, against the blank prompt"](VariantMaker(pocket_pipe))
     for concept, style in zip(seen, STYLES, strict=True):
         assert concept.prompts == style_concept(style).prompts
         assert {without for _, without in concept.pairs} == {""}
@@ -25,26 +27,31 @@ def test_the_papers_representation_is_against_the_blank_prompt_with_the_same_anc
 
 
 def test_every_variant_guards_the_same_and_sees_no_prompt_for_what_it_erases_as_regular(pocket_pipe):
-    shop = Workshop(pocket_pipe)
-    assert not any(style in prompt.split() for prompt in shop.soft for style in STYLES)
+    maker = VariantMaker(pocket_pipe)
+    assert not any(style in prompt.split() for prompt in maker.soft for style in STYLES)
 
 
 def test_size_is_that_of_the_files():
     bank = pocket.bank("styles").subset(STYLES)
     numbers = sum(tensor.numel() for entry in bank.values() for tensor in entry.increment.tensors().values())
-    assert Made(bank).kilobytes == pytest.approx(4 * numbers / 1e3, rel=0.05)
+    assert Edit(bank).kilobytes == pytest.approx(4 * numbers / 1e3, rel=0.05)
 
 
 def test_variants_are_measured_beside_the_original(tmp_path):
-    options = ["--only", "closed form", "--only", "UCE", "--pictures", "1", "--steps", "2", "--output", str(tmp_path)]
+    options = ["--only", "closed form", "--only", "UCE", "--pictures", "1", "--steps", "1", "--output", str(tmp_path)]
     shown = CliRunner().invoke(app, ["eval", "variants", *options])
     assert shown.exit_code == 0, shown.output
-    (rows,) = json.loads((tmp_path / "variants.json").read_text("utf-8")).values()
+    rows, measures = json.loads((tmp_path / "variants.json").read_text("utf-8")).values()
     original, closed, fused = rows
     assert [row["variant"] for row in rows] == ["original", "closed form", "UCE"]
     assert original["guarded: max, /255"] == closed["guarded: max, /255"] == "0"
     assert int(fused["guarded: max, /255"]) > 0
     assert float(closed["KB"]) < float(fused["KB"])
+    assert [(row["variant"], row["group"]) for row in measures][:2] == [
+        ("original", "erased"),
+        ("original", "regular"),
+    ]
+    assert set(measures[0]) == {"variant", "group", *MEASURES}
 
 
 def test_unknown_variants_are_refused_with_what_there_is():
@@ -55,7 +62,7 @@ def test_unknown_variants_are_refused_with_what_there_is():
 
 def test_another_unet_may_be_two_points_worse():
     def row(erased: float, regular: float) -> Row:
-        return Row("", erased, 100, regular, 100, 0, 0, 0, 0, 0)
+        return Row("", {"erased": {"style ACC %": erased}, "regular": {"style ACC %": regular}})
 
     first = (row(100, 100), row(4, 98))
     assert [bar.met for bar in transfer_bars({"base": first, "variant": (row(100, 100), row(6, 96))})] == [True, True]

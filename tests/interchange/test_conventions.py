@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors.torch import save_file
 
 from sepme_diffusers import SepMEPipeline, SepMETrainer, SepMEXLPipeline, attach
-from sepme_diffusers.interchange.export import single_file_tensors
+from sepme_diffusers.interchange.checkpoint import single_file_tensors
 from small import CLOSED, CONCEPTS, random_pipeline, random_xl_pipeline
 
 KINDS = {

@@ -13,13 +13,12 @@ from diffusers import (
 )
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from folders import tree
-from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer
+from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer, export_adapters, export_checkpoint, export_lora
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.interchange.export import export_adapters, export_checkpoint, export_lora
 from small import CLOSED, CONCEPTS, draw, random_pipeline, random_xl_pipeline
 
 ERASED = {"woodcut": 1.0, "neon": 1.5, "pencil": 0.5}
@@ -222,6 +221,22 @@ def test_an_sdxl_single_file_is_read_in_the_original_names(xl, tmp_path):
         assert all(torch.equal(mine[key], back[key]) for key in mine)
 
 
+def test_a_compiled_pipeline_is_fused_like_any_other(pipe, text_bank, tmp_path):
+    """Wrapped by `torch.compile` or compiled in place, neither of which is traced by an export."""
+    expected = tree(export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "eager"))
+    lora = load_file(export_lora(text_bank, pipe, ["neon"], tmp_path / "l.safetensors", "kohya"))
+    pipe.unet.compile()
+    assert tree(export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "in-place")) == expected
+    pipe.unet, pipe.vae = torch.compile(pipe.unet), torch.compile(pipe.vae)
+    assert tree(export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "wrapped")) == expected
+    export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "half", dtype=torch.float16)
+    file = export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "m.safetensors", format="single_file")
+    assert {key.split(".")[0] for key in load_file(file)} == {"model", "cond_stage_model", "first_stage_model"}
+    again = load_file(export_lora(text_bank, pipe.unet, ["neon"], tmp_path / "l.safetensors", "kohya"))
+    assert again.keys() == lora.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in lora.items())
+
+
 def test_half_precision_is_cast_once(pipe, text_bank, tmp_path):
     """The written weight is the float32 sum, rounded; the rest of the model is half too."""
     whole = export_checkpoint(text_bank, pipe, ["neon"], tmp_path / "whole")
@@ -254,7 +269,7 @@ def test_the_pipeline_is_left_as_it_was(format, failing, pipe, text_bank, tmp_pa
     config, parts = dict(pipe.config), dict(pipe.components)
     path = tmp_path / ("m.safetensors" if format == "single_file" else "model")
     if failing:
-        monkeypatch.setattr("sepme_diffusers.interchange.export.save_file", disk_full)
+        monkeypatch.setattr("sepme_diffusers.interchange.checkpoint.save_file", disk_full)
         monkeypatch.setattr(type(pipe.vae), "save_pretrained", disk_full)
         with pytest.raises(OSError, match="disk full"):
             export_checkpoint(text_bank, pipe, ["neon"], path, format=format, dtype=torch.float16)
@@ -287,35 +302,6 @@ def test_files_can_be_read_by_whoever_may_read_new_files(format, pipe, text_bank
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
     assert {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()} == {usual}
-
-
-def test_exports_replace_exports_and_nothing_else(pipe, text_bank, tmp_path):
-    first = export_lora(text_bank, pipe, ["neon"], tmp_path / "lora")
-    before = tree(first)
-    export_lora(text_bank, pipe, ["cat"], tmp_path / "lora", format="diffusers")
-    assert before.keys() - tree(first).keys() == {"adapter_config.json", "adapter_model.safetensors"}
-    file = export_lora(text_bank, pipe, ["neon"], tmp_path / "l.safetensors", format="kohya")
-    export_lora(text_bank, pipe, ["cat", "neon"], file, format="kohya")
-    assert len(list(tmp_path.iterdir())) == 2
-    (tmp_path / "lora" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not only, what an export wrote"):
-        export_lora(text_bank, pipe, ["neon"], tmp_path / "lora")
-    assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "checkpoint", "single_file"])
-def test_what_others_wrote_is_not_overwritten(format, pipe, text_bank, tmp_path):
-    one_file = format in ("kohya", "single_file")
-    path = tmp_path / ("mine.safetensors" if one_file else "mine")
-    if one_file:
-        save_file({"x": torch.ones(2)}, path)
-    else:
-        path.mkdir()
-        (path / "notes.txt").write_text("mine")
-    before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=f"{path.name} is there and is not, or not only, what an export wrote"):
-        export(format, text_bank, pipe, ["neon"], path)
-    assert tree(tmp_path) == before
 
 
 def export(format, bank, pipe, erased, path):

@@ -8,9 +8,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sepme_diffusers import SepMETrainer
+from sepme_diffusers import SepMETrainer, export_checkpoint, export_lora
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.interchange.export import export_checkpoint, export_lora, merged_increment
+from sepme_diffusers.interchange.merge import merged_increment
 from sepme_diffusers.interchange.weight_change import read_change
 from small import CLOSED, CONCEPTS, random_xl_pipeline
 

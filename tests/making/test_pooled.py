@@ -10,10 +10,10 @@ from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.making.decouple import decouple
 from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.text.encoding import Encoded, encode, encode_pooled, rows
-from small import CLOSED, CONCEPTS, TRAIN, random_xl_pipeline
+from small import CLOSED, CONCEPTS, TRAIN, latents, random_xl_pipeline
 
 GUARDS = ["", "watermark"]
-CONFIG = replace(CLOSED, gain=0.9)
+CONFIG = replace(CLOSED, gain=0.9, reserve=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,27 @@ def test_the_concepts_pooled_rows_move_to_their_anchors_by_the_stated_share(xl, 
         assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(0.9, abs=1e-3)
 
 
+def test_guarded_pictures_are_equal_to_the_bit_and_the_concepts_feel_both_doors(xl, bank):
+    prompts = ["watermark", CONCEPTS[0].prompts[0]]
+    before = latents(xl, prompts)
+    alone = replace(bank["neon"], increment=replace(bank["neon"].increment, doors={}))
+    after = {}
+    for doors, loaded in (("both", bank), ("tokens", bank.with_entries([alone]))):
+        xl.load_sepme(loaded)
+        after[doors] = latents(xl, prompts, erased=["neon"])
+        xl.unload_sepme()
+        assert torch.equal(after[doors][0], before[0])
+        assert not torch.equal(after[doors][1], before[1])
+    assert not torch.equal(after["both"][1], after["tokens"][1])
+
+
 def test_other_pipelines_have_no_further_door(text_bank):
     assert all(not entry.increment.doors for entry in text_bank.values())
 
 
 @pytest.mark.parametrize("solver", ["train", "closed_form+train"])
 def test_a_trained_increment_has_the_closed_forms_pooled_part(xl, bank, solver):
-    config = replace(TRAIN, solver=solver, rank=CONFIG.rank, gain=CONFIG.gain, soft_guard_weight=0.0, max_steps=4)
+    config = replace(TRAIN, solver=solver, rank=CONFIG.rank, gain=CONFIG.gain, soft_guard_weight=0.0, reserve=0.1)
     trained = SepMETrainer(xl, config, GUARDS, others=list(bank)).erase(CONCEPTS[:1])["neon"].increment
     assert trained.form == "module"
     expected = bank["neon"].increment.doors["pooled"]

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer
-from sepme_diffusers.evaluation.bench import making, shapes
-from sepme_diffusers.evaluation.bench.runner import peak_resident
-from sepme_diffusers.interchange.export import single_file_tensors
+from sepme_diffusers.evaluation.bench import shapes
+from sepme_diffusers.evaluation.bench.processes import alone as in_a_process
+from sepme_diffusers.evaluation.bench.processes import peak_resident
+from sepme_diffusers.interchange.checkpoint import single_file_tensors
 from sepme_diffusers.text.encoding import encode
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def measured(act: Callable[..., None], *args: object) -> str:
 
 
 def alone(act: Callable[..., None], *args: object) -> None:
-    taken = making.alone(measured, act, *args)
+    taken = in_a_process(measured, act, *args)
     logging.getLogger(__name__).info("%s %s: %s", act.__name__, args[:2], taken)
 
 

@@ -3,27 +3,25 @@ import torch
 
 from sepme_diffusers import Increment
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.runtime.stack import SHARED, Acting, Placed, Stack
+from sepme_diffusers.runtime.stack import ActiveStack, Stack
 
 
 def text_side(rank, d=12):
     return Increment(torch.randn(rank, d), B=torch.randn(d, rank))
 
 
-class Active:
-    def __init__(self, stack, rows):
-        self.acting = Acting(stack, Placed(stack.mask(rows)))
-
-    def change(self, e, name=SHARED):
-        return self.acting.change(self.acting.read(e), name)
+def acting(stack, rows, **settings):
+    return ActiveStack(stack, stack.mask(rows), **settings)
 
 
-acting = Active
+def change(stack, rows, e):
+    active = acting(stack, rows)
+    return active.change(active.read(e))
 
 
 def test_a_mask_of_zeros_changes_nothing_exactly():
     stack = Stack({"a": text_side(2), "b": text_side(3)})
-    assert not acting(stack, [{}]).change(torch.randn(2, 5, 12)).any()
+    assert not change(stack, [{}], torch.randn(2, 5, 12)).any()
 
 
 def test_what_rounding_leaves_of_a_guarded_token_is_exactly_nothing():
@@ -34,8 +32,8 @@ def test_what_rounding_leaves_of_a_guarded_token_is_exactly_nothing():
     a = (torch.randn(4, len(null)).double() @ null).float()
     stack = Stack({"a": Increment(a, B=torch.randn(d, 4))})
     assert (guard @ a.T).abs().max() > 0
-    assert not acting(stack, [{"a": 1.0}]).change(guard[None]).any()
-    seen = acting(stack, [{"a": 1.0}]).acting.read(concept[None])
+    assert not change(stack, [{"a": 1.0}], guard[None]).any()
+    seen = acting(stack, [{"a": 1.0}]).read(concept[None])
     torch.testing.assert_close(seen[0], concept.double() @ a.double().T)
 
 
@@ -45,19 +43,19 @@ def test_filling_up_does_not_change_what_is_computed():
     tight, wide = Stack(found), Stack(found, width=16)
     assert (tight.width, wide.width) == (5, 16)
     rows = [{"a": 1.0, "b": 0.5}]
-    torch.testing.assert_close(acting(wide, rows).change(e), acting(tight, rows).change(e))
+    torch.testing.assert_close(change(wide, rows, e), change(tight, rows, e))
 
 
 def test_each_row_has_its_own_increments_also_with_guidance():
     stack, e = Stack({"a": text_side(2), "b": text_side(3)}), torch.randn(1, 5, 12).repeat(4, 1, 1)
-    a, b = (acting(stack, [{name: 1.0}]).change(e[:1]) for name in "ab")
-    torch.testing.assert_close(acting(stack, [{"a": 1.0}, {"b": 1.0}]).change(e), torch.cat([a, b, a, b]))
+    a, b = (change(stack, [{name: 1.0}], e[:1]) for name in "ab")
+    torch.testing.assert_close(change(stack, [{"a": 1.0}, {"b": 1.0}], e), torch.cat([a, b, a, b]))
 
 
 def test_a_batch_that_is_no_multiple_of_the_rows_is_refused():
     stack = Stack({"a": text_side(2)})
     with pytest.raises(ValueError, match="batch of 3, which is no multiple of the 2 erased sets"):
-        acting(stack, [{"a": 1.0}, {}]).change(torch.randn(3, 5, 12))
+        change(stack, [{"a": 1.0}, {}], torch.randn(3, 5, 12))
 
 
 def test_half_precision_factors_are_kept_as_they_are_stored():
@@ -65,7 +63,7 @@ def test_half_precision_factors_are_kept_as_they_are_stored():
     c = {"m": torch.randn(7, 2, dtype=torch.float16)}
     stack = Stack({"a": Increment(torch.randn(2, 12), C=c)})
     assert stack.outputs["m"].on(torch.device("cpu")).dtype == torch.float16
-    assert acting(stack, [{"a": 1.0}]).change(torch.randn(1, 5, 12), "m").dtype == torch.float32
+    assert change(stack, [{"a": 1.0}], torch.randn(1, 5, 12), "m").dtype == torch.float32
 
 
 def test_what_else_is_loaded_leaves_no_bit_behind():
@@ -75,7 +73,7 @@ def test_what_else_is_loaded_leaves_no_bit_behind():
     active = dict.fromkeys(range(0, 60, 2), 1.0)
     e = torch.randn(8, 16, 384)
     among_others = acting(Stack(found), [active]).change(e)
-    assert torch.equal(among_others, acting(Stack({index: found[index] for index in active}), [active]).change(e))
+    assert torch.equal(among_others, change(Stack({index: found[index] for index in active}), [active], e))
 
 
 def reading(*values, d=12):
@@ -91,11 +89,11 @@ def test_a_gated_increment_acts_on_all_of_a_prompt_or_not_at_all():
     first = torch.eye(12)[:1]
     gated, free = Increment(first, B=torch.ones(12, 1), gate=1.0), text_side(2)
     e, rows = reading(0.9, 1.1, -2.0), [{"gated": 1.0}]
-    change = acting(Stack({"gated": gated, "free": free}), rows).change(e)
+    change = change(Stack({"gated": gated, "free": free}), rows, e)
     assert not change[0].any()
     torch.testing.assert_close(change[1:], e[1:, :, :1].expand(-1, -1, 12))
-    both = acting(Stack({"gated": gated, "free": free}), [{"gated": 1.0, "free": 1.0}]).change(e)
-    alone = acting(Stack({"free": free}), [{"free": 1.0}]).change(e)
+    both = change(Stack({"gated": gated, "free": free}), [{"gated": 1.0, "free": 1.0}], e)
+    alone = change(Stack({"free": free}), [{"free": 1.0}], e)
     torch.testing.assert_close(both, change + alone)
 
 
@@ -106,7 +104,7 @@ def test_a_gate_looks_at_the_whole_rank_of_its_own_increment():
     e = torch.zeros(2, 3, 12)
     e[0, 1, :2] = 0.8
     e[1, 1, 1:3] = 0.8
-    read = acting(Stack({"pair": pair, "other": other}, width=5), [{"pair": 1.0, "other": 1.0}]).acting.read(e)
+    read = acting(Stack({"pair": pair, "other": other}, width=5), [{"pair": 1.0, "other": 1.0}]).read(e)
     assert read[0].any()
     assert not read[1].any()
 
@@ -117,11 +115,11 @@ def test_gates_are_filled_up_with_the_stack():
     e, rows = 3 * torch.randn(2, 5, 12), [{0: 1.0}]
     few, many = Stack({0: gated[0]}, width=16), Stack(gated, width=16)
     assert [t.shape for t in few.tensors()] == [t.shape for t in many.tensors()]
-    assert torch.equal(acting(few, rows).change(e), acting(Stack({0: gated[0]}), rows).change(e))
+    assert torch.equal(change(few, rows, e), change(Stack({0: gated[0]}), rows, e))
 
 
 def test_a_gate_is_open_at_any_strength():
     """The strength says how much is erased, the prompt whether."""
     stack = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1), gate=1.0)})
     e = reading(1.5)
-    torch.testing.assert_close(acting(stack, [{"a": 0.1}]).change(e), 0.1 * acting(stack, [{"a": 1.0}]).change(e))
+    torch.testing.assert_close(change(stack, [{"a": 0.1}], e), 0.1 * change(stack, [{"a": 1.0}], e))

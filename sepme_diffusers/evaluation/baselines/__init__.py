@@ -1,1 +1,1 @@
-"""Other erasers, for comparison."""
+"""Other erasers, for comparison: one per file, listed in `registry`."""

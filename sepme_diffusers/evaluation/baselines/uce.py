@@ -1,15 +1,15 @@
-"""Other erasers, as small as they can be said, and fused weights in force: what an erasure is compared with."""
+"""Unified concept editing (UCE): all concepts erased by one fused edit in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.evaluation.baselines.baseline import Baseline
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import encode, rows
 
@@ -17,9 +17,9 @@ from sepme_diffusers.text.encoding import encode, rows
 def uce(
     pipe: Any, concepts: Sequence[Concept], preserved: Sequence[str], ridge: float = 0.1, preserve: float = 1.0
 ) -> dict[str, Tensor]:
-    """Weights edited by unified concept editing, all concepts in one fused edit: {parameter name: weight}.
+    """Edit weights by unified concept editing, all concepts in one fused edit: {parameter name: weight}.
 
-    Anchors in place of the concepts, the preserved prompts as they were:
+    The concepts take the values of their anchors, and the preserved prompts keep theirs:
 
         W ← W (Σ e* eᵀ + λ_p Σ p pᵀ + ε I) (Σ e eᵀ + λ_p Σ p pᵀ + ε I)⁻¹
 
@@ -51,13 +51,9 @@ def _anchors(pipe: Any, concepts: Sequence[Concept]) -> Tensor:
     return torch.stack([sum(encoded[prompt] for prompt in prompts) / len(prompts) for prompts in groups])
 
 
-@contextmanager
-def replaced(unet: torch.nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights in a UNet while the block runs; then its own again, bit for bit."""
-    parameters = {name: parameter for name, parameter in unet.named_parameters() if name in weights}
-    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        unet.load_state_dict(weights, strict=False)
-        yield
-    finally:
-        unet.load_state_dict(own, strict=False)
+UCE = Baseline(
+    "UCE",
+    "arXiv 2308.14761",
+    uce,
+    tuple({"ridge": ridge, "preserve": preserve} for ridge in (0.01, 0.1, 1.0) for preserve in (0.3, 1.0, 3.0)),
+)

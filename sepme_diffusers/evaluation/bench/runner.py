@@ -1,39 +1,30 @@
-"""What the measurements of `bench` share: pipelines that are built when first needed, and timing."""
+"""The runner of the benchmarks: the pipelines that are measured, and how they are timed."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sepme_diffusers import pocket
+from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.bench.shapes import sd15_shape
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row: what was measured, the bar, the figure with its unit, and what it is made of."""
-
-    measure: str
-    bar: str
-    figure: str
-    detail: str
-
-
-class Workbench:
-    """Where and how often is measured; a pipeline is built when the first measure that needs it runs.
+class Runner:
+    """Says where and how often is measured. A pipeline is built when the first measure that needs it runs.
 
     Args:
         device: Where the pipelines are.
         dtype: Of their weights.
         repeats: Pairs of timings for each ratio.
-        steps: Denoising steps a timing.
+        steps: Denoising steps per timing.
     """
 
     def __init__(
@@ -53,25 +44,47 @@ class Workbench:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _seconds(self, act: Callable[[], Any]) -> float:
-        self._wait()
+    def free_large(self) -> None:
+        """Free the memory of the large pipeline; it is built again when it is needed."""
+        vars(self).pop("large", None)
+
+    def seconds(self, act: Callable[[], Any]) -> float:
+        """Time a call, with all work on the device."""
+        self.wait()
         started = time.perf_counter()
         act()
-        self._wait()
+        self.wait()
         return time.perf_counter() - started
 
-    def _wait(self) -> None:
+    def median_seconds(self, act: Callable[[], Any]) -> float:
+        """Take the median time of `repeats` calls, after one that warms up."""
+        act()
+        return statistics.median(self.seconds(act) for _ in range(self.repeats))
+
+    def take_turns(self, acts: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+        """Time calls that take turns, so that what else the machine does falls on all of them: seconds by name.
+
+        Args:
+            acts: The calls by name; each goes first as often as last.
+            rounds: How often.
+        """
+        taken: dict[str, list[float]] = {name: [] for name in acts}
+        for index in range(rounds):
+            for name in list(acts) if index % 2 == 0 else list(reversed(acts)):
+                taken[name].append(self.seconds(acts[name]))
+        return taken
+
+    def wait(self) -> None:
+        """Wait until the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
 
-def peak_resident() -> int:
-    """The most memory that this process has had in RAM, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss, which on Linux a process inherits from the one that starts it.
-        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(held.split()[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+@contextmanager
+def loaded(pipe: SepMEPipeline, bank: ConceptBank) -> Iterator[None]:
+    """Load a bank while the block runs."""
+    pipe.load_sepme(bank)
+    try:
+        yield
+    finally:
+        pipe.unload_sepme()

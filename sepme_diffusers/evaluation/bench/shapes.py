@@ -33,7 +33,7 @@ _XL_BLOCKS = {
 
 
 def sd15_shape(dtype: torch.dtype = torch.float32, size: int = 64) -> SepMEPipeline:
-    """Stable Diffusion 1.5: width 768, 512 pixels, predicts ε.
+    """Build Stable Diffusion 1.5: width 768, 512 pixels, predicts ε.
 
     Args:
         dtype: Of the weights.
@@ -46,7 +46,7 @@ def sd15_shape(dtype: torch.dtype = torch.float32, size: int = 64) -> SepMEPipel
 
 
 def sd21_shape(dtype: torch.dtype = torch.float32, size: int = 96) -> SepMEPipeline:
-    """Stable Diffusion 2.1: OpenCLIP's text encoder of width 1024, 768 pixels, predicts v; see `sd15_shape`."""
+    """Build Stable Diffusion 2.1: OpenCLIP's text encoder of width 1024, 768 pixels, predicts v; see `sd15_shape`."""
     text = random_module(lambda: CLIPTextModel(_clip(1024, 23, 16, hidden_act="gelu")), dtype)
     unet = random_module(
         lambda: UNet2DConditionModel(
@@ -62,7 +62,7 @@ def sd21_shape(dtype: torch.dtype = torch.float32, size: int = 96) -> SepMEPipel
 
 
 def sdxl_shape(dtype: torch.dtype = torch.float32, size: int = 128) -> SepMEXLPipeline:
-    """Stable Diffusion XL: two text encoders, width 2048, 1024 pixels, predicts ε; see `sd15_shape`."""
+    """Build Stable Diffusion XL: two text encoders, width 2048, 1024 pixels, predicts ε; see `sd15_shape`."""
     pipe = SepMEXLPipeline(
         vae=_vae(8 * size, dtype, scaling_factor=0.13025),
         text_encoder=random_module(lambda: CLIPTextModel(_clip(768, 12, 12)), dtype),
@@ -83,7 +83,7 @@ def sdxl_shape(dtype: torch.dtype = torch.float32, size: int = 128) -> SepMEXLPi
 
 @torch.no_grad()
 def random_module(build: Callable[[], Module], dtype: torch.dtype = torch.float32) -> Module:
-    """A module with random weights, equal at every call, ready for inference; billions of numbers in seconds.
+    """Build a module with random weights, equal at every call, for inference; billions of numbers take seconds.
 
     Args:
         build: Makes the module; its own initialisation is left out.

@@ -1,1 +1,1 @@
-"""What is measured of pictures."""
+"""What is measured on pictures: one measure per file, listed in `registry`."""

@@ -11,14 +11,16 @@ from PIL import Image
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.evaluation.measures.metrics import generate, judged, largest_change, mean_change, style_accuracy
-from sepme_diffusers.evaluation.measures.probes import Probe
+from sepme_diffusers.evaluation.measures.accuracy import judged, style_accuracy
+from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
+from sepme_diffusers.evaluation.pictures import built_in, generate
+from sepme_diffusers.evaluation.probes import Probe
 from sepme_diffusers.evaluation.report import Table, contact_sheet
 from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.making.trainer import SepMETrainer, Step
+from sepme_diffusers.making.loop import Step
+from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS, regular_for_styles, style_concept
-from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 TRAINED, SOLVED = "neon", "halftone"
 ERASED = ("woodcut", TRAINED, SOLVED, "blueprint", "mosaic", "pencil")
@@ -35,7 +37,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
 
 
 def probes(n_objects: int) -> dict[str, Probe]:
-    """Prompts by kind, over held-out templates and objects that no edit used."""
+    """Write prompts by kind, in held-out templates and with objects that no edit used."""
     erased = _styled(ERASED, n_objects)
     regular = _styled((*KEPT, *NEVER_SEEN), n_objects)
     plain = tuple(TEST_OBJECTS[: 2 * n_objects])
@@ -65,7 +67,7 @@ def _styled(styles: tuple[str, ...], n_objects: int) -> Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demonstration found: a grid, tables, figures by name, and the bank it made."""
+    """What the demonstration gives: a grid, tables, figures by name, and the bank that it made."""
 
     grid: Image.Image
     tables: tuple[Table, ...]
@@ -74,7 +76,7 @@ class Outcome:
 
 
 def erase_live(pipe: Any, on_step: Callable[[Step], None] | None = None) -> tuple[ConceptBank, dict[str, float]]:
-    """The shipped styles bank with two increments made anew, one trained, one in closed form; seconds of each."""
+    """Make two increments of the shipped styles bank anew, one trained, one in closed form; and time each."""
     shipped = pocket.bank("styles")
     bank, seconds = shipped.subset(name for name in shipped if name not in (TRAINED, SOLVED)), {}
     for style, solver, others in ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ())):
@@ -100,8 +102,7 @@ def run(
         on_step: Called after every training step.
         on_moment: Called before the pictures of each moment are drawn.
     """
-    pipe = SepMEPipeline.from_pretrained(pocket.path())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = built_in()
     bank, seconds = erase_live(pipe, on_step)
     asked, pictures = probes(n_objects), {}
     for moment, erased in MOMENTS.items():
@@ -116,7 +117,7 @@ def run(
 
 
 def measure(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> dict[str, float]:
-    """Accuracies in percent and largest changes in 255ths, keyed "what, moment"."""
+    """Measure accuracies in percent and largest changes in 255ths, keyed "what, moment"."""
     figures: dict[str, float] = {}
     original = pictures["original"]
     for moment, erased in MOMENTS.items():
@@ -153,7 +154,7 @@ def _select(pictures: list[Image.Image], probe: Probe, styles: tuple[str, ...]) 
 
 
 def table(figures: dict[str, float]) -> Table:
-    """The figures as the demonstration prints them."""
+    """Tabulate the figures as the demonstration prints them."""
 
     def row(label: str, key: str, digits: int) -> tuple[str, ...]:
         cells = (figures.get(f"{key}, {moment}") for moment in MOMENTS)
@@ -172,7 +173,7 @@ def table(figures: dict[str, float]) -> Table:
 
 
 def grid(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> Image.Image:
-    """A row a prompt, a column a moment: the erased styles, guarded prompts, then never-seen ones."""
+    """Lay out one row per prompt and one column per moment: erased styles, guarded prompts, then never-seen ones."""
     erased, regular = asked["erased"], asked["regular"]
     chosen = [("erased", erased.styles.index(style)) for style in ERASED]
     chosen += [("guarded", index) for index in range(1, 1 + 1 + len(KEPT))]

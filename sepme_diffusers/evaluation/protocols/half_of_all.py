@@ -1,4 +1,4 @@
-"""Half of all objects erased at once, each its own increment, beside a fused edit in the same run."""
+"""Half of all objects erased at once, each with its own increment, beside a baseline in the same run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.evaluation.baselines.uce import replaced, uce
-from sepme_diffusers.evaluation.measures.metrics import erased, generate, judged, largest_change
-from sepme_diffusers.evaluation.measures.probes import Kind, Probe
-from sepme_diffusers.evaluation.protocols.making import GATED, Eraser
+from sepme_diffusers.evaluation.baselines.baseline import Baseline, replaced
+from sepme_diffusers.evaluation.measures.accuracy import judged
+from sepme_diffusers.evaluation.measures.change import largest_change
+from sepme_diffusers.evaluation.pictures import erased, generate
+from sepme_diffusers.evaluation.probes import Kind, Probe
+from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.pocket import vocabulary as words
@@ -22,21 +24,19 @@ from sepme_diffusers.pocket.concepts import BANKED_STYLES, object_concept, regul
 # Every other object, so that both halves hold animals, food and things.
 HALF: tuple[str, ...] = pocket.objects[::2]
 REST: tuple[str, ...] = pocket.objects[1::2]
-# What the baseline is given to choose from.
-RIDGES, PRESERVES = (0.01, 0.1, 1.0), (0.3, 1.0, 3.0)
 _RESTORED_ONE_BY_ONE = 3
 _FEW_STEPS = 5
 
 
 def harmonic_mean(erased: float, kept: float) -> float:
-    """H of (1 − erased ACC) and regular ACC, both given in percent, in [0, 1]."""
+    """Compute H, the harmonic mean of (1 − erased ACC) and regular ACC, in [0, 1]; both are given in percent."""
     gone, left = 1 - erased / 100, kept / 100
     return 2 * gone * left / (gone + left) if gone + left else 0.0
 
 
 @dataclass(frozen=True)
-class Halves:
-    """What an edit of half of all objects did: object ACC in percent of each half, and H."""
+class HalfErased:
+    """What an edit of half of all objects did: object ACC in percent of the erased half and of the kept one, and H."""
 
     name: str
     erased: float
@@ -49,7 +49,7 @@ class Halves:
 
 
 def half_probes(styles: Sequence[str], templates: Sequence[str], each: int, seed: int) -> tuple[Probe, Probe]:
-    """Each object of either half `each` times, in styles and templates taken in turn."""
+    """Write prompts for each object of either half `each` times, in styles and templates taken in turn."""
     cases = list(product(templates, styles))
 
     def probe(objects: Sequence[str], start: int) -> Probe:
@@ -63,14 +63,14 @@ def half_probes(styles: Sequence[str], templates: Sequence[str], each: int, seed
     return probe(HALF, seed), probe(REST, seed + 10_000)
 
 
-class HalfOfAll:
-    """Half of all objects erased at once, each its own increment, and the same by a fused edit.
+class HalfOfAllRunner:
+    """Erases half of all objects at once, with increments of their own and by a baseline, and measures both.
 
     Args:
         pipe: The built-in model's pipeline.
         seed: Of the pictures.
         each: Pictures of each object, in held-out templates and styles that no edit saw.
-        steps: Denoising steps a picture.
+        steps: Denoising steps per picture.
     """
 
     def __init__(self, pipe: Any, seed: int, each: int, steps: int) -> None:
@@ -82,32 +82,41 @@ class HalfOfAll:
         self.preserved = [prompt for name in REST for prompt in regular_prompts(name)]
 
     def bank(self, settings: Mapping[Kind, SepMEConfig] = GATED) -> ConceptBank:
-        """The half's increments, each made alone; they guard each other's names as far as there is room."""
+        """Make the half's increments, each alone; they guard each other's names as far as there is room."""
         return Eraser(self.pipe, pocket.objects, settings).erase("objects", HALF)
 
-    def original(self) -> Halves:
-        """What the pictures show with nothing erased."""
+    def original(self) -> HalfErased:
+        """Measure with nothing erased."""
         return self._measured("original", self.test)
 
-    def separate(self, bank: ConceptBank, name: str = "separate increments") -> Halves:
-        """All of the half's increments active."""
+    def separate(self, bank: ConceptBank, name: str = "separate increments") -> HalfErased:
+        """Measure with all of the half's increments active."""
         with erased(self.pipe, bank, HALF):
             return self._measured(name, self.test)
 
-    def fused(self, on_try: Callable[[str], None]) -> tuple[Halves, list[Halves]]:
-        """UCE at the settings that have the highest H on the choice prompts: on the test prompts, and every try."""
+    def baseline(self, baseline: Baseline, on_try: Callable[[str], None]) -> tuple[HalfErased, list[HalfErased]]:
+        """Measure a baseline at the settings that have the highest H on the choice prompts.
+
+        Args:
+            baseline: Which.
+            on_try: Called with the name of each try.
+
+        Returns:
+            What it did on the test prompts, and what each of its settings did on the choice prompts.
+        """
         tries = []
-        for ridge, preserve in product(RIDGES, PRESERVES):
-            on_try(f"UCE, ridge {ridge}, preserve {preserve}")
-            edited = uce(self.pipe, self.concepts, self.preserved, ridge, preserve)
-            with replaced(self.pipe.unet, edited):
-                tries.append((self._measured(f"UCE, ridge {ridge}, preserve {preserve}", self.choice), edited))
-        best, edited = max(tries, key=lambda made: made[0].h)
-        with replaced(self.pipe.unet, edited):
-            return self._measured(best.name, self.test), [made for made, _ in tries]
+        for settings in baseline.choices:
+            name = ", ".join((baseline.name, *(f"{setting} {value}" for setting, value in settings.items())))
+            on_try(name)
+            weights = baseline.edit(self.pipe, self.concepts, self.preserved, **settings)
+            with replaced(self.pipe.unet, weights):
+                tries.append((self._measured(name, self.choice), weights))
+        best, weights = max(tries, key=lambda attempt: attempt[0].h)
+        with replaced(self.pipe.unet, weights):
+            return self._measured(best.name, self.test), [result for result, _ in tries]
 
     def restored_change(self, bank: ConceptBank, other: Any) -> int:
-        """Each of some concepts restored alone: largest change against a pipeline that never had it, in 255ths.
+        """Restore some concepts, one at a time: the largest change against a pipeline that never had it, in 255ths.
 
         Args:
             bank: The half's.
@@ -115,8 +124,8 @@ class HalfOfAll:
         """
         largest = 0
         for name in random.Random(self.seed).sample(HALF, _RESTORED_ONE_BY_ONE):
-            rest = [one for one in HALF if one != name]
-            prompts = [f"a {name}", name, *(f"a {one}" for one in rest[:3])]
+            rest = [other for other in HALF if other != name]
+            prompts = [f"a {name}", name, *(f"a {other}" for other in rest[:3])]
             with erased(self.pipe, bank, HALF):
                 self.pipe.restore(name)
                 here = generate(self.pipe, prompts, self.seed, _FEW_STEPS)
@@ -125,27 +134,27 @@ class HalfOfAll:
             largest = max(largest, largest_change(here, there))
         return largest
 
-    def _measured(self, name: str, halves: tuple[Probe, Probe]) -> Halves:
-        return Halves(name, *(self._object_accuracy(probe) for probe in halves))
+    def _measured(self, name: str, probes: tuple[Probe, Probe]) -> HalfErased:
+        return HalfErased(name, *(self._object_accuracy(probe) for probe in probes))
 
     def _object_accuracy(self, probe: Probe) -> float:
         return judged(generate(self.pipe, probe.prompts, probe.seeds, self.steps), probe.styles, probe.objects)[1]
 
 
-def half_bars(separate: Halves, fused: Halves, restored: int) -> list[Bar]:
-    """The bars for half of all objects erased at once."""
+def half_bars(separate: HalfErased, baseline: HalfErased, restored: int) -> list[Bar]:
+    """Compare with the bars for half of all objects erased at once."""
     what = f"{len(HALF)} of {len(pocket.objects)} objects erased"
     return [
         Bar(f"{what}: H", ">= 0.93", f"{separate.h:.3f}", separate.h >= 0.93),
-        Bar(f"{what}: H, ahead of UCE", f"> {fused.h:.3f}", f"{separate.h:.3f}", separate.h > fused.h),
+        Bar(f"{what}: H, ahead of UCE", f"> {baseline.h:.3f}", f"{separate.h:.3f}", separate.h > baseline.h),
         Bar(f"{what}: any one restored, as if never erased, /255", "0", str(restored), restored == 0),
     ]
 
 
-def half_table(edits: Sequence[Halves], tries: Sequence[Halves]) -> Table:
-    """The halves by edit, and what UCE's settings were chosen from."""
-    rows = [(one.name, f"{one.erased:.1f}", f"{one.kept:.1f}", f"{one.h:.3f}") for one in edits]
-    rows += [(f"choosing: {one.name}", f"{one.erased:.1f}", f"{one.kept:.1f}", f"{one.h:.3f}") for one in tries]
+def half_table(edits: Sequence[HalfErased], tries: Sequence[HalfErased]) -> Table:
+    """Tabulate the edits, and what the baseline's settings were chosen from."""
+    named = [(edit.name, edit) for edit in edits] + [(f"choosing: {edit.name}", edit) for edit in tries]
+    rows = [(name, f"{edit.erased:.1f}", f"{edit.kept:.1f}", f"{edit.h:.3f}") for name, edit in named]
     return Table(
         f"{len(HALF)} objects erased at once, {len(REST)} regular",
         ("edit", "erased object ACC %", "regular object ACC %", "H"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from sepme_diffusers.evaluation.measures.probes import Kind
+from sepme_diffusers.evaluation.probes import Kind
 from sepme_diffusers.evaluation.protocols.scenes import (
     ERASED,
     GROUPS,
@@ -29,7 +29,7 @@ _KEPT = ((GUARDED, 99, None), (UNSEEN, 97, 0.05), (PLAIN, 97, 0.05))
 
 
 def bars(kind: Kind, six: Moment, moments: Sequence[Moment]) -> list[Bar]:
-    """The bars of one kind: accuracies of six erased at once, and what must be exact, over all moments.
+    """Compare one kind with its bars: accuracies of six erased at once, and what must be exact at all moments.
 
     Args:
         kind: Of the concepts.
@@ -37,17 +37,19 @@ def bars(kind: Kind, six: Moment, moments: Sequence[Moment]) -> list[Bar]:
         moments: All that were played.
     """
     figures = six.figures
-    made = [_at_most(f"six erased {kind}: ACC %", figures[ERASED].acc, 10, 1)]
-    made.append(_kept(f"six erased {kind}: {OTHER[kind]} ACC, of the original's", figures[ERASED], 98, other=True))
+    compared = [_at_most(f"six erased {kind}: ACC %", figures[ERASED].acc, 10, 1)]
+    compared.append(_kept(f"six erased {kind}: {OTHER[kind]} ACC, of the original's", figures[ERASED], 98, other=True))
     for group in (SECOND_NAME, PARAPHRASED):
-        made.append(_at_most(f"{kind} {group}: ACC %", figures[group].acc, 20, 1))
+        compared.append(_at_most(f"{kind} {group}: ACC %", figures[group].acc, 20, 1))
     for group, share, distance in _KEPT:
         if group in figures:
             other = group == PLAIN
-            made.append(_kept(f"{kind}, {group}: ACC, of the original's", figures[group], share, other))
+            compared.append(_kept(f"{kind}, {group}: ACC, of the original's", figures[group], share, other))
             if distance is not None:
-                made.append(_at_most(f"{kind}, {group}: perceptual distance", figures[group].distance, distance, 3))
-    return [*made, *_exact(kind, [one.exact for one in (six, *moments)])]
+                compared.append(
+                    _at_most(f"{kind}, {group}: perceptual distance", figures[group].distance, distance, 3)
+                )
+    return [*compared, *_exact(kind, [moment.exact for moment in (six, *moments)])]
 
 
 def _at_most(measure: str, value: float, limit: float, digits: int) -> Bar:
@@ -60,10 +62,10 @@ def _kept(measure: str, figures: Figures, share: float, other: bool = False) -> 
     return Bar(measure, f">= {share} %", f"{left:.1f} % ({now:.1f} of {before:.1f})", left >= share)
 
 
-def _exact(kind: Kind, found: Sequence[Exactness]) -> list[Bar]:
-    guards = max(one.guards for one in found)
-    names = max((change for one in found for change in one.names.values()), default=0)
-    alone = all(one.alone for one in found)
+def _exact(kind: Kind, moments: Sequence[Exactness]) -> list[Bar]:
+    guards = max(exact.guards for exact in moments)
+    names = max((change for exact in moments for change in exact.names.values()), default=0)
+    alone = all(exact.alone for exact in moments)
     return [
         Bar(f"{kind}, blank prompt and watermark: largest change, /255", "<= 1", str(guards), guards <= 1),
         Bar(f"{kind}, guarded names, erased and restored ones too: largest change, /255", "0", str(names), not names),
@@ -76,26 +78,30 @@ def _yes(met: bool) -> str:
 
 
 _MEASURES: dict[str, Callable[[Figures], str]] = {
-    "ACC %": lambda one: f"{one.acc:.1f} ({one.original_acc:.1f})",
-    "other ACC %": lambda one: f"{one.kept:.1f} ({one.original_kept:.1f})",
-    "FID": lambda one: "" if one.fid is None else f"{one.fid:.1f}",
-    "perceptual distance": lambda one: f"{one.distance:.3f}",
+    "ACC %": lambda figures: f"{figures.acc:.1f} ({figures.original_acc:.1f})",
+    "other ACC %": lambda figures: f"{figures.kept:.1f} ({figures.original_kept:.1f})",
+    "FID": lambda figures: "" if figures.fid is None else f"{figures.fid:.1f}",
+    "perceptual distance": lambda figures: f"{figures.distance:.3f}",
 }
 
 
 def table(kind: Kind, moments: Sequence[Moment]) -> Table:
-    """A scene: a row for each group and measure, a column for each moment; the original's in brackets."""
+    """Tabulate a scene: a row for each group and measure, a column for each moment; the original's in brackets."""
     rows = [
-        (f"{group}: {name.replace('other', OTHER[kind])}", *(_figure(one, group, show) for one in moments))
+        (f"{group}: {name.replace('other', OTHER[kind])}", *(_figure(moment, group, show) for moment in moments))
         for group in GROUPS
         for name, show in _MEASURES.items()
-        if any(group in one.figures for one in moments)
+        if any(group in moment.figures for moment in moments)
     ]
     rows = [row for row in rows if any(row[1:])]
-    rows.append(("blank prompt and watermark: largest change, /255", *(str(one.exact.guards) for one in moments)))
-    rows.append(("guarded names: largest change, /255", *(str(max(one.exact.names.values())) for one in moments)))
-    rows.append(("as if nothing else had ever been erased", *(_yes(one.exact.alone) for one in moments)))
-    return Table("By moment", ("", *(", ".join(one.erased) or "nothing" for one in moments)), tuple(rows))
+    rows.append(
+        ("blank prompt and watermark: largest change, /255", *(str(moment.exact.guards) for moment in moments))
+    )
+    rows.append(
+        ("guarded names: largest change, /255", *(str(max(moment.exact.names.values())) for moment in moments))
+    )
+    rows.append(("as if nothing else had ever been erased", *(_yes(moment.exact.alone) for moment in moments)))
+    return Table("By moment", ("", *(", ".join(moment.erased) or "nothing" for moment in moments)), tuple(rows))
 
 
 def _figure(moment: Moment, group: str, show: Callable[[Figures], str]) -> str:
@@ -103,20 +109,20 @@ def _figure(moment: Moment, group: str, show: Callable[[Figures], str]) -> str:
 
 
 def sheet(original: dict[str, Image.Image], moments: Sequence[Moment]) -> Image.Image:
-    """A row for each concept and for what no increment saw, a column for the original and for each moment."""
-    rows = [[picture, *(one.pictures[name] for one in moments)] for name, picture in original.items()]
+    """Lay out a row for each concept and for what no increment saw, a column for the original and for each moment."""
+    rows = [[picture, *(moment.pictures[name] for moment in moments)] for name, picture in original.items()]
     labels = [name.replace(" ", "\n") if len(name) > 24 else name for name in original]
-    headers = ["original", *(f"{len(one.erased)} erased" for one in moments)]
+    headers = ["original", *(f"{len(moment.erased)} erased" for moment in moments)]
     return contact_sheet(rows, labels, headers, scale=2)
 
 
 def values(moments: Sequence[Moment]) -> list[dict[str, Any]]:
-    """Moments as plain JSON values."""
+    """Turn moments into plain JSON values."""
     return [
         {
-            "erased": list(one.erased),
-            "groups": {group: asdict(figures) for group, figures in one.figures.items()},
-            "exact": asdict(one.exact),
+            "erased": list(moment.erased),
+            "groups": {group: asdict(figures) for group, figures in moment.figures.items()},
+            "exact": asdict(moment.exact),
         }
-        for one in moments
+        for moment in moments
     ]

@@ -13,12 +13,15 @@ from functools import cached_property
 import torch
 from PIL import Image
 
-from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.evaluation.measures.features import frechet_distance, perceptual_distance, pooled_features
-from sepme_diffusers.evaluation.measures.metrics import generate, judged, largest_change
-from sepme_diffusers.evaluation.measures.probes import PARAPHRASES, Kind, Probe, Studio, plain_probe, probe
-from sepme_diffusers.evaluation.protocols.making import GATED, Eraser
+from sepme_diffusers.evaluation.measures.accuracy import judged
+from sepme_diffusers.evaluation.measures.change import largest_change
+from sepme_diffusers.evaluation.measures.frechet import frechet_distance
+from sepme_diffusers.evaluation.measures.judge_features import pooled_features
+from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
+from sepme_diffusers.evaluation.pictures import PictureCache, built_in, generate
+from sepme_diffusers.evaluation.probes import PARAPHRASES, Kind, Probe, plain_probe, probe
+from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS
@@ -52,7 +55,7 @@ GROUPS = (ERASED, RESTORED, PENDING, GUARDED, UNSEEN, PLAIN, SECOND_NAME, PARAPH
 
 @dataclass(frozen=True)
 class Cell:
-    """Prompts for one concept, or for others of one role; every cell of a role has the same number of pictures."""
+    """Prompts for one concept, or for others of one role; all cells of a role have equally many pictures."""
 
     concept: str
     role: str
@@ -60,39 +63,39 @@ class Cell:
 
 
 def cells(kind: Kind, n: int, seed: int) -> list[Cell]:
-    """What is drawn at every moment, with n pictures a cell (half of them for other words).
+    """List what is drawn at every moment, with n pictures per cell (half as many where it has other words).
 
     Args:
         kind: Of what is erased.
-        n: Pictures; those of a smaller n are the first ones.
-        seed: Each cell has a stretch of seeds of its own after it.
+        n: Pictures per cell; those of a smaller n are the first ones.
+        seed: Where the seeds begin; each cell has a range of its own.
     """
     own = {"styles": words.STYLES, "objects": words.OBJECTS}[kind]
     starts = iter(range(seed, seed + 10**6, 1000))
-    made = [Cell(name, "", probe(kind, name, n, next(starts))) for name in CONCEPTS[kind]]
+    drawn = [Cell(name, "", probe(kind, name, n, next(starts))) for name in CONCEPTS[kind]]
     for index in range(_UNSEEN_CELLS):
         names = NEVER_SEEN[kind][index::_UNSEEN_CELLS]
         parts = [probe(kind, name, -(-n // len(names)), next(starts)) for name in names]
-        made.append(Cell(" ".join(names), UNSEEN, _in_turn(parts, n)))
+        drawn.append(Cell(" ".join(names), UNSEEN, _in_turn(parts, n)))
     if kind == "styles":
-        made.append(Cell(words.PLAIN, PLAIN, plain_probe(n, next(starts))))
+        drawn.append(Cell(words.PLAIN, PLAIN, plain_probe(n, next(starts))))
     half = -(-n // 2)
     for name in CONCEPTS[kind][: REGULAR.start]:
         if own[name]:
-            made.append(Cell(name, SECOND_NAME, probe(kind, name, half, next(starts), word=own[name])))
-        made.append(Cell(name, PARAPHRASED, probe(kind, name, half, next(starts), PARAPHRASES)))
-    return made
+            drawn.append(Cell(name, SECOND_NAME, probe(kind, name, half, next(starts), word=own[name])))
+        drawn.append(Cell(name, PARAPHRASED, probe(kind, name, half, next(starts), PARAPHRASES)))
+    return drawn
 
 
 def _in_turn(parts: Sequence[Probe], n: int) -> Probe:
     """The first n cases of probes of one length, taken in turn."""
-    cases = [zip(one.prompts, one.styles, one.objects, one.seeds, strict=True) for one in parts]
+    cases = [zip(part.prompts, part.styles, part.objects, part.seeds, strict=True) for part in parts]
     turns = [case for turn in zip(*cases, strict=True) for case in turn][:n]
     return Probe(*zip(*turns, strict=True))
 
 
 def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Sequence[str]) -> str | None:
-    """What a cell is at a moment; None if it says nothing then (other words for what is not erased).
+    """Tell what a cell shows at a moment; None if it is not drawn then (other words for what is not erased).
 
     Args:
         cell: The cell.
@@ -113,13 +116,13 @@ def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Se
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on a group, the original model's beside it.
+    """What was measured on a group, beside the same on the original model's pictures.
 
     Args:
         pictures: How many.
         acc: Of the kind that is erased (style or object), percent, and `original_acc`.
         kept: Of the other one (object or style), percent, and `original_kept`.
-        distance: Mean perceptual distance, see `features`.
+        distance: Mean perceptual distance, see `measures.perceptual`.
         fid: Mean over the cells of the Fréchet distance, each of the pictures of one cell; None for other words, which
             have fewer.
     """
@@ -135,7 +138,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Exactness:
-    """What must be so to the bit, on pictures drawn in one batch of the same shape each time.
+    """What must hold to the bit, on pictures drawn in one batch of the same shape each time.
 
     Args:
         guards: Largest change of the blank prompt and the watermark, /255.
@@ -150,7 +153,7 @@ class Exactness:
 
 @dataclass(frozen=True)
 class Moment:
-    """One moment of a scene: what is erased, the figures by group, what is exact, and one picture a cell."""
+    """One moment of a scene: what is erased, the figures by group, what is exact, and one picture per cell."""
 
     erased: tuple[str, ...]
     figures: dict[str, Figures]
@@ -158,15 +161,15 @@ class Moment:
     pictures: dict[str, Image.Image]
 
 
-class Stage:
-    """One kind of concept, with the pipelines, pictures and increments that its scenes share.
+class SceneRunner:
+    """Plays the scenes of one kind of concept, which share pipelines, pictures and increments.
 
     Args:
         kind: Styles or objects.
         seed: Of the pictures.
-        pictures: A concept and moment.
-        steps: Denoising steps a picture.
-        settings: With which the increments are made, by kind.
+        pictures: Of each concept at each moment.
+        steps: Denoising steps per picture.
+        settings: How the increments are made, by kind.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class Stage:
         self.concepts = CONCEPTS[kind]
         # The second one never holds anything but what is erased.
         self.pipe, self.other = built_in(), built_in()
-        self.studio, self.eraser = Studio(self.pipe, steps), Eraser(self.pipe, settings=settings)
+        self.cache, self.eraser = PictureCache(self.pipe, steps), Eraser(self.pipe, settings=settings)
         self.cells = cells(kind, pictures, seed)
         held_out = [cell.probe.prompts[0] for cell in self.cells[:5]]
         self._exact_prompts = (*self.concepts, *held_out)
@@ -184,7 +187,7 @@ class Stage:
 
     @cached_property
     def at_once(self) -> ConceptBank:
-        """All six made at once."""
+        """A bank of all six, made at once."""
         return self._erase(self.concepts[: REGULAR.start], None)
 
     def _erase(self, names: Sequence[str], bank: ConceptBank | None) -> ConceptBank:
@@ -192,7 +195,7 @@ class Stage:
         return self.eraser.erase(self.kind, names, bank, self.concepts[REGULAR])
 
     def play(self, scene: int, on_moment: Callable[[str], None] | None = None) -> list[Moment]:
-        """The moments of a scene, each measured.
+        """Play a scene and measure each moment.
 
         Args:
             scene: 1 to 4.
@@ -212,20 +215,20 @@ class Stage:
         return moments
 
     def moment(self, bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str]) -> Moment:
-        """Draw and measure what a bank gives with these concepts erased."""
+        """Draw and measure a moment: a bank with these concepts erased."""
         figures, pictures = self.measure(self.cells, bank, erased, earlier)
         return Moment(erased, figures, self.exactness(bank, erased), pictures)
 
     def measure(
         self, asked: Sequence[Cell], bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str] = ()
     ) -> tuple[dict[str, Figures], dict[str, Image.Image]]:
-        """Figures by group, and the first picture of each cell that shows a concept under its own name."""
+        """Measure by group; also the first picture of each cell that shows a concept under its own name."""
         grouped = [(cell, group(cell, erased, earlier, self.concepts[REGULAR])) for cell in asked]
         grouped = [(cell, where) for cell, where in grouped if where is not None]
         self._set(self.pipe, bank, ())
-        originals = self.studio.draw([cell.probe for cell, _ in grouped])
+        originals = self.cache.draw([cell.probe for cell, _ in grouped])
         self._set(self.pipe, bank, erased)
-        drawn = self.studio.draw([cell.probe for cell, _ in grouped])
+        drawn = self.cache.draw([cell.probe for cell, _ in grouped])
         parts: dict[str, list[Figures]] = {}
         for (cell, where), now, before in zip(grouped, drawn, originals, strict=True):
             parts.setdefault(where, []).append(self._figures(cell, now, before))
@@ -253,8 +256,8 @@ class Stage:
 
     def _exact_pictures(self, pipe: SepMEPipeline) -> list[Image.Image]:
         """Blank prompt and watermark as a user would draw them; others in a few steps, which show any bit."""
-        guards = generate(pipe, GUARDS, self.seed + 10**6, self.studio.steps)
-        return guards + generate(pipe, self._exact_prompts, self.seed + 10**6, min(_FEW_STEPS, self.studio.steps))
+        guards = generate(pipe, GUARDS, self.seed + 10**6, self.cache.steps)
+        return guards + generate(pipe, self._exact_prompts, self.seed + 10**6, min(_FEW_STEPS, self.cache.steps))
 
     def _set(self, pipe: SepMEPipeline, bank: ConceptBank, erased: Sequence[str]) -> None:
         if pipe.get_bank() is not bank:
@@ -265,25 +268,18 @@ class Stage:
             pipe.set_erased(erased)
 
     def originals(self) -> dict[str, Image.Image]:
-        """One picture a cell of the original model's."""
+        """Draw one picture per cell with the original model."""
         own = [cell for cell in self.cells if _own(cell)]
         self.pipe.unload_sepme()
         return {
-            cell.concept: drawn[0] for cell, drawn in zip(own, self.studio.draw([c.probe for c in own]), strict=True)
+            cell.concept: drawn[0] for cell, drawn in zip(own, self.cache.draw([c.probe for c in own]), strict=True)
         }
 
     def six_erased(self) -> Moment:
-        """Six erased at once, on `BAR_PICTURES` times as many pictures."""
+        """Measure six erased at once, on `BAR_PICTURES` times as many pictures."""
         erased, many = self.concepts[: REGULAR.start], cells(self.kind, BAR_PICTURES * self.pictures, self.seed)
         figures, pictures = self.measure(many, self.at_once, erased)
         return Moment(erased, figures, self.exactness(self.at_once, erased), pictures)
-
-
-def built_in() -> SepMEPipeline:
-    """The built-in model's pipeline, silent."""
-    pipe = SepMEPipeline.from_pretrained(pocket.path())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _own(cell: Cell) -> bool:
@@ -292,8 +288,7 @@ def _own(cell: Cell) -> bool:
 
 def _mean(parts: Sequence[Figures]) -> Figures:
     """Figures of cells of one size, averaged."""
-    values = torch.tensor([[one.acc, one.kept, one.original_acc, one.original_kept, one.distance] for one in parts])
-    fids = [one.fid for one in parts if one.fid is not None]
-    return Figures(
-        sum(one.pictures for one in parts), *values.double().mean(0).tolist(), sum(fids) / len(fids) if fids else None
-    )
+    values = [[part.acc, part.kept, part.original_acc, part.original_kept, part.distance] for part in parts]
+    means = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+    fids = [part.fid for part in parts if part.fid is not None]
+    return Figures(sum(part.pictures for part in parts), *means, sum(fids) / len(fids) if fids else None)

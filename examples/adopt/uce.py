@@ -1,22 +1,23 @@
-"""Erase a style with UCE, which knows no guards, absorb its weights into a bank, and measure both.
+"""Erase a style with UCE, which knows no guards, adopt its weights into a bank, and measure both.
 
-python examples/absorb/uce.py
+python examples/adopt/uce.py
 """
 
 from __future__ import annotations
 
 import typer
 
-from sepme_diffusers import SepMEPipeline, pocket
+from sepme_diffusers import SepMEPipeline, from_lora, pocket
 from sepme_diffusers.evaluation.baselines.uce import uce
-from sepme_diffusers.evaluation.measures.metrics import generate, judged, largest_change, mean_change
-from sepme_diffusers.interchange.adopt import from_lora
+from sepme_diffusers.evaluation.measures.accuracy import judged
+from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
+from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
 from sepme_diffusers.pocket.vocabulary import STYLES
 
 
 def main(style: str = "neon", seed: int = 0) -> None:
-    """Print, for UCE's weights and for each way of absorbing them, what the judge and the pixels say."""
+    """Print, for UCE's weights and for each way of adopting them, what the judge and the pixels say."""
     pipe = SepMEPipeline.from_pretrained(pocket.path())
     pipe.set_progress_bar_config(disable=True)
     others = [name for name in STYLES if name != style]

@@ -1,4 +1,4 @@
-"""With which settings the evaluation erases: the one place that knows them."""
+"""How the evaluation makes its increments: settings, prompts, guards and anchors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.evaluation.measures.probes import Kind
+from sepme_diffusers.evaluation.probes import Kind
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.making.trainer import SepMETrainer
@@ -23,9 +23,9 @@ from sepme_diffusers.pocket.concepts import (
 from sepme_diffusers.text.concept import Concept
 
 _GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain=1.0, gate=0.6, name_weight=0.0)
-# Other wordings of an object read less of it than those of a style do, so its gate is lower.
+# An increment reads less in other wordings of an object than in those of a style, so an object's gate is lower.
 GATED: dict[Kind, SepMEConfig] = {"styles": _GATED, "objects": replace(_GATED, gate=0.42)}
-# What a LoRA could hold as well: it acts on every prompt in proportion.
+# Without gates, as a LoRA: acts on every prompt in proportion to what it reads.
 LINEAR: dict[Kind, SepMEConfig] = {
     "styles": SepMEConfig(solver="closed_form"),
     "objects": SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=30.0, name_weight=0.0),
@@ -50,9 +50,9 @@ class Eraser:
     def erase(
         self, kind: Kind, names: Sequence[str], bank: ConceptBank | None = None, others: Iterable[str] = ()
     ) -> ConceptBank:
-        """The bank with an increment for each name, guarded by the bank's, each other's and the other names.
+        """Add an increment for each name to a bank. Each is guarded on all other names.
 
-        Increments that the bank holds are untouched, so they do not know these.
+        Increments that the bank already holds are left as they are, so they do not guard the new names.
 
         Args:
             kind: What the names are of.
@@ -64,19 +64,18 @@ class Eraser:
         return trainer.erase([self.concept(kind, name) for name in names], bank)
 
     def concept(self, kind: Kind, name: str) -> Concept:
-        """The style or object as a concept, mapped to the mean of the same prompts with others of its kind."""
+        """Describe the style or object as a concept; its anchors are the same prompts with others of its kind."""
         if kind == "objects":
             return object_concept(name)
-        # The plain prompt has its words at other places: an object that comes late in the styled one can get lost.
+        # Not the plain prompt as anchor: its words stand at other places, so an object that comes late could get lost.
         return style_concept(name, [other for other in BANKED_STYLES if other != name])
 
     def seen(self, kind: Kind, names: Iterable[str]) -> set[str]:
-        """Every prompt that making these increments reads, guarded names apart."""
+        """Collect every prompt that making these increments reads, apart from guarded names."""
         concepts = [self.concept(kind, name) for name in names]
-        own = {prompt for one in concepts for pair in one.pairs for prompt in pair}
-        return (
-            own | {prompt for one in concepts for anchors in one.anchors for prompt in anchors} | self._regular(kind)
-        )
+        own = {prompt for concept in concepts for pair in concept.pairs for prompt in pair}
+        anchors = {prompt for concept in concepts for prompts in concept.anchors for prompt in prompts}
+        return own | anchors | self._regular(kind)
 
     def _regular(self, kind: Kind) -> set[str]:
         """The soft guards' prompts; those that name the concept are passed over by the trainer."""

@@ -1,35 +1,43 @@
-"""The paper's training step and null space, as the authors' code takes them."""
+"""The training step and the null space of the paper, as in the authors' code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.algebra.objective import concept_representation, correlation_loss, sparsity
+from sepme_diffusers.doors.attachment import attached
+from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import text_projections
 from sepme_diffusers.increment.config import SepMEConfig
 
 
 def null_space_by_elimination(guard: Tensor) -> Tensor:
-    """Unit rows (d - rank, d), float64, that span the null space of G: not orthonormal, by elimination in sympy.
+    """Find unit rows (d - rank, d), float64, that span the null space of G by elimination in sympy; not orthonormal.
 
     Args:
         guard: G, the token rows that must not change, (n_rows, d).
 
+    Raises:
+        ImportError: If sympy is missing.
+
     Source: the authors' code for arXiv 2402.05947, `Matrix(embeddings).nullspace()` on floats.
     """
+    try:
+        import sympy
+    except ImportError as error:
+        raise ImportError("elimination needs sympy: pip install 'sepme-diffusers[eval]'") from error
     solutions = sympy.Matrix(guard.cpu().numpy()).nullspace()
     basis = torch.from_numpy(np.array(solutions, dtype=np.float64).reshape(len(solutions), guard.shape[1]))
     return basis / basis.norm(dim=1, keepdim=True)
 
 
 class PaperStep:
-    """A training step as the paper takes it: two UNets, four passes, the full basis.
+    """Takes a training step as the paper does: two UNets, four passes, the full basis.
 
     ε(x_t, c) and ε(x_t, ∅) of the frozen UNet, and both of the edited one with gradient.
 
@@ -67,17 +75,13 @@ class PaperStep:
         self.optimizer = torch.optim.Adam(self.coefficients.values(), lr=config.learning_rate)
 
     def __call__(self, noisy: Tensor, steps: Tensor) -> float:
-        """Take a step on x_t (n, channels, h, w) at timesteps t (n,); the correlation loss before it."""
+        """Take a step on x_t (n, channels, h, w) at timesteps t (n,), and return the correlation loss before it."""
         with torch.no_grad():
             frozen = concept_representation(*self._both(self.frozen, noisy, steps))
         self.edited.requires_grad_(not self.freeze)
         deltas = {name: w @ self.basis for name, w in self.coefficients.items()}
-        handles = self._attached(deltas)
-        try:
+        with attached(self.edited, _DenseEdit(deltas)):
             edited = concept_representation(*self._both(self.edited, noisy, steps))
-        finally:
-            for handle in handles:
-                handle.remove()
         loss = correlation_loss(edited, frozen)
         self.optimizer.zero_grad()
         (loss + self.config.sparsity * sparsity(deltas.values())).backward()
@@ -88,8 +92,16 @@ class PaperStep:
         states = (prompt.expand(len(noisy), -1, -1).to(unet.dtype) for prompt in (self.concept, self.blank))
         return [unet(noisy.to(unet.dtype), steps, state).sample.float() for state in states]
 
-    def _attached(self, deltas: Mapping[str, Tensor]) -> list[Any]:
-        def hook(name: str) -> Any:
-            return lambda module, inputs, output: output + (inputs[0].float() @ deltas[name].T).to(output.dtype)
 
-        return [module.register_forward_hook(hook(name)) for name, module in self.modules.items()]
+@dataclass(frozen=True, eq=False)
+class _DenseEdit:
+    """Dense increments ΔW_m behind the text Linears, as an edit of a denoiser."""
+
+    deltas: Mapping[str, Tensor]
+    at_linears: bool = True
+
+    def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Tensor]:
+        return {}, embeddings[TOKENS]
+
+    def change(self, name: str, reading: Tensor) -> Tensor:
+        return (reading.float() @ self.deltas[name].T).to(reading.dtype)

@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 
 from sepme_diffusers import pocket
-from sepme_diffusers.evaluation.protocols.making import Eraser
+from sepme_diffusers.evaluation.protocols.eraser import Eraser
 
 
 @pytest.mark.parametrize("kind", ["styles", "objects"])

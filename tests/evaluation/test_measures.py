@@ -1,16 +1,16 @@
-"""Distances in the judge's features: zero for equals, symmetric, and known values of Gaussians."""
+"""Measures: accuracies, changes of pixels, and distances in the judge's features with known values."""
 
 import pytest
 import torch
 from PIL import Image
 
-from sepme_diffusers.evaluation.measures.features import (
-    frechet_distance,
-    layer_distance,
-    layers,
-    perceptual_distance,
-    pooled_features,
-)
+from sepme_diffusers.evaluation.measures.accuracy import accuracy
+from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
+from sepme_diffusers.evaluation.measures.frechet import frechet_distance
+from sepme_diffusers.evaluation.measures.judge_features import layers, pooled_features
+from sepme_diffusers.evaluation.measures.measure import Sample
+from sepme_diffusers.evaluation.measures.perceptual import layer_distance, perceptual_distance
+from sepme_diffusers.evaluation.measures.registry import MEASURES
 
 
 def noise(seed: int, n: int = 4) -> list[Image.Image]:
@@ -61,5 +61,44 @@ def test_frechet_distance_of_known_gaussians():
         frechet_distance(x[:1], x)
 
 
+def test_frechet_distance_is_the_formula_in_all_dimensions():
+    """Computed in the few dimensions that the pictures span, it is the distance in all of them."""
+    draw = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(6, 30, dtype=torch.float64, generator=draw) for _ in range(2))
+    roots = torch.linalg.eigvals(torch.cov(x.T) @ torch.cov(y.T)).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * roots
+    assert frechet_distance(x, y) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_pooled_features_are_what_the_heads_read():
     assert pooled_features(noise(2)).shape == (4, 2 * 96 + 2 * 128)
+
+
+def flat(value: int) -> Image.Image:
+    return Image.new("RGB", (64, 64), (value, value, value))
+
+
+def test_accuracy_is_the_share_of_right_answers_in_percent():
+    probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    assert accuracy(probabilities, ["a", "b", "b", "b"], ["a", "b"]) == 75.0
+
+
+def test_changes_are_counted_in_255ths_in_both_directions():
+    assert largest_change([flat(10), flat(200)], [flat(10), flat(50)]) == 150
+    assert largest_change([flat(0)], [flat(255)]) == 255
+    assert mean_change([flat(10), flat(200)], [flat(10), flat(50)]) == 75.0
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        largest_change([flat(1)], [])
+
+
+def test_every_registered_measure_has_a_reference_and_sees_no_change_in_the_originals():
+    same = Sample(noise(0), noise(0), ["neon"] * 4, ["cat"] * 4)
+    other = Sample(noise(0), noise(1), ["neon"] * 4, ["cat"] * 4)
+    for name, measure in MEASURES.items():
+        assert measure.name == name
+        assert measure.reference
+        if "ACC" in name:
+            assert 0 <= measure.of(same) == measure.of(other) <= 100
+        else:
+            assert measure.of(same) == pytest.approx(0, abs=1e-5)
+            assert measure.of(other) > 0.01

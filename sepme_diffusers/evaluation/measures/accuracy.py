@@ -1,0 +1,37 @@
+"""Accuracy: the share of pictures in which the built-in judge sees what they should show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor, tensor
+
+from sepme_diffusers import pocket
+from sepme_diffusers.evaluation.measures.measure import Measure
+
+
+def accuracy(probabilities: Tensor, truth: Sequence[str], names: Sequence[str]) -> float:
+    """Count the rows of (n, n_names) whose most probable name is the true one, in percent."""
+    wanted = tensor([names.index(name) for name in truth])
+    return 100 * (probabilities.argmax(dim=1) == wanted).double().mean().item()
+
+
+def judged(pictures: Sequence[Image.Image], styles: Sequence[str], objects: Sequence[str]) -> tuple[float, float]:
+    """Measure the style and the object accuracy of pictures of the built-in model, in percent."""
+    style, object_ = pocket.classify(pictures)
+    return accuracy(style, styles, pocket.style_classes), accuracy(object_, objects, pocket.objects)
+
+
+def style_accuracy(pictures: Sequence[Image.Image], styles: Sequence[str]) -> float:
+    """Measure the style accuracy alone, in percent, of pictures that show no particular object."""
+    return accuracy(pocket.classify(pictures)[0], styles, pocket.style_classes)
+
+
+_REFERENCE = "arXiv 2402.05947 (ACC), with the built-in judge as the classifier"
+STYLE_ACCURACY = Measure(
+    "style ACC %", _REFERENCE, lambda sample: judged(sample.pictures, sample.styles, sample.objects)[0]
+)
+OBJECT_ACCURACY = Measure(
+    "object ACC %", _REFERENCE, lambda sample: judged(sample.pictures, sample.styles, sample.objects)[1]
+)
