@@ -76,8 +76,8 @@ def _decoupled(
             f"(share of its effect: {kept:.1e}); make it anew with fewer guards"
         )
     rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in old.doors}
-    doors = {door: _at_door(there, concept, rooms[door]) for door, there in old.doors.items()}
-    doors = {door: there for door, there in doors.items() if there is not None}
+    projected = {door: _at_door(there, concept, rooms[door]) for door, there in old.doors.items()}
+    doors = {door: there for door, there in projected.items() if there is not None}
     increment = replace(_gated_like(old, increment, encoded(concept.prompts)), doors=doors)
     damped = dict.fromkeys(name for each in (room, *rooms.values()) for name in each.damped)
     metrics = {
@@ -92,12 +92,12 @@ def _decoupled(
 
 def _projected(increment: Increment, concept: Concept, room: Guards) -> Increment:
     """The increment with A in the null space, or damped where the names do not fit."""
-    null, a = room.null(concept).cpu(), increment.A.cpu()
-    if room.exact:
+    null, penalty, a = room.null(concept).cpu(), room.penalty(concept), increment.A.cpu()
+    if penalty is None:
         a = project(a, null)
     else:
         tokens = rows(room.encoded(concept.prompts)).cpu()
-        a = a.double() @ imitation(tokens, null, room.penalty(concept).cpu(), room.config.ridge)
+        a = a.double() @ imitation(tokens, null, penalty.cpu(), room.config.ridge)
     return replace(increment, A=a.to(increment.A.dtype))
 
 
@@ -105,7 +105,7 @@ def _at_door(old: Increment, concept: Concept, room: Guards) -> Increment | None
     """The same for what an increment does at a further door; None where the guards leave nothing of it."""
     new, embeddings = _projected(old, concept, room), room.encoded(concept.prompts)
     identity = torch.eye(embeddings.shape[-1])
-    if _effect_kept(old, new, rows(embeddings).cpu(), {"": identity}) < _LEAST_KEPT:
+    if _effect_kept(old, new, rows(embeddings).cpu(), {"door": identity}) < _LEAST_KEPT:
         return None
     return _gated_like(old, new, embeddings)
 
@@ -117,6 +117,6 @@ def _gated_like(old: Increment, new: Increment, own: Tensor) -> Increment:
 
 def _effect_kept(old: Increment, new: Increment, tokens: Tensor, weights: Mapping[str, Tensor]) -> float:
     """⟨E ΔW'ᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖² over all modules: both have the same coefficients C."""
-    gram = sum(c.double().T @ c.double() for c in old.coefficients(weights).values()).cpu()
+    gram = torch.stack([c.double().T @ c.double() for c in old.coefficients(weights).values()]).sum(dim=0).cpu()
     before, after = (tokens.double() @ increment.A.double().cpu().T for increment in (old, new))
     return float(((after @ gram) * before).sum() / ((before @ gram) * before).sum())

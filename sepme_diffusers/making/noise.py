@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from sepme_diffusers.algebra.objective import concept_representation, correlation_loss
 from sepme_diffusers.increment.config import SepMEConfig
@@ -50,7 +51,7 @@ class Batch:
     alphas: Tensor
     prediction_type: str
 
-    def predict_noise(self, unet: nn.Module, text: Text) -> Tensor:
+    def predict_noise(self, unet: ModelMixin, text: Text) -> Tensor:
         """Predict ε(x_t, c) for one prompt per picture or several in turn, (len(text), channels, h, w), float32."""
         copies = len(text.states) // len(self.noisy)
         noisy, steps = self.noisy.repeat(copies, 1, 1, 1), self.steps.repeat(copies)
@@ -85,7 +86,7 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, unet: nn.Module, batch: Batch) -> Reference:
+    def of(cls, unet: ModelMixin, batch: Batch) -> Reference:
         """Predict on the batch, with and without the concept in one pass."""
         with_concept, without = batch.predict_noise(unet, batch.with_concept.then(batch.without)).chunk(2)
         return cls(batch, without, concept_representation(with_concept, without))

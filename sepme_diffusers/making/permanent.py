@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -86,7 +87,7 @@ class _Step(nn.Module):
     Gradient checkpointing runs the denoiser again for the gradients, and must find the same weights there.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: ModelMixin) -> None:
         super().__init__()
         self.unet = unet
 

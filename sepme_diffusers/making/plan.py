@@ -141,7 +141,7 @@ class Plan:
 
     def closed_form(self) -> Increment:
         """The closed form at the token door as an increment, float32 on the CPU."""
-        return _as_increment(self.factors)
+        return _as_increment(self._solved())
 
     def basis(self, config: SepMEConfig, weights: Mapping[str, Tensor]) -> Tensor:
         """β S (r, d): the full basis, or the orthonormal directions that the closed form reads, scaled.
@@ -150,9 +150,7 @@ class Plan:
             config: `beta`, `relative`, `parametrisation`.
             weights: W_m (d_out, d) by module name.
         """
-        directions = self.full_basis
-        if directions is None:
-            directions = torch.linalg.svd(self.factors[0], full_matrices=False).Vh
+        directions = self._closed_directions() if self.full_basis is None else self.full_basis
         beta = config.beta
         if config.relative:
             # An Adam step moves every coefficient by about the learning rate, so a wider basis takes a longer step.
@@ -162,6 +160,15 @@ class Plan:
                 squares = [weight.float().square().sum(dim=1) for weight in weights.values()]
                 beta /= float(torch.cat(squares).mean().sqrt())
         return beta * directions
+
+    def _closed_directions(self) -> Tensor:
+        a, _ = self._solved()
+        return torch.linalg.svd(a, full_matrices=False).Vh
+
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        if self.factors is None:
+            raise ValueError(f"the plan for {self.concept.name!r} was made without the closed form")
+        return self.factors
 
 
 def _as_increment(factors: tuple[Tensor, Tensor]) -> Increment:

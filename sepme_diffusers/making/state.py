@@ -109,8 +109,8 @@ class TrainingState:
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("adam."):
-                _, i, name = key.split(".")
-                moments.setdefault(int(i), {})[name] = tensor
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         return record["step"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,8 @@ class SepMETrainer:
         doors = {
             door: Problem(
                 Guards(self._encoded.at(door), self.guards, names, self.config),
-                lambda concept, door=door: self._soft_penalty(concept, door),
-                lambda: None,  # what is behind the door is not asked: it may be anything
+                partial(self._soft_penalty, door=door),
+                lambda: None,  # what the denoiser does behind the door is not looked at
             )
             for door in self._encoded.further_doors
         }

@@ -54,7 +54,7 @@ def test_what_is_trained_is_what_the_pipeline_then_does(pipe, form):
     bank = SepMETrainer(pipe, replace(config, max_steps=4)).erase([WOODCUT])
     entry = replace(bank["woodcut"], increment=one.increment())
     assert entry.increment.form == form
-    pipe.load_sepme(bank.with_entries([entry]))
+    pipe.load_sepme(bank.with_entries([entry]), plain_pipelines="standing")
     pipe.set_erased(["woodcut"])
     with torch.no_grad():
         loaded = batch.predict_noise(pipe.unet, batch.with_concept)
@@ -173,7 +173,7 @@ def test_joint_training_sees_what_unguarded_concepts_do_to_each_other(pipe):
     batch = NoisyPictures(pipe, first, config, Encoded(pipe)).next()
 
     def left(bank):
-        pipe.load_sepme(bank)
+        pipe.load_sepme(bank, plain_pipelines="standing")
         pipe.set_erased(list(bank))
         with torch.no_grad():
             predicted = batch.predict_noise(pipe.unet, batch.with_concept)

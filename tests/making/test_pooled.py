@@ -7,7 +7,11 @@ import torch
 
 from sepme_diffusers import SepMETrainer
 from sepme_diffusers.algebra.closed_form import covariance
+from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.making.decouple import decouple
+from sepme_diffusers.making.learner import Learner
+from sepme_diffusers.making.loop import attached
+from sepme_diffusers.making.noise import NoisyPictures
 from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.text.encoding import Encoded, encode, encode_pooled, rows
 from small import CLOSED, CONCEPTS, TRAIN, latents, random_xl_pipeline
@@ -88,6 +92,26 @@ def test_a_trained_increment_has_the_closed_forms_pooled_part(xl, bank, solver):
     expected = bank["neon"].increment.doors["pooled"]
     assert torch.equal(trained.doors["pooled"].A, expected.A)
     assert torch.equal(trained.doors["pooled"].B, expected.B)
+
+
+@pytest.mark.parametrize("form", ["module", "text"])
+def test_training_sees_the_pooled_edit_that_the_pipeline_will_make(xl, bank, form):
+    """The denoiser with a learner attached predicts what it predicts with the increment loaded."""
+    entry, config = bank["neon"], replace(TRAIN, parametrisation=form)
+    pictures = NoisyPictures(xl, entry.concept, config, Encoded(xl))
+    weights = projection_weights(xl.unet)
+    learner = Learner("neon", entry.increment.A, weights, pictures, config, entry.increment, entry.increment.doors)
+    batch = pictures.next()
+    with torch.no_grad():
+        original = batch.predict_noise(xl.unet, batch.with_concept)
+        with attached(xl.unet, [learner]):
+            trained = batch.predict_noise(xl.unet, batch.with_concept)
+        xl.load_sepme(bank, plain_pipelines="standing")
+        xl.set_erased(["neon"])
+        loaded = batch.predict_noise(xl.unet, batch.with_concept)
+        xl.unload_sepme()
+    torch.testing.assert_close(trained, loaded, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained, original, atol=1e-3)
 
 
 def test_a_door_that_reads_nothing_of_the_concept_is_left_out(xl):
