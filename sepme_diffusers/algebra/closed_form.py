@@ -61,8 +61,8 @@ def reduced_rank_edit(
             "must agree: (n, d), (n, d), (k, d)"
         )
     n = len(concept)
-    # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ. Divided by
-    # √n, sums over the tokens become means.
+    # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ. Division
+    # by √n makes means of sums over the tokens.
     inside, change = concept.double() @ null.T, change.double() / n**0.5
     metric = regression_metric(inside, null, penalty, ridge)
     root = torch.linalg.cholesky(metric if penalty_inside is None else metric + penalty_inside)

@@ -85,8 +85,8 @@ def damped(null: Tensor, penalty: Tensor, concept: Tensor) -> Tensor:
         concept: E, the concept's token rows, (n, d); s is the largest eigenvalue of N EᵀE Nᵀ / n.
     """
     # A direction v costs vᵀ N P Nᵀ v on the tokens that must move little, and carries at most s of the concept. Its
-    # length becomes (1 + cost / s)^-½, 1 where it costs nothing. A training step moves along it by that length, so less
-    # the more the cost exceeds what the direction can do to the concept.
+    # length becomes (1 + cost / s)^-½, 1 where it costs nothing. A training step along it is as long as that: the
+    # shorter, the more the cost exceeds what the direction can do to the concept.
     inside = concept.double() @ null.T
     scale = torch.linalg.matrix_norm(inside, 2) ** 2 / len(inside)
     # The inverse root is taken on the eigenvalues of the cost, which rounding may leave a little below zero.
