@@ -665,7 +665,7 @@ def undo_the_edit(pipe):
         (replace_unet, (ErasureNotInForce, "has been replaced")),
         (undo_the_edit, (ErasureNotInForce, "comes after the edit")),
     ],
-    ids=["unload", "unload and load", "restore", "replace the bank", "replace blocks", "clear hooks", "replace the UNet",
+    ids=["unload", "unload and load", "restore", "replace the bank", "replace blocks", "clear hooks", "other UNet",
          "hook that undoes"],
 )  # fmt: skip
 def test_what_happens_in_the_middle_of_a_call_changes_nothing_for_it_or_raises(act, outcome, pipe, text_bank):
@@ -725,7 +725,7 @@ def test_changes_of_the_text_encoder_without_a_version_are_seen(change, pipe, te
     elif change == "copy":
         parameter.data.copy_(torch.randn_like(parameter))
     elif change == "pad token":
-        pipe.tokenizer.pad_token = "cat"
+        pipe.tokenizer.pad_token = "cat</w>"
     else:
         weight = next(p for name, p in pipe.text_encoder.named_parameters() if name.endswith("v_proj.weight"))
         weight.data += torch.randn_like(weight)

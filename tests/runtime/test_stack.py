@@ -15,8 +15,8 @@ def acting(stack, rows, **settings):
 
 
 def change(stack, rows, e):
-    active = acting(stack, rows)
-    return active.change(active.read(e))
+    made = acting(stack, rows)
+    return made.change(made.read(e))
 
 
 def test_a_mask_of_zeros_changes_nothing_exactly():
@@ -63,7 +63,8 @@ def test_half_precision_factors_are_kept_as_they_are_stored():
     c = {"m": torch.randn(7, 2, dtype=torch.float16)}
     stack = Stack({"a": Increment(torch.randn(2, 12), C=c)})
     assert stack.outputs["m"].on(torch.device("cpu")).dtype == torch.float16
-    assert change(stack, [{"a": 1.0}], torch.randn(1, 5, 12), "m").dtype == torch.float32
+    made = acting(stack, [{"a": 1.0}])
+    assert made.change(made.read(torch.randn(1, 5, 12)), "m").dtype == torch.float32
 
 
 def test_what_else_is_loaded_leaves_no_bit_behind():
@@ -72,7 +73,7 @@ def test_what_else_is_loaded_leaves_no_bit_behind():
     found = {index: text_side(4, d=384) for index in range(60)}
     active = dict.fromkeys(range(0, 60, 2), 1.0)
     e = torch.randn(8, 16, 384)
-    among_others = acting(Stack(found), [active]).change(e)
+    among_others = change(Stack(found), [active], e)
     assert torch.equal(among_others, change(Stack({index: found[index] for index in active}), [active], e))
 
 
@@ -89,9 +90,9 @@ def test_a_gated_increment_acts_on_all_of_a_prompt_or_not_at_all():
     first = torch.eye(12)[:1]
     gated, free = Increment(first, B=torch.ones(12, 1), gate=1.0), text_side(2)
     e, rows = reading(0.9, 1.1, -2.0), [{"gated": 1.0}]
-    change = change(Stack({"gated": gated, "free": free}), rows, e)
-    assert not change[0].any()
-    torch.testing.assert_close(change[1:], e[1:, :, :1].expand(-1, -1, 12))
+    changed = change(Stack({"gated": gated, "free": free}), rows, e)
+    assert not changed[0].any()
+    torch.testing.assert_close(changed[1:], e[1:, :, :1].expand(-1, -1, 12))
     both = change(Stack({"gated": gated, "free": free}), [{"gated": 1.0, "free": 1.0}], e)
     alone = change(Stack({"free": free}), [{"free": 1.0}], e)
     torch.testing.assert_close(both, change + alone)
@@ -123,3 +124,53 @@ def test_a_gate_is_open_at_any_strength():
     stack = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1), gate=1.0)})
     e = reading(1.5)
     torch.testing.assert_close(change(stack, [{"a": 0.1}], e), 0.1 * change(stack, [{"a": 1.0}], e))
+
+
+def test_a_video_has_several_text_rows_for_each_picture():
+    """Rows of the text come in the order of the pictures, each picture's together."""
+    stack, e = Stack({"a": text_side(2)}), torch.randn(6, 5, 12)
+    made = acting(stack, [{"a": 1.0}, {}])
+    read = made.read(e, pictures=2)
+    assert read[:3].any()
+    assert not read[3:].any()
+
+
+def test_a_pooled_embedding_is_edited_like_one_token():
+    stack, e = Stack({"a": text_side(2)}), torch.randn(3, 12)
+    made = acting(stack, [{"a": 1.0}, {}, {"a": 2.0}])
+    edited = made.edited(e)
+    assert edited.shape == e.shape
+    assert torch.equal(edited[1], e[1])
+    torch.testing.assert_close(edited, made.edited(e[:, None])[:, 0])
+    torch.testing.assert_close(edited[2] - e[2], 2 * change(stack, [{"a": 1.0}], e[2:, None])[0, 0])
+
+
+def test_what_an_encoder_rounds_does_not_count():
+    """A share of the embedding below `least` is read as nothing; one above it in full."""
+    stack, e = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1))}), torch.zeros(1, 2, 12)
+    e[0, 0], e[0, 1] = torch.eye(12)[1], torch.eye(12)[1]
+    e[0, 0, 0], e[0, 1, 0] = 0.009, 0.02
+    read = acting(stack, [{"a": 1.0}], least=0.01).read(e)
+    assert read.flatten().tolist() == [0.0, pytest.approx(0.02)]
+
+
+def test_an_increment_that_is_not_in_the_stack_is_not_passed_over():
+    with pytest.raises(KeyError, match="'b' is not in this stack, which has ..a.."):
+        Stack({"a": text_side(2)}).mask([{"a": 1.0}, {"b": 1.0}])
+
+
+def test_the_record_says_which_pictures_opened_a_gate():
+    """With guidance a picture has two rows, and either may open it; it stays open for the rest of the call."""
+    stack = Stack({"a": Increment(torch.eye(12)[:1], B=torch.ones(12, 1), gate=1.0)})
+    made = acting(stack, [{"a": 1.0}, {"a": 1.0}], pictures=2)
+    made.read(reading(0.1, 0.1, 0.2, 2.0))
+    made.read(reading(0.1, 0.1, 0.1, 0.1))
+    assert made.opened.on(torch.device("cpu")).flatten().tolist() == [False, True]
+
+
+def test_a_tensor_is_copied_to_another_device_once():
+    held = DeviceTensor(torch.randn(3))
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert held.on(cpu) is held.on(cpu)
+    assert held.on(meta) is held.on(meta)
+    assert len(held.copies()) == 2
