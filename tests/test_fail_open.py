@@ -249,6 +249,8 @@ HOLDS = "holds"
 BYPASSED = (ErasureNotInForce, "should be erased, but .*(were replaced|were bypassed)")
 REMOVED = (ErasureNotInForce, "should be erased, but the hooks on .* were removed")
 REPLACED = (ErasureNotInForce, "UNet has been replaced")
+OTHER_WEIGHTS = (ValueError, "this UNet has other weights")
+NO_LONGER = (ErasureNotInForce, "should be erased, but the weights are no longer those")
 OTHER_TEXT = (ErasureNotInForce, "should be erased, but the text encoder has changed")
 
 # way: (what is done, the outcome where it is done before load_sepme, the outcome where it is done after set_erased)
@@ -293,10 +295,10 @@ ROWS = {
         lambda p: accelerate.cpu_offload_with_hook(p.unet, torch.device("cpu")), HOLDS, HOLDS),
     "UNet copied": (swap(copy.deepcopy), HOLDS, REPLACED),
     "UNet of the same shape": (
-        swap(lambda unet: UNet2DConditionModel.from_pretrained(pocket.path("variant"))), HOLDS, REPLACED),
-    "fine-tuned weights": (fine_tuned_weights, HOLDS, HOLDS),
+        swap(lambda unet: UNet2DConditionModel.from_pretrained(pocket.path("variant"))), OTHER_WEIGHTS, REPLACED),
+    "fine-tuned weights": (fine_tuned_weights, OTHER_WEIGHTS, NO_LONGER),
     "other weights": (
-        other_weights, (ValueError, "this UNet has other weights"), (ErasureNotInForce, "no longer those")),
+        other_weights, OTHER_WEIGHTS, NO_LONGER),
     "other text encoder": (
         other_text_encoder, (ValueError, "another text encoder"), OTHER_TEXT),
     "other weights in the text encoder": (

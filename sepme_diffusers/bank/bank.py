@@ -106,11 +106,11 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         return found.hexdigest()
 
     def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
-        """This bank with more entries, or others under the same names; the rest untouched."""
+        """Add entries, or replace those of the same names; the others stay untouched."""
         return replace(self, entries={**self.entries, **{entry.concept.name: entry for entry in entries}})
 
     def subset(self, names: Iterable[str]) -> ConceptBank:
-        """The bank with these concepts alone, in the bank's order.
+        """Take these concepts alone, in the bank's order.
 
         Raises:
             TypeError: If a single string is given.
@@ -123,7 +123,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
 
     def compact(self) -> ConceptBank:
-        """The bank in a quarter to a half of what float32 takes: every number in float16, see `Increment.compact`.
+        """Store every number in float16, a quarter to a half of what float32 takes; see `Increment.compact`.
 
         Per-module increments are no longer PEFT LoRAs on disk, where A would stand once a module: `export_adapters`
         makes these.
@@ -135,7 +135,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
 
         Args:
             strengths: The set.
-            name: What the bank is called, for the message.
+            name: The bank's name, for the message.
 
         Raises:
             PolicyError: If it leaves out what the policy always erases, or weakens it.
@@ -151,7 +151,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         license: str | None = None,
         pictures: Iterable[Picture] = (),
     ) -> None:
-        """Write the bank into a folder: wholly, or not at all, whenever the process dies.
+        """Write the bank into a folder, wholly or not at all, whenever the process dies.
 
         Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
         step that makes them the bank. Files that do not change are left alone.
@@ -223,7 +223,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         require_signature: str | Path | None = None,
         **options: Any,
     ) -> ConceptBank:
-        """The bank in a folder or a Hub repository, every hash checked.
+        """Load the bank in a folder or a Hub repository, every hash checked.
 
         Args:
             pretrained_model_name_or_path: A folder, or a repository id.
@@ -255,7 +255,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:
-        """What the bank promises for each guarded prompt and each concept's name, whatever else is erased."""
+        """What the bank promises for each guarded prompt and each concept's name, whichever concepts are erased."""
         prompts = dict.fromkeys([*(prompt for entry in self.values() for prompt in entry.guards), *self])
         return {prompt: self._guarantee(prompt) for prompt in prompts}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not declared so
 from PIL import Image
 from yaml import YAMLError
 
@@ -78,7 +78,7 @@ class Picture:
 
     Args:
         name: Its file's name, without folder and suffix.
-        text: What is said below it; the prompt, at least.
+        text: The caption; at least the prompt.
         image: The picture.
 
     Raises:
@@ -115,7 +115,7 @@ def model_card(
     pictures: Sequence[Picture] = (),
     previous: str | None = None,
 ) -> str:
-    """The README.md of a bank.
+    """Write the README.md of a bank.
 
     Args:
         manifest: The bank's.
@@ -126,6 +126,7 @@ def model_card(
     """
     base, always, concepts = manifest["base"]["name"], manifest["policy"]["always"], manifest["concepts"]
     data = _metadata(base, license, pictures, previous)
+    widget = data.to_dict().get("widget")  # type: ignore[no-untyped-call]  # huggingface_hub has not typed it
     card = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
@@ -134,7 +135,7 @@ def model_card(
         repository=_quoted(repository or _PLACEHOLDER),
         first=_quoted(next(iter(concepts), "")),
         policy=_escaped(f", except {', '.join(always)}, which its policy always erases" if always else ""),
-        gallery=bool(data.to_dict().get("widget")),
+        gallery=bool(widget),
         rows=[_row(name, record) for name, record in concepts.items()],
         guards=_listed({prompt or "the blank prompt" for record in concepts.values() for prompt in record["guards"]}),
         settings=_settings(concepts),
@@ -147,7 +148,7 @@ def _metadata(base: str, license: str | None, pictures: Sequence[Picture], previ
     shown = {picture.path for picture in pictures}
     widget = [entry for entry in kept.get("widget") or [] if entry["output"]["url"] not in shown]
     widget += [{"text": picture.text, "output": {"url": picture.path}} for picture in pictures]
-    data = {
+    data: dict[str, Any] = {
         "license": license or kept.get("license"),
         "tags": ["sepme", "text-to-image"],
         "pipeline_tag": "text-to-image",
@@ -162,7 +163,7 @@ def _metadata_of(card: str | None) -> dict[str, Any]:
     if card is None:
         return {}
     try:
-        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]  # as above
         widget = [entry for entry in data.get("widget") or [] if str(entry["output"]["url"]).startswith(f"{ASSETS}/")]
     except (YAMLError, ValueError, TypeError, KeyError):
         return {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.text.encoding import encode
 
@@ -21,7 +22,7 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
 
     Args:
         bank: The bank.
-        weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
+        weights: W_m (d_out, d) by module name, see `doors.linears.projection_weights`.
 
     Raises:
         ValueError: If they were made for another width, other modules, or other weights (per-module increments).
@@ -45,12 +46,19 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
     """Check that the pipeline's text encoders are those that the banks were made with.
 
     Raises:
-        ValueError: If the increments read what their guards should hide from them, or there is no encoder to ask.
+        ValueError: If the increments read what their guards should hide from them, a concept leaves no guard by which
+            this could be seen, or there is no encoder to ask.
     """
+    banks = list(banks)
     if not _encoders(pipe):
         raise ValueError(
             "the pipeline has no text encoder, so it cannot be seen whether the bank was made for its embeddings; "
             "load the bank first, then drop the encoder"
+        )
+    if unknown := [name for bank in banks for name, entry in bank.items() if entry.guards and not _exact(entry)]:
+        raise ValueError(
+            f"{unknown}: every guard is listed in metrics.leakage_of as not exact, so it cannot be seen whether the "
+            "bank was made for this pipeline's text encoder; make these concepts again with a guard that is exact"
         )
     leaks = {name: leak for bank in banks for name, leak in _leaks(pipe, bank).items() if not leak <= _FOREIGN_LEAKAGE}
     if leaks:
@@ -62,10 +70,7 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
     """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
-    exact = {
-        name: [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
-        for name, entry in bank.items()
-    }
+    exact = {name: _exact(entry) for name, entry in bank.items()}
     asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
     if not asked:
         return {}
@@ -77,13 +82,18 @@ def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
     return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
 
 
+def _exact(entry: Entry) -> list[str]:
+    """The guards that an entry leaves exactly alone."""
+    return [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
+
+
 def _encoders(pipe: Any) -> list[Any]:
     found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     return [encoder for encoder in found if encoder is not None]
 
 
 def text_state(pipe: Any) -> tuple[tuple[int, int, int], ...]:
-    """What changes when a text encoder is swapped, gets adapters or other weights; cheap enough for every call."""
+    """Describe the text encoders: another one, an adapter or other weights change it. Cheap enough for every call."""
     return tuple(
         (id(encoder), len(parameters), sum(0 if p.is_inference() else p._version for p in parameters))
         for encoder in _encoders(pipe)

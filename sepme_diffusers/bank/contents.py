@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,11 +60,11 @@ class Contents:
                 f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}"
             )
         heights = {module: d_out for module, (d_out, _) in self.base.projections.items()}
-        if wrong := [key for key, increment in increments.items() if not _fits(increment, heights)]:
-            raise ValueError(f"these increments edit other modules than the base's, or of other heights: {wrong}")
+        if misfits := [key for key, increment in increments.items() if not _fits(increment, heights)]:
+            raise ValueError(f"these increments edit other modules than the base's, or of other heights: {misfits}")
         doors = {key: {n: part.A.shape[1] for n, part in i.doors.items()} for key, i in increments.items()}
-        if wrong := {key: found for key, found in doors.items() if not found.items() <= self.base.doors.items()}:
-            raise ValueError(f"the base has further doors {dict(self.base.doors)}; these increments differ: {wrong}")
+        if strange := {key: found for key, found in doors.items() if not found.items() <= self.base.doors.items()}:
+            raise ValueError(f"the base has further doors {dict(self.base.doors)}; these increments differ: {strange}")
 
 
 def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Path | None = None) -> Contents:
@@ -150,7 +151,7 @@ def _fits(increment: Increment, heights: Mapping[str, int]) -> bool:
 
 
 def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
-    record = {
+    record: dict[str, Any] = {
         "form": entry.increment.form,
         "rank": entry.increment.rank,
         "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},

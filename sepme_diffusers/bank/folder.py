@@ -68,7 +68,7 @@ class BankFolder:
         self.folder = folder
 
     def manifest(self, wanted: Sequence[str] | None = None, data: bytes | None = None) -> dict[str, Any]:
-        """The manifest, with no concepts but the wanted ones.
+        """Read the manifest, with no concepts but the wanted ones.
 
         Args:
             wanted: Names, or None for all.
@@ -90,7 +90,7 @@ class BankFolder:
         return {**manifest, "concepts": {name: record for name, record in concepts.items() if name in wanted}}
 
     def manifest_bytes(self) -> bytes:
-        """The manifest as it stands there.
+        """Read the manifest's bytes.
 
         Raises:
             BankError: If there is none, or it is no plain file of a sensible size.
@@ -100,7 +100,7 @@ class BankFolder:
         return self.file(MANIFEST, manifests.MAX_BYTES)
 
     def increment(self, name: str, record: Mapping[str, Any], base: Mapping[str, Any]) -> Increment:
-        """A concept's increment.
+        """Read a concept's increment.
 
         Args:
             name: The concept's name.
@@ -134,7 +134,7 @@ class BankFolder:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
 
     def damaged(self, wanted: Sequence[str] | None = None) -> list[str]:
-        """The files that are not what their hashes say: the manifest, or else those of the wanted concepts."""
+        """List the files that are not what their hashes say: the manifest, or else those of the wanted concepts."""
         try:
             data = self.manifest_bytes()
         except BankError:
@@ -154,7 +154,7 @@ class BankFolder:
         return None
 
     def file(self, path: str, most: int) -> bytes:
-        """The bytes of a file of this folder.
+        """Read a file of this folder.
 
         Args:
             path: In the folder, with "/".
@@ -342,7 +342,7 @@ def read_files(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """The files of a concept's folder, the weights first.
+    """Make the files of a concept's folder, the weights first.
 
     Args:
         increment: What they hold.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import (
@@ -124,10 +124,14 @@ class _Download:
 
     @property
     def bank(self) -> BankFolder:
-        return BankFolder(self.snapshot / self.subfolder)
+        return BankFolder(self._downloaded / self.subfolder)
 
     def _pinned(self) -> dict[str, Any]:
-        return {**self.options, "revision": self.snapshot.name}
+        return {**self.options, "revision": self._downloaded.name}
+
+    @property
+    def _downloaded(self) -> Path:
+        return cast(Path, self.snapshot)  # `read` has set it before anything asks
 
     def _fetch(self, files: Iterable[str], options: Mapping[str, Any]) -> Path:
         prefix = f"{self.subfolder.strip('/')}/" if self.subfolder else ""
@@ -250,7 +254,7 @@ class _Head:
 
     @classmethod
     def of(cls, api: HfApi, repository: str, revision: str | None, cache: Path) -> _Head:
-        info = api.model_info(repository, revision=revision)
+        info: Any = api.model_info(repository, revision=revision)
         files = frozenset(file.rfilename for file in info.siblings)
         if MANIFEST not in files and files - _EMPTY:
             raise BankError(f"{repository!r} holds other files and no concept bank; choose another repository")
@@ -333,7 +337,7 @@ class _Change:
 
     def origin_after(self, manifest: Mapping[str, Any], origin: Origin | None) -> Origin | None:
         """What the bank knows once this is pushed, so that its next push is not taken for a conflict with this one."""
-        if self.origin is None:
+        if self.origin is None or origin is None:
             return origin
         records = {name: manifest["concepts"][name] for name in self.records}
         entries = {name: self.bank.entries[name] for name in self.records}
@@ -362,8 +366,9 @@ def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[s
     policy = {**change.manifest["policy"], "always": always}
     base = _base(head, change)
     merged = {**change.manifest, "base": base, "policy": policy, "concepts": records}
-    same = head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts"))
-    return head.manifest if same else merged
+    if head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts")):
+        return head.manifest
+    return merged
 
 
 def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ _MANY = 30_000
 
 
 def parse(data: bytes, file: Path) -> dict[str, Any]:
-    """The manifest in a file's bytes, if nothing is wrong with it.
+    """Read the manifest in a file's bytes, if nothing is wrong with it.
 
     Raises:
         BankError: Naming the file and what is wrong with it.
@@ -58,7 +58,7 @@ def is_damaged(data: bytes) -> bool:
 
 
 def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
-    """A manifest as the bytes of its file, with its version and its digest.
+    """Make the bytes of a manifest's file, with its version and its digest.
 
     Raises:
         BankError: If the reader would refuse it, saying why.
@@ -75,7 +75,7 @@ def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
 
 
 def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
-    """What a manifest says, if it has the form of one, and everything that is wrong with it."""
+    """Read a manifest, if the bytes have the form of one, and list everything that is wrong with it."""
     if len(data) > MAX_BYTES:
         return None, [f"it has {len(data)} bytes; {MAX_BYTES} are the most"]
     try:
@@ -99,7 +99,7 @@ def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def listed(found: Iterable[str]) -> str:
-    """Faults in one message, the first twenty in words."""
+    """Join faults into one message; beyond the first twenty they are counted."""
     found = list(found)
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more
@@ -119,7 +119,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"a key stands twice: {next(key for key in keys if keys.count(key) > 1)!r}")
+        raise ValueError(f"a key is given twice: {next(key for key in keys if keys.count(key) > 1)!r}")
     return values
 
 
@@ -174,8 +174,8 @@ def _newer(version: Any) -> str | None:
 
 @cache
 def _validator() -> Draft202012Validator:
-    schema = resources.files("sepme_diffusers.bank").joinpath("schema", "sepme_bank.schema.json").read_text("utf-8")
-    return Draft202012Validator(json.loads(schema))
+    schema = resources.files("sepme_diffusers.bank") / "schema" / "sepme_bank.schema.json"
+    return Draft202012Validator(json.loads(schema.read_text("utf-8")))
 
 
 def _schema_faults(manifest: Any, all_of_them: bool) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sepme_diffusers.cli.console import as_rich, console, quieten, refusals
+
+if TYPE_CHECKING:
+    from sepme_diffusers.evaluation.bench.registry import Row
 
 _PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -27,7 +30,7 @@ def bench(
     if dtype not in _PRECISIONS:
         raise typer.BadParameter(f"no precision {dtype!r}; choose one of {', '.join(_PRECISIONS)}")
     runner = Runner(device, getattr(torch, dtype), repeats)
-    rows = []
+    rows: list[Row] = []
     with console.status("...") as status:
         with refusals():
             results = registry.run(runner, only or (), status.update)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sepme_diffusers.cli.console import announce_loading, as_rich, console
 
 if TYPE_CHECKING:
+    from sepme_diffusers.bank.bank import ConceptBank
+    from sepme_diffusers.evaluation.probes import Kind
     from sepme_diffusers.evaluation.protocols.scenes import Moment, SceneRunner
     from sepme_diffusers.evaluation.report import Bar, Table
 
@@ -150,7 +152,7 @@ def variants(
         tables = [variant_runner.table(rows), variant_runner.measures_table(rows)]
         if not only:
             advance("the closed form on another UNet", 0)
-            bank = maker.bank(solver="closed_form").product
+            bank = cast("ConceptBank", maker.bank(solver="closed_form").product)
             transferred = variant_runner.transfer(pipe, bank, seed, 2 * pictures, steps)
             bars = bars_table("Bars", variant_runner.transfer_bars(transferred))
             tables += [variant_runner.transfer_table(transferred), bars]
@@ -164,16 +166,17 @@ def _page(title: str, *tables: Table) -> str:
     return report.markdown(title, _NOTE, tables)
 
 
-def _chosen(only: list[str]) -> dict[str, list[int]]:
+def _chosen(only: list[str]) -> dict[Kind, list[int]]:
     """{kind: scene numbers} from names of kinds and scenes."""
-    all_scenes = {f"{kind}-{number}": (kind, number) for kind in ("styles", "objects") for number in range(1, 5)}
+    kinds: tuple[Kind, ...] = ("styles", "objects")
+    all_scenes = {f"{kind}-{number}": (kind, number) for kind in kinds for number in range(1, 5)}
     wanted = [name for name in all_scenes if not only or name in only or all_scenes[name][0] in only]
     if unknown := set(only) - set(all_scenes) - {"styles", "objects"}:
         raise typer.BadParameter(
             f"unknown scenes {sorted(unknown)}; there are styles, objects, {', '.join(all_scenes)}"
         )
-    chosen: dict[str, list[int]] = {}
-    for kind, number in map(all_scenes.get, wanted):
+    chosen: dict[Kind, list[int]] = {}
+    for kind, number in (all_scenes[name] for name in wanted):
         chosen.setdefault(kind, []).append(number)
     return chosen
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from sepme_diffusers.cli.console import announce_loading, console, refusals
+
+if TYPE_CHECKING:
+    from sepme_diffusers.interchange.checkpoint import CheckpointFormat
+    from sepme_diffusers.interchange.lora_files import LoraFormat
 
 
 class Format(str, Enum):
@@ -29,7 +33,7 @@ class Precision(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
-_CHECKPOINTS = {Format.CHECKPOINT: "diffusers", Format.SINGLE_FILE: "single_file"}
+_CHECKPOINTS: dict[Format, CheckpointFormat] = {Format.CHECKPOINT: "diffusers", Format.SINGLE_FILE: "single_file"}
 
 
 def export(
@@ -56,7 +60,7 @@ def export(
         if kind := _CHECKPOINTS.get(format):
             written = export_checkpoint(loaded, pipe, strengths, output, kind, getattr(torch, dtype.value))
         else:
-            written = export_lora(loaded, pipe, strengths, output, format.value)
+            written = export_lora(loaded, pipe, strengths, output, cast("LoraFormat", format.value))
     console.print(f"Wrote {written}, which erases {', '.join(strengths)}")
     if lost := gates_lost(loaded, strengths):
         console.print(f"Note: {lost}")

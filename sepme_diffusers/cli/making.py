@@ -151,7 +151,8 @@ def _trainer(
 
     values = json.loads(settings.read_text(encoding="utf-8")) if settings is not None else {}
     config = SepMEConfig.from_dict(values | ({"solver": solver} if solver else {}))
-    pipe, regular = _pipeline(base, device), ()
+    pipe = _pipeline(base, device)
+    regular: SoftGuards | tuple[()] = ()
     if soft is not None:
         regular = SoftGuards.load(soft) if soft.suffix == ".safetensors" else SoftGuards.from_file(pipe, soft)
     return SepMETrainer(pipe, config, guards or (), regular, state=state)

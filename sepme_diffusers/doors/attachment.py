@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,6 @@ class Edit(Protocol):
         ...
 
 
-class _Pass(threading.local):
-    """What a thread knows of its pass. Values by class, so that a compiled graph sees them from the start."""
-
-    through_doors = False
-    reading: Any = None
-    edit: Edit | None = None
-    seen: Any = None
-
-
 class _Seen:
     """Which Linears a pass has run: an attribute for each, which a compiled graph can set without reading any."""
 
@@ -77,7 +69,7 @@ class Attachment:
             raise TypeError(f"{type(denoiser).__name__} is of no family that is known")
         self.denoiser, self.family, self.acting = denoiser, family, acting
         self.arguments = DoorArguments(denoiser, family)
-        self.at = _Pass()
+        self.at = threading.local()
         self._handles: dict[str, tuple[nn.Module, RemovableHandle]] = {}
         self._linears: dict[str, tuple[nn.Module, RemovableHandle]] = {}
 
@@ -98,6 +90,8 @@ class Attachment:
             doors = denoiser.register_forward_pre_hook(_Doors(self), with_kwargs=True)
             self._handles["doors"] = denoiser, doors
             self._handles["end"] = denoiser, denoiser.register_forward_hook(_End(self))
+            reset = denoiser.register_forward_hook(_Reset(self), always_call=True)
+            self._handles["reset"] = denoiser, reset
             self._handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
         for index, (name, module) in enumerate(wanted.items()):
             linear = linear_of(module)
@@ -114,11 +108,26 @@ class Attachment:
         if handles:
             forget_graphs()
 
-    def come_last(self) -> None:
-        """Let the doors be edited after everything that other hooks of the denoiser do to its arguments."""
+    def prepare_thread(self) -> None:
+        """Set what this thread knows of its pass, so that a compiled graph finds every attribute from the start."""
+        if not hasattr(self.at, "edit"):
+            self.at.through_doors, self.at.reading, self.at.edit, self.at.seen = False, None, None, None
+
+    def renew(self) -> None:
+        """Take account of what was done to the denoiser: of other hooks on it, and of an entry that was replaced.
+
+        The doors are edited after everything that other hooks do to the arguments.
+        """
+        self.prepare_thread()
+        if not self._handles:
+            return
         hooks, own = self.denoiser._forward_pre_hooks, self._handles["doors"][1].id
         if own in hooks and next(reversed(hooks)) != own:
-            hooks.move_to_end(own)
+            cast("OrderedDict[int, Any]", hooks).move_to_end(own)  # torch declares a dict
+        entry = self.denoiser.get_submodule(self.family.entry)
+        if entry is not self._handles["entry"][0]:  # quantised, say
+            self._handles["entry"][1].remove()
+            self._handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
 
     def fault(self) -> str:
         """Why edits would not act on the denoiser as it is now; empty if they would."""
@@ -150,7 +159,7 @@ class Attachment:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.at = _Pass()
+        self.at = threading.local()
 
 
 def text_linears(denoiser: nn.Module, family: Family) -> Mapping[str, nn.Module]:
@@ -179,9 +188,11 @@ class _Doors(_Hook):
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attachment, at = self.attachment, self.attachment.at
+        at.through_doors = False
         edit = attachment.acting()
-        at.edit, at.reading, at.through_doors = edit, None, True
+        at.edit, at.reading = edit, None
         if edit is None:
+            at.through_doors = True
             return None
         embeddings = attachment.arguments.embeddings(args, kwargs)
         if not embeddings:
@@ -192,7 +203,15 @@ class _Doors(_Hook):
             at.seen = _Seen()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 edited = _carrying(embeddings | edited, at.reading)
+        at.through_doors = True
         return attachment.arguments.replaced(args, kwargs, edited)
+
+
+class _Reset(_Hook):
+    """Forgets, also after a pass that failed, that the pass came through the doors."""
+
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.attachment.at.through_doors = False
 
 
 def _carrying(embeddings: dict[str, Tensor], reading: Any) -> dict[str, Tensor]:
@@ -208,7 +227,7 @@ class _Entry(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         at = self.attachment.at
-        if not at.through_doors:
+        if not getattr(at, "through_doors", False):
             raise ErasureNotInForce(
                 f"{type(self.attachment.denoiser).__name__}.forward was called directly, which skips the edit of the "
                 "text; call the module itself"
@@ -225,7 +244,7 @@ class _Linear(_Hook):
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         at = self.attachment.at
-        edit = at.edit
+        edit = getattr(at, "edit", None)
         if edit is None or not edit.at_linears:
             return None
         setattr(at.seen, self.slot, True)

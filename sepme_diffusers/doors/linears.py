@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -43,9 +45,9 @@ def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def linear_of(module: nn.Module) -> nn.Module:
+def linear_of(module: nn.Module) -> nn.Linear:
     """The Linear itself, whatever PEFT has wrapped around it."""
-    return getattr(module, "base_layer", module)
+    return cast(nn.Linear, getattr(module, "base_layer", module))
 
 
 def plain(denoiser: nn.Module) -> nn.Module:
@@ -76,7 +78,7 @@ def projection_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 @torch.no_grad()
-def apply_linear(linear: nn.Module, rows: Tensor) -> Tensor:
+def apply_linear(linear: nn.Linear, rows: Tensor) -> Tensor:
     """e W_mᵀ for rows e (n, d), past every hook and adapter, float32 on the CPU; offloaded and quantised ones too."""
     weight = linear.weight
     if _is_dense(linear):
@@ -87,14 +89,14 @@ def apply_linear(linear: nn.Module, rows: Tensor) -> Tensor:
     return outputs[:-1] - outputs[-1]
 
 
-def _is_dense(linear: nn.Module) -> bool:
+def _is_dense(linear: nn.Linear) -> bool:
     weight, shape = linear.weight, (linear.out_features, linear.in_features)
     # On "meta" because accelerate has offloaded it: its hook on forward knows where the numbers are.
     offloaded = weight.is_meta and hasattr(linear, "_hf_hook")
     return type(weight) in (nn.Parameter, Tensor) and weight.shape == shape and not offloaded
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def _weight(linear: nn.Linear) -> Tensor:
     return linear.weight.detach() if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T
 
 

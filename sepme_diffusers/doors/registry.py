@@ -39,8 +39,8 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (UNET, CONTROLNET):
-    register(_family)
+for _built_in in (UNET, CONTROLNET):
+    register(_built_in)
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -84,4 +84,4 @@ class PictureCache:
             prompts, seeds = zip(*missing, strict=True)
             pictures = generate(self.pipe, prompts, seeds, self.steps)
             self._pictures |= {(active, *case): picture for case, picture in zip(missing, pictures, strict=True)}
-        return [[self._pictures[(active, *case)] for case in probe.cases] for probe in probes]
+        return [[self._pictures[active, prompt, seed] for prompt, seed in probe.cases] for probe in probes]

@@ -94,7 +94,7 @@ class Increment:
         return self._own_tensors() | self._tensors_of_doors()
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B} if self.C is None else {"A": self.A, **self.C}
+        return {"A": self.A, **({} if self.B is None else {"B": self.B}), **(self.C or {})}
 
     def _tensors_of_doors(self) -> dict[str, Tensor]:
         return {
@@ -104,10 +104,10 @@ class Increment:
         }
 
     def coefficients(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """C_m (d_out, r) for each module, float32, on the weights' device.
+        """Compute C_m (d_out, r) for each module, float32, on the weights' device.
 
         Args:
-            weights: W_m (d_out, d) by module name, see `targets.projection_weights`.
+            weights: W_m (d_out, d) by module name, see `doors.linears.projection_weights`.
 
         Raises:
             ValueError: If the base's modules or shapes are not those of the increment.
@@ -119,7 +119,8 @@ class Increment:
                 )
             return {name: weight.float() @ self.B.to(weight.device).float() for name, weight in weights.items()}
         self.refuse_other_modules(weights)
-        return {name: self.C[name].to(weight.device).float() for name, weight in weights.items()}
+        own = self.C or {}
+        return {name: own[name].to(weight.device).float() for name, weight in weights.items()}
 
     def refuse_other_modules(self, weights: Mapping[str, Tensor]) -> None:
         """Check that a per-module increment has the modules and shapes of a base.
@@ -127,15 +128,16 @@ class Increment:
         Raises:
             ValueError: If not, with what differs.
         """
-        if set(self.C) != set(weights):
-            missing, unknown = sorted(set(weights) - set(self.C)), sorted(set(self.C) - set(weights))
+        own = self.C or {}
+        if set(own) != set(weights):
+            missing, unknown = sorted(set(weights) - set(own)), sorted(set(own) - set(weights))
             raise ValueError(f"the increment was made for another base: it lacks {missing} and has unknown {unknown}")
-        shapes = {module: (len(self.C[module]), self.A.shape[1]) for module in weights}
+        shapes = {module: (len(own[module]), self.A.shape[1]) for module in weights}
         if wrong := {m: (shapes[m], tuple(w.shape)) for m, w in weights.items() if shapes[m] != w.shape}:
             raise ValueError(f"the increment was made for another base: shapes (increment, base) differ: {wrong}")
 
     def expand(self, weights: Mapping[str, Tensor]) -> Increment:
-        """The same increment in per-module form; what it does at further doors stays as it is."""
+        """Bring the increment into per-module form; what it does at further doors stays as it is."""
         return replace(self, B=None, C=self.coefficients(weights))
 
     @property
@@ -149,7 +151,7 @@ class Increment:
         return torch.finfo(self.A.dtype).eps if self.is_compact else 0.0
 
     def compact(self) -> Increment:
-        """The same increment in float16, A and further doors included, scaled so that A's longest row has length 1.
+        """Bring the increment into float16, A and further doors included, scaled so that A's longest row has length 1.
 
         What rounding A lets through of a guard is set to zero at inference, so that guards hold to the bit all the
         same; an export moves them by what was rounded, some 1e-4 of their projections.
@@ -165,11 +167,11 @@ class Increment:
         return Increment((self.A.double() / scale).half(), b, c, gate, doors)
 
     def reading(self, tokens: Tensor) -> Tensor:
-        """max_t ‖e_t Aᵀ‖ of each prompt's tokens e_t (n_prompts, n_tokens, d): (n_prompts,), float64."""
+        """Compute max_t ‖e_t Aᵀ‖ of each prompt's tokens e_t (n_prompts, n_tokens, d): (n_prompts,), float64."""
         return (tokens.double() @ self.A.double().to(tokens.device).T).norm(dim=-1).amax(dim=-1)
 
     def gated(self, tokens: Tensor, share: float) -> Increment:
-        """The same increment with a gate at a share of the least that it reads in one of these prompts.
+        """Set the gate at a share of the least that the increment reads in one of these prompts.
 
         Gates of further doors stay as they are.
 
@@ -183,5 +185,5 @@ class Increment:
         return replace(self, gate=share * float(self.reading(tokens).min()))
 
     def delta_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """ΔW_m = C_m A as dense matrices (d_out, d), float32."""
+        """Compute ΔW_m = C_m A as dense matrices (d_out, d), float32."""
         return {name: c @ self.A.to(c.device).float() for name, c in self.coefficients(weights).items()}

@@ -19,7 +19,7 @@ _MARGIN = 0.1
 
 
 def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """‖e W_mᵀ‖ of each token e (n_prompts, n_tokens, d) for each module, (n_prompts, n_tokens, M), float64."""
+    """Compute ‖e W_mᵀ‖ of each token e (n_prompts, n_tokens, d) for each module, (n_prompts, n_tokens, M), float64."""
     return torch.stack([(tokens.float() @ weight.float().T).norm(dim=-1).double() for weight in weights.values()], -1)
 
 
@@ -30,7 +30,7 @@ def _short(value: float) -> float:
 def leakage(
     increment: Increment, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor | None = None
 ) -> Tensor:
-    """The largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules, (n_prompts,), float64.
+    """Measure the largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules: (n_prompts,), float64.
 
     Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere. What a
     compact A reads by its own rounding counts as zero, as at inference.
@@ -65,7 +65,7 @@ def measured_leakage(
     damped: Collection[str] = (),
     norms: Tensor | None = None,
 ) -> dict[str, float | dict[str, float]]:
-    """The metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
+    """Measure the metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
 
     Args:
         increment: The increment.

@@ -14,7 +14,7 @@ _PREFIX = "base_model.model."
 
 
 def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
-    """A per-module increment as the state dict and config of a PEFT LoRA, its scale being 1 (lora_alpha = r).
+    """Give a per-module increment as the state dict and config of a PEFT LoRA of scale 1 (lora_alpha = r).
 
     A LoRA has no gate: it acts on every prompt, in proportion.
 
@@ -33,12 +33,14 @@ def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
 
 
 def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
-    """The increment that `to_lora` wrote.
+    """Read the increment that `to_lora` wrote.
 
     Raises:
         ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
     """
-    down, up, unknown = {}, {}, []
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for key, tensor in tensors.items():
         name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
         if key.startswith(_PREFIX) and factor in ("A.weight", "B.weight"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -90,14 +90,14 @@ def from_lora(
             f"nothing of this eraser can be kept: it leaves attn2.to_k and attn2.to_v as they are and changes "
             f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
         )
-    encoded, soft = Encoded(pipe), as_soft_guards(pipe, soft_guards)
+    encoded, soft = Encoded(pipe), cast("SoftGuards | None", as_soft_guards(pipe, soft_guards))
     names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
     room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
     entries = []
     for concept in adopted:
         regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
         penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
-        penalty = sum(penalties) if penalties else None
+        penalty = cast(Tensor, sum(penalties)) if penalties else None
         entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
     return bank.with_entries(entries)
 
@@ -125,7 +125,7 @@ def _entry(
     a, c = separable_factors(inside, tokens, null, config.rank)
     c = {name: c.get(name, torch.zeros(len(weight), len(a))).float() for name, weight in weights.items()}
     increment = Increment(a.float(), C=c)
-    changes = {name: c.double() @ increment.A.double() for name, c in increment.C.items()}
+    changes = {name: factor.double() @ increment.A.double() for name, factor in c.items()}
     original = _norm(weights, guarded)
     metrics = {
         "effect_kept_within_guards": _kept(inside, deltas, tokens),

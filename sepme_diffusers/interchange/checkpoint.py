@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def single_file_tensors(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     }
 
 
-def _original_unet(unet: nn.Module) -> dict[str, Tensor]:
+def _original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     state = unet.state_dict()
     names = original_names.unet_names(state, unet.config.layers_per_block)
     return {names[name]: tensor for name, tensor in state.items()}
@@ -118,7 +118,7 @@ def _fused_pipeline(pipe: DiffusionPipeline, increment: Increment, dtype: torch.
     return fused
 
 
-def _fused_unet(unet: nn.Module, increment: Increment, dtype: torch.dtype | None) -> nn.Module:
+def _fused_unet(unet: UNet2DConditionModel, increment: Increment, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """A UNet of its own modules, so that no hook and no failure can touch the given one; tensors are shared."""
     with torch.device("meta"):
         fused = type(unet).from_config(unet.config)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def kohya_tensors(increment: Increment, names: Mapping[str, str] | None = None) 
         names: {module name: the name to write in its place}, where they differ.
     """
     tensors = {}
-    for module, c in increment.C.items():
+    for module, c in cast(Mapping[str, Tensor], increment.C).items():
         key = "lora_unet_" + (names or {}).get(module, module).replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = increment.A.clone()
         tensors[f"{key}.lora_up.weight"] = c.contiguous()
@@ -125,7 +125,7 @@ def kohya_tensors(increment: Increment, names: Mapping[str, str] | None = None) 
     return tensors
 
 
-def _kohya_names(unet: nn.Module) -> dict[str, str]:
+def _kohya_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """sd-scripts trains Stable Diffusion 1 and 2 on diffusers' UNet, but SDXL on the original one."""
     if unet.config.get("addition_embed_type") != "text_time":
         return {}

@@ -28,6 +28,7 @@ _UNET_RESNET = {
 _UNET_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
 _VAE_MID_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_BLOCK = re.compile(r"(encoder|decoder)\.(?:(?:down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
+_OPEN_CLIP_STACKED = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(\w+)")
 _OPEN_CLIP_OUTSIDE = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -67,10 +68,10 @@ def _unet_name(name: str, stride: int, attended: set[str]) -> str | None:
     match = _UNET_BLOCK.fullmatch(name)
     if match is None:
         return _renamed(name, _UNET_OUTSIDE)
-    side, block, kind, layer, rest = match[1], match[2], match[3], int(match[4]), match[5]
-    rest = _renamed(rest, _UNET_RESNET) if kind == "resnets" else rest
+    side, block, kind, layer = match[1], match[2], match[3], int(match[4])
     if kind not in ("resnets", "attentions"):
-        return _resampler(side, block, kind, rest, stride, attended)
+        return _resampler(side, block, kind, match[5], stride, attended)
+    rest = _renamed(match[5], _UNET_RESNET) if kind == "resnets" else match[5]
     if side is None:
         return rest and f"middle_block.{2 * layer + (kind == 'attentions')}.{rest}"
     place = int(block) * stride + layer
@@ -135,13 +136,13 @@ def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: If one has no name there; the message lists them.
     """
     tensors = clip(state)
-    stacked = {name for name in tensors if re.search(r"\.self_attn\.[qkv]_proj\.", name)}
+    stacked = {name: match for name in tensors if (match := _OPEN_CLIP_STACKED.fullmatch(name))}
     names = _complete({name: _open_clip_name(name) for name in tensors if name not in stacked}, "text encoder")
     renamed = {new: tensors[old] for old, new in names.items()}
     if "text_projection" in renamed:
         renamed["text_projection"] = renamed["text_projection"].T
     for name in sorted(name for name in stacked if ".q_proj." in name):
-        layer, kind = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)", name).groups()
+        layer, kind = stacked[name].groups()
         parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
         renamed[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
     return renamed
@@ -166,4 +167,4 @@ def _renamed(name: str, table: Mapping[str, str]) -> str | None:
 def _complete(names: Mapping[str, str | None], what: str) -> dict[str, str]:
     if unknown := [name for name, new in names.items() if new is None]:
         raise ValueError(f"parts of the {what} have no name in the original Stable Diffusion code: {unknown}")
-    return dict(names)
+    return {name: new for name, new in names.items() if new is not None}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -185,7 +186,7 @@ def _own_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
     return own
 
 
-def _original_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
+def _original_names(names: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, str]:
     try:
         return original_names.unet_names(names, unet.config.layers_per_block)
     except (TypeError, ValueError):  # a UNet that the original code does not have, so no file has its names

@@ -16,16 +16,9 @@ if TYPE_CHECKING:
     from sepme_diffusers.runtime.erasures import Erasures
 
 
-class _Thread(threading.local):
-    """What a thread runs at the moment. By class, so that a compiled graph sees the attribute from the start.
-
-    A `threading.local`: torch.compile traces it, and no ContextVar.
-    """
-
-    record: Call | None = None
-
-
-_thread = _Thread()
+# What a thread runs at the moment: `record`, and the records `before` it. torch.compile traces a `threading.local`,
+# and no ContextVar.
+_thread = threading.local()
 
 
 class Call:
@@ -42,6 +35,8 @@ class Call:
         own: Whether the set is the call's own, not the standing one.
         pictures: How many pictures the call draws, as far as that is known.
         unedited: Whether it is no call of a pipeline but work on the original model, see `erasures.unedited`.
+        least: What a reading must exceed to count, see `stack.ActiveStack`.
+        fixed_shape: Whether the denoiser is compiled, see `snapshot.Stacks.get`.
     """
 
     def __init__(
@@ -53,11 +48,13 @@ class Call:
         own: bool,
         pictures: int = 1,
         unedited: bool = False,
+        least: float = 0.0,
+        fixed_shape: bool = False,
     ) -> None:
         self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
+        self.least, self.fixed_shape = least, fixed_shape
         self.alive, self.ran = True, False
-        self._before: list[Call | None] = []
 
     def set_of(self, picture: int) -> Strengths:
         """The erased set of one picture."""
@@ -73,7 +70,7 @@ class Call:
         self.ran = True
 
     def __enter__(self) -> Call:
-        now = _thread.record
+        now = record_of_thread()
         if not self.alive:
             raise ErasureNotInForce(
                 f"the call that erases {self.names()} has ended; its record cannot be opened again"
@@ -83,12 +80,14 @@ class Call:
                 "another call's record is open in this thread, so it is not known which rows of a batch belong to "
                 "which call; open mixed_calls([...]) with one row of a call per row of the batch"
             )
-        _stack().append(now)
+        _thread.before = [*getattr(_thread, "before", []), now]
         _thread.record = self
+        for attachment in self.erasures.attachments:
+            attachment.prepare_thread()
         return self
 
     def __exit__(self, *error: object) -> None:
-        _thread.record = _stack().pop()
+        _thread.record = _thread.before.pop()
 
 
 class _Mixed(Call):
@@ -104,7 +103,9 @@ class _Mixed(Call):
                 "calls that began before and after a change of the loaded banks cannot share a batch"
             )
         sets = [call.set_of(picture) for call, picture in parts]
-        super().__init__(first.erasures, first.snapshot, sets, first.snapshot.active(sets, len(sets)), True, len(sets))
+        least, fixed_shape = max(call.least for call in calls), any(call.fixed_shape for call in calls)
+        active = first.snapshot.active(sets, len(sets), fixed_shape, least)
+        super().__init__(first.erasures, first.snapshot, sets, active, True, len(sets))
         self.calls = calls
 
     def note_pass(self) -> None:
@@ -112,12 +113,6 @@ class _Mixed(Call):
             raise ErasureNotInForce(f"calls of this batch have ended: those that erase {dead}")
         for call in self.calls:
             call.ran = True
-
-
-def _stack() -> list[Call | None]:
-    if not hasattr(_thread, "stack"):
-        _thread.stack = []
-    return _thread.stack
 
 
 def current_call() -> Call:
@@ -138,7 +133,7 @@ def current_call() -> Call:
         >>> seen
         [['neon']]
     """
-    record = _thread.record
+    record = record_of_thread()
     if record is None or not record.alive:
         raise ErasureNotInForce("no call of an attached pipeline runs in this thread")
     return record
@@ -161,13 +156,13 @@ def mixed_calls(rows: Sequence[tuple[Call, int]]) -> Call:
 
 def record_of_thread() -> Call | None:
     """The record that is open in this thread."""
-    return _thread.record
+    return getattr(_thread, "record", None)
 
 
 @contextmanager
 def opened(call: Call) -> Iterator[Call]:
     """While the block runs, a call's record is open in this thread; afterwards the record is dead."""
-    before = _thread.record
+    before = record_of_thread()
     _thread.record = call
     try:
         yield call
@@ -178,5 +173,5 @@ def opened(call: Call) -> Iterator[Call]:
 
 def following() -> Any:
     """What acts on a pass of a ControlNet: what acts on the call that it is part of; outside a call nothing."""
-    record = _thread.record
+    record = record_of_thread()
     return None if record is None or not record.alive else record.active

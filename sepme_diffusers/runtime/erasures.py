@@ -56,6 +56,7 @@ class Erasures:
         self.attachments = tuple(Attachment(denoiser, self.acting) for denoiser in denoisers)
         self.requests: WeakSet[Request] = WeakSet()
         self.lock = threading.RLock()
+        self.helpers: WeakSet[nn.Module] = WeakSet()
         self._running: WeakSet[Call] = WeakSet()
         self._own_running = False
         for attachment in self.attachments:
@@ -85,11 +86,10 @@ class Erasures:
         """
         with self.lock:
             standing = None
-            if snapshot.banks:
-                for attachment in self.attachments:
-                    attachment.attach(linears=snapshot.has_per_module)
-                if snapshot.plain_pipelines:
-                    standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
+            if snapshot.banks and snapshot.plain_pipelines:
+                standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
+            for attachment in self.attachments if snapshot.banks else ():
+                attachment.attach(linears=snapshot.has_per_module)
             self.standing, self.snapshot = standing, snapshot
             self._tidy()
 
@@ -99,6 +99,7 @@ class Erasures:
             return
         for attachment in self.attachments:
             attachment.detach()
+        unfollow(self)
 
     # --- what acts
 
@@ -163,10 +164,10 @@ class Erasures:
             if fault := attachment.fault():
                 raise ErasureNotInForce(f"{fault}; unload_sepme() and load the bank again")
 
-    def come_last(self) -> None:
-        """Let the edit come after what other hooks do to the text."""
+    def renew(self) -> None:
+        """Take account of what was done to the denoisers since, see `Attachment.renew`."""
         for attachment in self.attachments:
-            attachment.come_last()
+            attachment.renew()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held beside the banks' own."""
@@ -174,11 +175,19 @@ class Erasures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled with the denoisers; what runs at the moment stays behind."""
-        return {**self.__dict__, "lock": None, "requests": None, "_running": None, "_own_running": False}
+        return {
+            **self.__dict__,
+            "lock": None,
+            "requests": None,
+            "helpers": None,
+            "_running": None,
+            "_own_running": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.lock, self.requests, self._running = threading.RLock(), WeakSet(), WeakSet()
+        self.lock = threading.RLock()
+        self.requests, self.helpers, self._running = WeakSet(), WeakSet(), WeakSet()
 
 
 def erasures_of(denoiser: nn.Module) -> Erasures | None:
@@ -204,20 +213,45 @@ def erasures_on(denoisers: Mapping[str, nn.Module]) -> Erasures:
     return erasures
 
 
-def follow(helpers: Iterable[nn.Module]) -> None:
+def follow(erasures: Erasures, helpers: Iterable[nn.Module]) -> None:
     """Let helping denoisers (ControlNets) read the edited text within calls; outside of calls they stay plain."""
     with _followers_lock:
         for helper in helpers:
-            attachment = getattr(helper, _FOLLOWER, None)
-            if attachment is None or attachment.denoiser is not helper:
-                attachment = Attachment(helper, _Following())
-                setattr(helper, _FOLLOWER, attachment)
-            attachment.attach()
-            attachment.come_last()
+            following = getattr(helper, _FOLLOWER, None)
+            if following is None or following.attachment.denoiser is not helper:
+                following = _Following(helper)
+                setattr(helper, _FOLLOWER, following)
+            following.users.add(erasures)
+            erasures.helpers.add(helper)
+            following.attachment.attach()
+            following.attachment.renew()
+
+
+def unfollow(erasures: Erasures) -> None:
+    """Take the hooks off the helpers that nothing else that is loaded needs."""
+    with _followers_lock:
+        for helper in list(erasures.helpers):
+            following = getattr(helper, _FOLLOWER, None)
+            if following is not None:
+                following.users.discard(erasures)
+                if not following.users:
+                    following.attachment.detach()
+        erasures.helpers.clear()
 
 
 class _Following:
     """Asks what acts on a helper's pass; an object, so that it is copied and pickled with the helper."""
+
+    def __init__(self, helper: nn.Module) -> None:
+        self.attachment = Attachment(helper, self)
+        self.users: WeakSet[Erasures] = WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "users": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.users = WeakSet()
 
     def __call__(self) -> Any:
         active = following()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -418,11 +419,11 @@ class SepMELoaderMixin:
             return 0.0
         names = [snapshot.names.shown[key] for key in keys]
         try:
-            erasures.come_last()
+            erasures.renew()
             erasures.check(self._main().values())
             self._check_weights(snapshot, keys)
             helpers = [module for module in denoisers_of(self).values() if is_helper(module)]
-            follow(helpers)
+            follow(erasures, helpers)
             if helpers and snapshot.has_per_module:
                 logger.warning(
                     "per-module increments act on the UNet alone: %s go on reading the unedited prompt. Text-side "
@@ -493,7 +494,7 @@ class SepMELoaderMixin:
         fixed_shape = any(is_compiled(component) for component in self._denoising_components())
         pictures = max(pictures, 1)
         active = snapshot.active(sets, pictures, fixed_shape, least)
-        call = Call(erasures, snapshot, sets, active, own, pictures)
+        call = Call(erasures, snapshot, sets, active, own, pictures, least=least, fixed_shape=fixed_shape)
         self._claim(erasures, call)
         try:
             with opened(call):
@@ -657,9 +658,11 @@ def _asked(plain_call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwa
     signature = inspect.signature(plain_call)
     named = {name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
     if unknown := sorted(set(kwargs) - named - _DEPRECATED):
+        near = difflib.get_close_matches(unknown[0].strip("_").lower(), [*named, "erased"], 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(
-            f"unexpected keyword argument {unknown[0]!r}; {type(pipe).__name__} takes {sorted(named - {'self'})} and "
-            "'erased'"
+            f"unexpected keyword argument {unknown[0]!r}{hint}. {type(pipe).__name__} takes "
+            f"{sorted(named - {'self'})} and 'erased'"
         )
     return signature.bind_partial(pipe, *args, **kwargs).arguments
 

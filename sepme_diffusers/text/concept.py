@@ -1,4 +1,4 @@
-"""Concept: what is to be erased, said in prompts; and prompts as embeddings."""
+"""Concept: what is to be erased, described by pairs of prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sepme_diffusers.text.spelling import slug
+from sepme_diffusers.text.spelling import is_visible, slug
 
 BLANK = ""
 _SLOT = "{concept}"
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Concept:
             matched by position, so an anchor is best worded like its prompt. Default: the pair's second prompt.
 
     Raises:
-        ValueError: If the name is empty or has control characters, a prompt is there twice or paired with itself, or
-            anchors and pairs differ in number.
+        ValueError: If the name is empty, invisible, longer than 200 characters or has control characters, a prompt is
+            there twice or paired with itself, or anchors and pairs differ in number.
 
     Source: arXiv 2402.05947 (concept representation).
 
@@ -41,18 +42,22 @@ class Concept:
     anchors: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+        if not isinstance(self.name, str) or not self.name.isprintable() or not is_visible(self.name):
             raise ValueError(f"a concept needs a printable, non-empty name, not {self.name!r}")
+        if len(self.name) > _LONGEST_NAME:
+            raise ValueError(
+                f"a concept's name has at most {_LONGEST_NAME} characters, not {len(self.name)}: {self.name[:40]!r}..."
+            )
         pairs = tuple((str(prompt), str(without)) for prompt, without in self.pairs) or ((self.name, BLANK),)
         if twice := [prompt for prompt, count in Counter(prompt for prompt, _ in pairs).items() if count > 1]:
             raise ValueError(f"concept {self.name!r} has prompts given twice: {twice}")
         if same := [prompt for prompt, without in pairs if prompt == without]:
-            raise ValueError(f"concept {self.name!r} is in no way in these pairs, whose two prompts are one: {same}")
+            raise ValueError(f"concept {self.name!r} pairs prompts with themselves: {same}")
         anchors = tuple(tuple(prompts) for prompts in self.anchors) or tuple((without,) for _, without in pairs)
         if len(anchors) != len(pairs) or not all(anchors):
             raise ValueError(
                 f"concept {self.name!r} has {len(pairs)} pairs but anchors for {len([a for a in anchors if a])}; "
-                "give one non-empty tuple of anchor prompts a pair, or none at all"
+                "give one non-empty tuple of anchor prompts per pair, or none at all"
             )
         object.__setattr__(self, "pairs", pairs)
         object.__setattr__(self, "anchors", anchors)
@@ -65,7 +70,7 @@ class Concept:
         without: str | Sequence[str],
         anchor: str | Sequence[str] | None = None,
     ) -> Concept:
-        """A concept from templates holding "{concept}" and the prompts without it, one a template.
+        """Make a concept from templates with "{concept}" in them, and for each template the prompt without it.
 
         Args:
             name: The concept's name.
@@ -94,7 +99,7 @@ class Concept:
 
     @property
     def slug(self) -> str:
-        """The name as a folder: lower-case ASCII letters, digits and hyphens."""
+        """The name as a folder, see `slug`."""
         return slug(self.name)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def listed(names: Iterable[str]) -> list[str]:
-    """Names as a list.
+    """Make a list of names.
 
     Raises:
         TypeError: If a single string is given, whose letters would be taken for names.

@@ -5,40 +5,79 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
+
+import regex
+from confusable_homoglyphs.confusables import confusables_data
+
+# Every file system takes a folder's name of this length, with a hash behind it.
+_LONGEST_SLUG = 100
+# Windows has devices of these names in every folder.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}
+
+# What is drawn as nothing: Unicode's own list of it, where Python has none.
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
+_BLANK_BRAILLE = "\u2800"
 
 
 def slug(name: str) -> str:
-    """A name as a folder: lower-case ASCII letters, digits and hyphens."""
+    """A name as a folder that every system takes: at most 100 lower-case ASCII letters, digits and hyphens.
+
+    Example:
+        >>> slug("Van Gogh"), slug("CON")
+        ('van-gogh', 'con-concept')
+    """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-") or "concept"
+    found = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")[:_LONGEST_SLUG].strip("-")
+    return f"{found}-concept" if found in _DEVICES else found or "concept"
 
 
-# Letters of other scripts that are drawn like a Latin one: the part of Unicode's confusables (UTS 39) in common use.
-_TWINS = {
-    "a": "аɑα", "c": "сϲ", "d": "ԁ", "e": "еҽ", "g": "ɡ", "h": "һ", "i": "іιı", "j": "јϳ", "k": "кκ", "n": "ո",
-    "o": "оοօ", "p": "рρ", "q": "ԛ", "s": "ѕ", "u": "υս", "v": "νѵ", "w": "ԝ", "x": "хχ", "y": "уγ",
-    "A": "АΑ", "B": "ВΒ", "C": "СϹ", "E": "ЕΕ", "H": "НΗ", "I": "ІΙӀ", "J": "Ј", "K": "КΚ", "M": "МΜ", "N": "Ν",
-    "O": "ОΟՕ", "P": "РΡ", "S": "ЅՏ", "T": "ТΤ", "V": "Ѵ", "X": "ХΧ", "Y": "УΥҮ", "Z": "Ζ",
-}  # fmt: skip
-
-
-_LATIN = str.maketrans({twin: letter for letter, twins in _TWINS.items() for twin in twins})
+def is_visible(name: str) -> bool:
+    """Whether there is anything to see of a name."""
+    return bool(_without_invisible(unicodedata.normalize("NFKC", name)))
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of names that a reader would take for one: other case, width, accents' encoding, spacing or script.
+    """Groups of names that a reader would take for one.
+
+    Two names look alike if they are equal but for case, width, spacing, invisible characters, the encoding of accents,
+    and letters that Unicode lists as confusable (UTS 39). A name may be in two groups.
 
     Example:
         >>> look_alikes(["Monet", "monet ", "Manet"])
         [('Monet', 'monet ')]
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[int, str], list[str]] = {}
     for name in names:
-        groups.setdefault(_seen(name), []).append(name)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
+        for key in enumerate(_keys(name)):
+            groups.setdefault(key, []).append(name)
+    return list(dict.fromkeys(tuple(group) for group in groups.values() if len(group) > 1))
 
 
-def _seen(name: str) -> str:
-    """What is seen of a name: equal for names that look alike."""
-    folded = unicodedata.normalize("NFKC", name).translate(_LATIN).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
+def _keys(name: str) -> tuple[str, str]:
+    """What is seen of a name. Cyrillic КАТЕ looks like KATE in capitals alone, and Ice like ice in small letters."""
+    text = unicodedata.normalize("NFKC", name)
+    return _skeleton(text.casefold()), _skeleton(text).casefold()
+
+
+def _skeleton(text: str) -> str:
+    """The text with every letter as the one that stands for all that are drawn like it (UTS 39)."""
+    prototypes = _prototypes()
+    letters = unicodedata.normalize("NFD", _without_invisible(text))
+    return unicodedata.normalize("NFD", "".join(prototypes.get(letter, letter) for letter in letters))
+
+
+def _without_invisible(text: str) -> str:
+    """The text without what is drawn as nothing, and single spaces between its words."""
+    return " ".join(_INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ").split())
+
+
+@cache
+def _prototypes() -> dict[str, str]:
+    """{letter: the one that stands for it}. The data lists it alone for the letter, and all its letters for it."""
+    prototypes = {}
+    for letter, twins in confusables_data.items():
+        if len(letter) == len(twins) == 1:
+            other = twins[0]["c"]
+            prototypes[letter] = other if len(confusables_data[other]) > 1 else min(letter, other)
+    return prototypes

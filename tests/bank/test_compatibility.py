@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights, text_state
@@ -20,6 +22,15 @@ def test_text_side_increments_fit_every_unet_and_per_module_ones_do_not(text_ban
 def test_another_text_encoder_is_seen_by_its_leakage(text_bank):
     with pytest.raises(ValueError, match=r"another text encoder.*'neon'"):
         refuse_other_text(random_pipeline(text_seed=1), [text_bank])
+
+
+@pytest.mark.parametrize("text_seed", [0, 1])
+def test_a_bank_cannot_excuse_itself_from_the_check_of_its_text_encoder(text_seed, text_bank):
+    """Every guard stated to leak, and none is left by which another encoder could be seen."""
+    entry = text_bank["neon"]
+    leaky = replace(entry, metrics={"leakage": 1.0, "leakage_of": dict.fromkeys(entry.guards, 1.0)})
+    with pytest.raises(ValueError, match=r"\['neon'\]: every guard is listed in metrics\.leakage_of"):
+        refuse_other_text(random_pipeline(text_seed=text_seed), [text_bank.with_entries([leaky])])
 
 
 def test_the_text_encoders_state_changes_with_its_weights_and_its_adapters(pipe):

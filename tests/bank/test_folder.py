@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from folders import reseal, same, tree
-from sepme_diffusers import BankError, ConceptBank, Increment, pocket
-from sepme_diffusers.bank.folder import sha256
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment, pocket
+from sepme_diffusers.bank.folder import BankFolder, sha256
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.manifest import FORMAT_VERSION
 from tiny import tiny_bank
@@ -235,3 +235,40 @@ def test_damaged_files_are_mended_by_saving_again(saved):
         assert same(ConceptBank.from_pretrained(saved), bank)
         assert b"damaged" not in tree(saved).values()
         assert len(tree(saved)) == 5
+
+
+def test_reading_while_another_process_saves_gives_the_new_bank(tmp_path, monkeypatch):
+    """The files of the old manifest are gone once it was read: it is read again."""
+    old, new = tiny_bank(0), tiny_bank(1)
+    old.save_pretrained(tmp_path)
+    read = BankFolder.increment
+    saves = iter([new])
+
+    def saved_meanwhile(folder, *args):
+        for bank in saves:
+            bank.save_pretrained(tmp_path)
+        return read(folder, *args)
+
+    monkeypatch.setattr(BankFolder, "increment", saved_meanwhile)
+    assert same(ConceptBank.from_pretrained(tmp_path), new)
+
+
+def test_damage_is_not_read_over_and_over(tmp_path, monkeypatch):
+    tiny_bank().save_pretrained(tmp_path)
+    (tmp_path / TEXT).unlink()
+    reads = []
+    read = BankFolder.increment
+    monkeypatch.setattr(BankFolder, "increment", lambda *args: (reads.append(args), read(*args))[1])
+    refused(tmp_path, "is missing", TEXT)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("name", ["CON", "nul", "Aux", "com1", "a" * 200])
+def test_folders_are_such_as_every_system_takes(name, tmp_path):
+    bank = tiny_bank()
+    bank = bank.with_entries([replace(bank["neon"], concept=Concept(name, bank["neon"].concept.pairs))])
+    bank.save_pretrained(tmp_path)
+    assert same(ConceptBank.from_pretrained(tmp_path), bank)
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert not folders & {"con", "nul", "aux", "com1"}
+    assert max(map(len, folders)) <= 100

@@ -73,7 +73,7 @@ def test_every_fault_is_listed_at_once(manifest):
         (b"[" * 20_000, "not JSON"),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "not JSON"),
         (b'{"format": "sepme_bank", "metrics": ' + b"[" * 100 + b"]" * 100 + b"}", "nested deeper"),
-        (b'{"format": "sepme_bank", "format": "sepme_bank"}', "stands twice"),
+        (b'{"format": "sepme_bank", "format": "sepme_bank"}', "given twice"),
         (b'{"format": "sepme_bank", "version": NaN}', "NaN is not a number"),
         (b'{"format": "sepme_bank", "version": -Infinity}', "-Infinity is not a number"),
         (b'{"format": "sepme_bank", "version": 1e999}', "not finite"),

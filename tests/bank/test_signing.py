@@ -52,7 +52,7 @@ def test_a_pipeline_requires_it_too(pipe, signed, keys):
     (signed / SIGNATURE).unlink()
     with pytest.raises(BankError, match="not signed"):
         pipe.load_sepme(signed, name="again", require_signature=keys[1])
-    assert list(pipe._erasures().banks) == ["bank"]
+    assert pipe.get_bank() is pipe.get_bank("bank")
 
 
 def test_another_key_is_refused(signed, tmp_path):
@@ -83,6 +83,24 @@ def test_no_altered_byte_loads_anything_else(file, mixed_bank, signed, keys):
             assert file == SIGNATURE
             assert same(bank, mixed_bank)
     assert refused > 10
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_is_verified_is_what_is_loaded(moment, mixed_bank, signed, keys, tmp_path, monkeypatch):
+    """Whoever can write to the folder swaps the manifest while the signature is verified, or right after."""
+    from model_signing import verifying
+
+    mixed_bank.subset(["neon"]).save_pretrained(tmp_path / "unsigned")
+    verify = verifying.Config.verify
+
+    def swap_and_verify(config, *files):
+        if moment == "before":
+            shutil.copy(tmp_path / "unsigned" / MANIFEST, signed / MANIFEST)
+        verify(config, *files)
+        shutil.copy(tmp_path / "unsigned" / MANIFEST, signed / MANIFEST)
+
+    monkeypatch.setattr(verifying.Config, "verify", swap_and_verify)
+    assert same(mixed_bank, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", b"[" * 100_000])

@@ -130,7 +130,7 @@ def other_alpha(folder: Path) -> None:
         (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="a\0b/c")), "not a file of a concept's"),
         (lambda f: (f / "NEON").mkdir(), r"\['NEON', 'neon'\] for one name"),
         (lambda f: reseal(f, look_alike), "look alike: 'neon', 'nеon'"),
-        (lambda f: (f / MANIFEST).write_text('{"format": "sepme_bank", "format": 1}'), "a key stands twice"),
+        (lambda f: (f / MANIFEST).write_text('{"format": "sepme_bank", "format": 1}'), "a key is given twice"),
         (lambda f: os.truncate(f / MANIFEST, 2**30), f"has {2**30} bytes"),
         (lambda f: (f / MANIFEST).write_text('{"a":' * 10_000 + "1" + "}" * 10_000), "not JSON"),
         (lambda f: (f / MANIFEST).unlink(), "it has no sepme_bank.json"),
@@ -152,8 +152,8 @@ def test_tampering_is_found(saved, tamper, message):
     assert re.search(message, faults), faults
 
 
-def shaken(factor: torch.Tensor) -> torch.Tensor:
-    return factor + 0.01 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(0))
+def shaken(factor: torch.Tensor, by: float = 0.01) -> torch.Tensor:
+    return factor + by * torch.randn(factor.shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_an_increment_that_breaks_its_guard_is_found_by_the_text_encoder_alone(mixed_bank, saved, pipe):
@@ -187,8 +187,42 @@ def test_another_base_is_found(mixed_bank, text_bank, pocket_pipe):
     assert verify(text_bank, random_pipeline(seed=1)).ok
 
 
-def test_half_precision_is_told_from_a_broken_guard(text_bank):
-    assert verify(text_bank, random_pipeline().to(torch.bfloat16)).ok
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_told_from_a_broken_guard(dtype, text_bank):
+    pipe = random_pipeline().to(dtype)
+    sound = verify(text_bank, pipe)
+    assert sound.ok
+    assert any("load it in float32" in note for note in sound.notes)
+    assert pipe.text_encoder.dtype == dtype
+    entry = text_bank["neon"]
+    broken = replace(entry, increment=Increment(shaken(entry.increment.A, 0.002), B=entry.increment.B))
+    report = verify(text_bank.with_entries([broken]), pipe)
+    assert 0.02 < report.concepts["neon"].leakage < 0.125
+    assert "it moves the guarded prompt" in report.concepts["neon"].faults[0]
+
+
+def test_weights_that_half_precision_holds_are_checked_as_in_float32(pocket_pipe):
+    """The built-in model was saved in float16: nothing was rounded, so nothing is excused."""
+    pipe = SepMEPipeline.from_pretrained(pocket.path(), torch_dtype=torch.float16)
+    report = verify(pocket.bank("styles"), pipe)
+    assert report.ok
+    assert not report.notes
+    assert max(found.leakage for found in report.concepts.values()) < 1e-5
+
+
+def test_a_folder_that_is_no_bank_is_not_walked(tmp_path, monkeypatch):
+    """It may be the root of a disk."""
+    folder = tmp_path / "home"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    walked = []
+    monkeypatch.setattr(os, "walk", lambda *args, **options: walked.append(args) or iter(()))
+    for text in (None, "{}", "[]"):
+        if text is not None:
+            (folder / MANIFEST).write_text(text)
+        report = verify(folder)
+        assert len(report.faults) == 1
+        assert not report.concepts
+    assert walked == []
 
 
 def test_every_fault_is_listed_at_once(saved, pipe):

@@ -1,4 +1,9 @@
 import json
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -17,16 +22,45 @@ def test_paper_takes_changes():
 
 
 def test_every_fault_is_named_at_once():
-    with pytest.raises(ValueError, match=r"solver must be .*'guess'.*rank must be positive.*momentum must be in"):
+    with pytest.raises(ValueError, match="3 validation errors for SepMEConfig") as error:
         SepMEConfig(solver="guess", rank=0, momentum=1.0)
+    for field, valid, given in (("solver", "'train', 'closed_form'", "guess"), ("rank", "greater than 0", "0"),
+                                ("momentum", "less than 1", "1.0")):  # fmt: skip
+        assert re.search(rf"{field}\n.*{re.escape(valid)}.*{given}", str(error.value)), field
 
 
 @pytest.mark.parametrize(
-    "fault", [{"beta": float("nan")}, {"sparsity": -1}, {"min_steps": 9, "max_steps": 8}, {"gain": 0}, {"gate": 1}]
-)
-def test_out_of_range_is_refused(fault):
+    "fault",
+    [
+        {"beta": float("nan")}, {"learning_rate": float("inf")}, {"sparsity": -1}, {"min_steps": 9, "max_steps": 8},
+        {"gain": 0}, {"gate": 1}, {"rank": 1.5}, {"rank": True}, {"rank": "16"}, {"seed": -1}, {"seed": 1.0},
+        {"beta": "0.1"}, {"beta": True}, {"relative": 1}, {"reserve": 0}, {"solver": None},
+    ],
+)  # fmt: skip
+def test_what_is_out_of_range_or_of_another_type_is_refused(fault):
     with pytest.raises(ValueError, match=next(iter(fault))):
         SepMEConfig(**fault)
+
+
+def test_whole_numbers_are_numbers():
+    config = SepMEConfig(guidance_scale=4, gain=1)
+    assert (config.guidance_scale, config.gain) == (4.0, 1.0)
+
+
+def test_it_is_an_immutable_value():
+    config = SepMEConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.rank = 3
+    assert replace(config, rank=3) == SepMEConfig(rank=3)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(SepMEConfig())
+    with pytest.raises(ValueError, match="rank"):
+        replace(config, rank=0)
+
+
+def test_the_package_is_imported_without_its_libraries():
+    code = "import sepme_diffusers, sys; print({'torch', 'pydantic', 'diffusers'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"set()"
 
 
 def test_round_trip_through_json():

@@ -83,7 +83,7 @@ def test_another_architecture_is_refused(nodes, handed_over, text_bank):
     with pytest.raises(ValueError, match=r"this model has no \['down_blocks"):
         nodes.base_weights(text_bank, {}, patches)
     narrow = {key: [(weight[:, :8], None)] for key, ((weight, _), *_) in patches.items()}
-    with pytest.raises(ValueError, match="width 384; this base's are 8 wide"):
+    with pytest.raises(ValueError, match="another base: embeddings are 384 wide, not 8"):
         nodes.erasing_lora(text_bank, {"neon": 1.0}, nodes.base_weights(text_bank, keys, narrow))
 
 

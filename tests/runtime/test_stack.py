@@ -3,7 +3,7 @@ import torch
 
 from sepme_diffusers import Increment
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.runtime.stack import ActiveStack, Stack
+from sepme_diffusers.runtime.stack import ActiveStack, DeviceTensor, Stack
 
 
 def text_side(rank, d=12):
@@ -54,7 +54,7 @@ def test_each_row_has_its_own_increments_also_with_guidance():
 
 def test_a_batch_that_is_no_multiple_of_the_rows_is_refused():
     stack = Stack({"a": text_side(2)})
-    with pytest.raises(ValueError, match="batch of 3, which is no multiple of the 2 erased sets"):
+    with pytest.raises(ValueError, match="batch of 3 pictures, which is no multiple of the 2 erased sets"):
         change(stack, [{"a": 1.0}, {}], torch.randn(3, 5, 12))
 
 
@@ -95,7 +95,7 @@ def test_a_gated_increment_acts_on_all_of_a_prompt_or_not_at_all():
     torch.testing.assert_close(changed[1:], e[1:, :, :1].expand(-1, -1, 12))
     both = change(Stack({"gated": gated, "free": free}), [{"gated": 1.0, "free": 1.0}], e)
     alone = change(Stack({"free": free}), [{"free": 1.0}], e)
-    torch.testing.assert_close(both, change + alone)
+    torch.testing.assert_close(both, changed + alone)
 
 
 def test_a_gate_looks_at_the_whole_rank_of_its_own_increment():
@@ -155,7 +155,7 @@ def test_what_an_encoder_rounds_does_not_count():
 
 
 def test_an_increment_that_is_not_in_the_stack_is_not_passed_over():
-    with pytest.raises(KeyError, match="'b' is not in this stack, which has ..a.."):
+    with pytest.raises(KeyError, match=r"b is not in this stack, which has \['a'\]"):
         Stack({"a": text_side(2)}).mask([{"a": 1.0}, {"b": 1.0}])
 
 

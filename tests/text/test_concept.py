@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_template_without_slot_is_refused():
         Concept.from_template("neon", "a cat", "a cat")
 
 
-@pytest.mark.parametrize("name", ["", "   ", "a\nb", "a\x00"])
+@pytest.mark.parametrize("name", ["", "   ", "a\nb", "a\x00", "\u3164", "\u2800\ufe0f "])
 def test_unusable_names_are_refused(name):
     with pytest.raises(ValueError, match="printable, non-empty name"):
         Concept(name)
@@ -34,9 +36,31 @@ def test_anchors_must_match_pairs():
         Concept("neon", (("neon cat", "cat"), ("neon dog", "dog")), anchors=(("cat",),))
 
 
-@pytest.mark.parametrize(("name", "slug"), [("Van Gogh", "van-gogh"), ("Café  №1", "cafe-no1"), ("猫", "concept")])
+def test_a_name_that_no_bank_can_hold_is_refused_with_its_length():
+    assert Concept("a" * 200).name == "a" * 200
+    with pytest.raises(ValueError, match="at most 200 characters, not 201"):
+        Concept("a" * 201)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Van Gogh", "van-gogh"),
+        ("Café  №1", "cafe-no1"),
+        ("猫", "concept"),
+        ("CON", "con-concept"),
+        ("nul", "nul-concept"),
+        ("LPT³", "lpt3-concept"),
+        ("Conan", "conan"),
+        ("㍿㎯" * 100, None),
+    ],
+)
 def test_slug_is_a_safe_folder_name(name, slug):
-    assert Concept(name).slug == slug
+    found = Concept(name).slug
+    assert slug in (found, None)
+    assert 0 < len(found) <= 100
+    assert not found.startswith("-")
+    assert not found.endswith("-")
 
 
 def test_round_trip():
@@ -74,6 +98,18 @@ def test_encode_gives_what_the_unet_reads(pipe):
         ("Café", "Cafe\u0301"),
         ("Straße", "STRASSE"),
         ("KATE", "КАТЕ"),  # Cyrillic throughout
+        ("neon", "neon\ufe0f"),  # from here on invisible characters
+        ("neon", "neon\u3164"),
+        ("neon", "neon\u2800"),
+        ("neon", "ne\u034fon"),
+        ("neon", "\u115fneon"),
+        ("neon", "neo\u17b4n"),
+        ("neon", "neon\U000e0100"),
+        ("neon", "nꬲon"),  # from here on letters that the hand-made table lacked
+        ("Neon", "Nᴇᴏɴ".replace("ᴇ", "е").replace("ɴ", "n")),
+        ("logo", "1ogo"),
+        ("modern", "modem"),
+        ("Ice", "lce"),
     ],
 )
 def test_look_alikes_are_found(name, twin):
@@ -81,4 +117,21 @@ def test_look_alikes_are_found(name, twin):
 
 
 def test_names_that_differ_to_the_eye_are_no_look_alikes():
-    assert not look_alikes(["neon", "neon!", "noen", "Monet", "Manet", "猫", "犬", "café", "cafe", "hot", "нот"])
+    assert not look_alikes(
+        ["neon", "neon!", "noen", "Monet", "Manet", "猫", "犬", "café", "cafe", "hot", "нот", "Style 1", "Style 2"]
+    )
+    assert not look_alikes(["VanGogh", "Van Gogh", "👩", "🎨", "❤️", "💙"])
+
+
+def test_a_name_may_look_like_two_others():
+    """Ice is ice but for its case, and lce but for a letter that is drawn the same in capitals."""
+    assert look_alikes(["ice", "lce", "other", "Ice"]) == [("ice", "Ice"), ("lce", "Ice")]
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_ten_thousand_names_are_compared_at_once(alike):
+    """Names of others' banks, too, which may all be alike."""
+    names = ["neon" + "\ufe0f" * (i % 90) if alike else f"name {i}" for i in range(10_000)]
+    began = time.perf_counter()
+    assert bool(look_alikes(names)) == alike
+    assert time.perf_counter() - began < 5

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -73,9 +74,10 @@ def _loop(
     }  # fmt: skip
     plain, per_prompt = plain_twin(pipe), isinstance(erased[0], list)
     chosen = {"erased": erased} if per_prompt else {}
+    acts: dict[str, Callable[[], Any]]
     acts = {"plain": lambda: plain(**settings), "ours": lambda: pipe(**settings, **chosen)}
     with loaded(pipe, bank):
-        pipe.set_erased([] if per_prompt else erased)
+        pipe.set_erased([] if per_prompt else cast(Sequence[str], erased))
         for warm_up in acts.values():
             warm_up()
         taken = runner.take_turns(acts, runner.repeats * min(longer, 4))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -13,7 +15,7 @@ from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.runner import Runner, loaded
 from sepme_diffusers.evaluation.bench.synthetic import RANK, in_half_precision, sizes_on_disk, synthetic_bank
-from sepme_diffusers.runtime.erasures import erasures_of
+from sepme_diffusers.runtime.erasures import Erasures, erasures_of
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 
@@ -38,7 +40,7 @@ def loading(runner: Runner) -> Iterator[Figure]:
             synthetic_bank(runner.large, 100, form).save_pretrained(Path(folder) / "bank", torch.float16)
             taken = []
             for _ in range(runner.repeats):
-                taken.append(runner.seconds(lambda path=folder: runner.large.load_sepme(Path(path) / "bank")))
+                taken.append(runner.seconds(partial(runner.large.load_sepme, Path(folder) / "bank")))
                 runner.large.unload_sepme()
         detail = "load_sepme(folder): reading, hashes, checks against the pipeline"
         yield Figure(f"loading 100 concepts, {form} form", f"{statistics.median(taken):.2f} s", detail)
@@ -68,6 +70,6 @@ def _on_disk(bank: ConceptBank, form: str, otherwise: str) -> Figure:
 def held(bank: ConceptBank, pipe: SepMEPipeline) -> int:
     """Count the bytes of a bank and of what the pipeline stacked of it, each storage once."""
     tensors = [tensor for entry in bank.values() for tensor in entry.increment.tensors().values()]
-    tensors += erasures_of(pipe.unet).tensors()
+    tensors += cast(Erasures, erasures_of(pipe.unet)).tensors()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from sepme_diffusers.algebra.objective import concept_representation, correlation_loss, sparsity
 from sepme_diffusers.doors.attachment import attached
 from sepme_diffusers.doors.family import TOKENS
-from sepme_diffusers.doors.linears import text_projections
+from sepme_diffusers.doors.linears import projection_shapes
 from sepme_diffusers.increment.config import SepMEConfig
 
 
@@ -57,8 +58,8 @@ class PaperStep:
 
     def __init__(
         self,
-        frozen: nn.Module,
-        edited: nn.Module,
+        frozen: ModelMixin,
+        edited: ModelMixin,
         null: Tensor,
         concept: Tensor,
         blank: Tensor,
@@ -67,10 +68,9 @@ class PaperStep:
     ) -> None:
         self.frozen, self.edited, self.freeze = frozen, edited, freeze
         self.basis, self.concept, self.blank, self.config = config.beta * null.float(), concept, blank, config
-        self.modules = text_projections(edited)
         self.coefficients = {
-            name: torch.zeros(module.out_features, len(null), device=null.device, requires_grad=True)
-            for name, module in self.modules.items()
+            name: torch.zeros(d_out, len(null), device=null.device, requires_grad=True)
+            for name, (d_out, _) in projection_shapes(edited).items()
         }
         self.optimizer = torch.optim.Adam(self.coefficients.values(), lr=config.learning_rate)
 
@@ -88,7 +88,7 @@ class PaperStep:
         self.optimizer.step()
         return loss.item()
 
-    def _both(self, unet: nn.Module, noisy: Tensor, steps: Tensor) -> list[Tensor]:
+    def _both(self, unet: ModelMixin, noisy: Tensor, steps: Tensor) -> list[Tensor]:
         states = (prompt.expand(len(noisy), -1, -1).to(unet.dtype) for prompt in (self.concept, self.blank))
         return [unet(noisy.to(unet.dtype), steps, state).sample.float() for state in states]
 

@@ -70,7 +70,7 @@ class Runner:
         """
         taken: dict[str, list[float]] = {name: [] for name in acts}
         for index in range(rounds):
-            for name in list(acts) if index % 2 == 0 else list(reversed(acts)):
+            for name in list(acts) if index % 2 == 0 else list(reversed(list(acts))):
                 taken[name].append(self.seconds(acts[name]))
         return taken
 

@@ -125,7 +125,9 @@ def _empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
     return module.to_empty(device="cpu")
 
 
-def _pipeline(text: nn.Module, unet: nn.Module, scheduler: DDIMScheduler, dtype: torch.dtype) -> SepMEPipeline:
+def _pipeline(
+    text: nn.Module, unet: UNet2DConditionModel, scheduler: DDIMScheduler, dtype: torch.dtype
+) -> SepMEPipeline:
     pipe = SepMEPipeline(
         vae=_vae(8 * unet.config.sample_size, dtype), text_encoder=text, tokenizer=_tokenizer(), unet=unet,
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -87,12 +87,12 @@ def stopping_steps(runner: Runner, styles: Sequence[str], config: SepMEConfig) -
     return Figure("steps to the stopping rule", f"{statistics.median(ratios):.2f} x", detail)
 
 
-def _metrics_of(runner: Runner, style: str, config: SepMEConfig) -> dict[str, Any]:
+def _metrics_of(runner: Runner, style: str, config: SepMEConfig) -> Mapping[str, Any]:
     others = [name for name in BANKED_STYLES if name != style]
     trainer = SepMETrainer(runner.small, config, GUARDS, regular_for_styles(style), others)
     return trainer.erase([style_concept(style)])[style].metrics
 
 
-def _steps(metrics: dict[str, Any]) -> str:
+def _steps(metrics: Mapping[str, Any]) -> str:
     """Steps as text, with what stopped them where it was not the rule."""
     return str(metrics["steps"]) + ("" if metrics["stopped_by_rule"] else " (not stopped by the rule)")

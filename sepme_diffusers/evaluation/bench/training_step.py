@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def step_times(runner: Runner) -> list[Figure]:
         ours.append(time.perf_counter() - started)
         if step.step % share == 0:
             for freeze, act in papers.items():
-                theirs[freeze].append(runner.seconds(lambda act=act: act(noisy, at)))
+                theirs[freeze].append(runner.seconds(partial(act, noisy, at)))
                 edited.zero_grad()
         started = time.perf_counter()
 
@@ -117,7 +118,7 @@ def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
 
 def single_steps(count: int, full: bool = False) -> SepMEConfig:
     """Configure so many steps of one picture each, as in the authors' code; on the paper's full basis where asked."""
-    few = {"batch_size": 1, "n_images": 1, "image_steps": 1, "min_steps": count, "max_steps": count}
+    few: dict[str, Any] = {"batch_size": 1, "n_images": 1, "image_steps": 1, "min_steps": count, "max_steps": count}
     return SepMEConfig.paper(**few) if full else SepMEConfig(**few)
 
 

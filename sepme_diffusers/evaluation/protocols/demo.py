@@ -16,7 +16,7 @@ from sepme_diffusers.evaluation.measures.change import largest_change, mean_chan
 from sepme_diffusers.evaluation.pictures import built_in, generate
 from sepme_diffusers.evaluation.probes import Probe
 from sepme_diffusers.evaluation.report import Table, contact_sheet
-from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.increment.config import SepMEConfig, Solver
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
@@ -79,7 +79,9 @@ def erase_live(pipe: Any, on_step: Callable[[Step], None] | None = None) -> tupl
     """Make two increments of the shipped styles bank anew, one trained, one in closed form; and time each."""
     shipped = pocket.bank("styles")
     bank, seconds = shipped.subset(name for name in shipped if name not in (TRAINED, SOLVED)), {}
-    for style, solver, others in ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ())):
+    orders: tuple[tuple[str, Solver, tuple[str, ...]], ...]
+    orders = ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ()))
+    for style, solver, others in orders:
         config = SepMEConfig(solver=solver)
         started = time.perf_counter()
         trainer = SepMETrainer(pipe, config, GUARDS, regular_for_styles(style), others, on_step)
@@ -147,7 +149,9 @@ def _restored(moment: str) -> tuple[str, ...]:
     return {"two restored": RESTORED, "all restored": ERASED}.get(moment, ())
 
 
-def _select(pictures: list[Image.Image], probe: Probe, styles: tuple[str, ...]) -> tuple[list, list, list]:
+def _select(
+    pictures: list[Image.Image], probe: Probe, styles: tuple[str, ...]
+) -> tuple[list[Image.Image], list[str], list[str]]:
     """The pictures of some styles, with what they should show."""
     chosen = [index for index, style in enumerate(probe.styles) if style in styles]
     return [pictures[i] for i in chosen], [probe.styles[i] for i in chosen], [probe.objects[i] for i in chosen]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from PIL import Image
@@ -81,8 +82,8 @@ def cells(kind: Kind, n: int, seed: int) -> list[Cell]:
         drawn.append(Cell(words.PLAIN, PLAIN, plain_probe(n, next(starts))))
     half = -(-n // 2)
     for name in CONCEPTS[kind][: REGULAR.start]:
-        if own[name]:
-            drawn.append(Cell(name, SECOND_NAME, probe(kind, name, half, next(starts), word=own[name])))
+        if second := own[name]:
+            drawn.append(Cell(name, SECOND_NAME, probe(kind, name, half, next(starts), word=second)))
         drawn.append(Cell(name, PARAPHRASED, probe(kind, name, half, next(starts), PARAPHRASES)))
     return drawn
 
@@ -201,7 +202,9 @@ class SceneRunner:
             scene: 1 to 4.
             on_moment: Called with what is erased before each.
         """
-        bank, earlier, moments = None, [], []
+        bank: ConceptBank | None = None
+        earlier: list[str] = []
+        moments: list[Moment] = []
         for indexes in SCENES[scene]:
             erased = tuple(self.concepts[index] for index in indexes)
             if on_moment is not None:
@@ -210,7 +213,8 @@ class SceneRunner:
                 bank = self.at_once
             elif joining := [name for name in erased if bank is None or name not in bank]:
                 bank = self._erase(joining, bank)
-            moments.append(self.moment(bank, erased, earlier))
+            # Every scene begins with something erased, so by now there is a bank.
+            moments.append(self.moment(cast(ConceptBank, bank), erased, earlier))
             earlier += erased
         return moments
 
@@ -223,8 +227,8 @@ class SceneRunner:
         self, asked: Sequence[Cell], bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str] = ()
     ) -> tuple[dict[str, Figures], dict[str, Image.Image]]:
         """Measure by group; also the first picture of each cell that shows a concept under its own name."""
-        grouped = [(cell, group(cell, erased, earlier, self.concepts[REGULAR])) for cell in asked]
-        grouped = [(cell, where) for cell, where in grouped if where is not None]
+        shown_as = [(cell, group(cell, erased, earlier, self.concepts[REGULAR])) for cell in asked]
+        grouped = [(cell, where) for cell, where in shown_as if where is not None]
         self._set(self.pipe, bank, ())
         originals = self.cache.draw([cell.probe for cell, _ in grouped])
         self._set(self.pipe, bank, erased)
@@ -289,6 +293,7 @@ def _own(cell: Cell) -> bool:
 def _mean(parts: Sequence[Figures]) -> Figures:
     """Figures of cells of one size, averaged."""
     values = [[part.acc, part.kept, part.original_acc, part.original_kept, part.distance] for part in parts]
-    means = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+    acc, kept, original_acc, original_kept, distance = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
     fids = [part.fid for part in parts if part.fid is not None]
-    return Figures(sum(part.pictures for part in parts), *means, sum(fids) / len(fids) if fids else None)
+    n, fid = sum(part.pictures for part in parts), sum(fids) / len(fids) if fids else None
+    return Figures(n, acc, kept, original_acc, original_kept, distance, fid)

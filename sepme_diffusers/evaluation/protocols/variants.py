@@ -52,8 +52,8 @@ class Edit:
     @contextmanager
     def in_force(self, pipe: Any) -> Iterator[None]:
         """Erase `STYLES` on a pipeline while the block runs."""
-        bank = isinstance(self.product, ConceptBank)
-        with erased(pipe, self.product, STYLES) if bank else replaced(pipe.unet, self.product):
+        product = self.product
+        with erased(pipe, product, STYLES) if isinstance(product, ConceptBank) else replaced(pipe.unet, product):
             yield
 
 
