@@ -265,7 +265,7 @@ def strange_bank(bank, kind):
         (lambda pipe, bank: pipe.load_sepme(bank, name="more", concepts=["ghost"]), KeyError, "ghost"),
         (lambda pipe, bank: pipe.load_sepme(bank, name="more", concepts="neon"), TypeError, r"\['neon'\]"),
         (lambda pipe, bank: pipe.load_sepme(bank, name="more", revision="x"), TypeError, "revision"),
-        (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "width"), name="more"), ValueError, "width 8"),
+        (lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "width"), name="more"), ValueError, "8 wide, not 384"),
         (
             lambda pipe, bank: pipe.load_sepme(strange_bank(bank, "modules"), name="more"),
             ValueError,
@@ -384,15 +384,6 @@ def test_a_plain_pipeline_around_the_unet_raises_or_has_the_standing_set(pipe, t
     pipe.load_sepme(text_bank, plain_pipelines="standing")
     pipe.set_erased(["neon"])
     torch.testing.assert_close(latents(other, "neon cat"), latents(pipe, "neon cat"))
-
-
-def test_making_increments_while_erased_is_refused(loaded):
-    loaded.set_erased(["neon"])
-    with pytest.raises(ValueError, match=r"has erased \['neon'\]"):
-        SepMETrainer(loaded, CLOSED)
-    loaded.set_erased([])
-    again = SepMETrainer(loaded, CLOSED, guards=["", "watermark"]).erase(CONCEPTS)
-    assert torch.equal(again["neon"].increment.A, loaded.get_bank()["neon"].increment.A)
 
 
 def test_erased_for_one_call_alone(loaded):
