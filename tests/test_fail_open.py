@@ -72,7 +72,7 @@ def pipe(original):
 def draw(pipe, **kwargs):
     prompts = kwargs.get("prompt", PROMPTS) or PROMPTS
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2) * (len(prompts) // 2)]
-    settings = {"prompt": PROMPTS, "num_inference_steps": 10, "guidance_scale": 4.0, "generator": seeds}
+    settings = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 4.0, "generator": seeds}
     return pipe(**settings | kwargs).images
 
 
@@ -625,7 +625,7 @@ def in_a_callback(act):
             act(pipe)
         return tensors
 
-    return {"callback_on_step_end": callback, "num_inference_steps": 10}
+    return {"callback_on_step_end": callback}
 
 
 def unload(pipe):

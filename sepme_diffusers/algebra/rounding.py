@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
 
-def rounding_share(d: int, step: float) -> float:
+from torch import Tensor
+
+Step = TypeVar("Step", float, Tensor)
+
+
+def rounding_share(d: int, step: Step) -> Step:
     """What |e · a| / (‖e‖ ‖a‖) can be by rounding alone, of a dot product of d numbers rounded to a relative step."""
     return 3 * step / d**0.5

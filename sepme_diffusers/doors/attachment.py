@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -28,7 +28,16 @@ _READING = "_sepme_reading"
 
 
 class ErasureNotInForce(RuntimeError):
-    """An erasure that was asked for cannot be shown to be in force; no picture was returned."""
+    """An erasure that was asked for cannot be shown to be in force; no picture was returned.
+
+    Args:
+        cause: Why not.
+        concepts: What should be erased, by name, as far as that is known.
+    """
+
+    def __init__(self, cause: str, concepts: Iterable[str] = ()) -> None:
+        self.concepts = tuple(sorted(concepts))
+        super().__init__(f"{list(self.concepts)} should be erased, but {cause}" if self.concepts else cause)
 
 
 class Edit(Protocol):

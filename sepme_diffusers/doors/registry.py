@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -12,6 +14,8 @@ from sepme_diffusers.doors.family import Family
 from sepme_diffusers.doors.unet import UNET
 
 _FAMILIES: dict[str, Family] = {}
+# Components that were looked through.
+_without_denoiser: WeakSet[nn.Module] = WeakSet()
 
 
 def register(family: Family) -> Family:
@@ -36,6 +40,7 @@ def register(family: Family) -> Family:
             f"denoisers {list(family.denoisers)} and doors {names}"
         )
     _FAMILIES.update(dict.fromkeys(family.denoisers, family))
+    _without_denoiser.clear()
     return family
 
 
@@ -61,22 +66,25 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, component in pipe.components.items():
-        if not isinstance(component, nn.Module):
+        if not isinstance(component, nn.Module) or component in _without_denoiser:
             continue
-        inside = {path: module for path, module in component.named_modules() if family_of(module) is not None}
-        if not inside and _reads_text(component):
-            raise TypeError(
-                f"{type(component).__name__} (component {name!r}) reads text by arguments that are not known: "
-                f"{_arguments(component)}. Declare them with sepme_diffusers.doors.registry.register(Family(...)); "
-                f"known are {sorted(_FAMILIES)}"
-            )
-        found |= {f"{name}.{path}" if path not in ("", "_orig_mod") else name: inside[path] for path in inside}
+        inside = dict(_denoisers_inside(component, name))
+        if not inside:
+            _refuse_unknown_reader(component, name)
+            # Not looked through again: a pipeline asks before every call.
+            _without_denoiser.add(component)
+        found |= inside
     main = {name: module for name, module in found.items() if not is_helper(module)}
     if not main:
         raise TypeError(
             f"{type(pipe).__name__} has no denoiser that reads text; SepME erases with {sorted(_FAMILIES)}"
         )
     return main | {name: module for name, module in found.items() if name not in main}
+
+
+def denoising_components(pipe: Any) -> list[nn.Module]:
+    """The components of a pipeline that are denoisers or wrap one."""
+    return [pipe.components[name] for name in dict.fromkeys(path.split(".")[0] for path in denoisers_of(pipe))]
 
 
 def is_helper(module: nn.Module) -> bool:
@@ -96,11 +104,21 @@ def _family(module: nn.Module) -> Family:
     return family
 
 
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+def _denoisers_inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The denoisers in a component: itself, or inside what wraps it. Parts of a denoiser are none."""
+    if family_of(module) is not None:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _denoisers_inside(child, path if name == "_orig_mod" else f"{path}.{name}")
 
 
-def _reads_text(module: nn.Module) -> bool:
-    """Whether a module looks like a denoiser that is told a text: it takes a timestep and a text embedding."""
-    names = _arguments(module)
-    return "timestep" in names and any(name.startswith(("encoder_hidden_states", "cap_feats")) for name in names)
+def _refuse_unknown_reader(component: nn.Module, name: str) -> None:
+    """Check that a component is no denoiser that is told a text: one takes a timestep and a text embedding."""
+    arguments = list(inspect.signature(component.forward).parameters)
+    if "timestep" in arguments and any(a.startswith(("encoder_hidden_states", "cap_feats")) for a in arguments):
+        raise TypeError(
+            f"{type(component).__name__} (component {name!r}) reads text by arguments that are not known: "
+            f"{arguments}. Declare them with sepme_diffusers.doors.registry.register(Family(...)); known are "
+            f"{sorted(_FAMILIES)}"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 from sepme_diffusers.text.names import listed
@@ -114,9 +113,17 @@ class Names:
 
 
 def _is_strength(value: Any) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value) and LEAST_STRENGTH <= value <= MOST_STRENGTH
     except OverflowError:  # an integer beyond any float
         return False
+
+
+def with_floors(strengths: Strengths, *floors: Strengths) -> dict[Key, float]:
+    """A set with everything that is always erased added; of two strengths the larger."""
+    together = dict(strengths)
+    for floor in floors:
+        together |= {key: max(strength, together.get(key, 0.0)) for key, strength in floor.items()}
+    return together

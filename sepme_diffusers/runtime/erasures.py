@@ -6,38 +6,26 @@ The state lives on the denoisers, so pipelines that share them share what is loa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
 from sepme_diffusers.doors.registry import drawing_denoisers
 from sepme_diffusers.runtime.active import ActiveSet
+from sepme_diffusers.runtime.call_sets import ErasedSet, Request, strengths_of
 from sepme_diffusers.runtime.calls import Call, following, opened, record_of_thread
-from sepme_diffusers.runtime.erased_sets import Strengths
-from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot, with_floors
+from sepme_diffusers.runtime.erased_sets import Strengths, with_floors
+from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot
 
 _ATTRIBUTE = "_sepme_erasures"
 _FOLLOWER = "_sepme_follower"
 _followers_lock = threading.Lock()
-
-
-@dataclass(eq=False)
-class Request:
-    """What applies to the calls of one light copy of a pipeline, see `SepMELoaderMixin.for_request`.
-
-    Args:
-        always: Erased in every call.
-        default: Erased in calls without a set of their own, in place of the standing set. Default: the standing set.
-    """
-
-    always: Strengths = field(default_factory=dict)
-    default: Strengths | None = None
 
 
 class Erasures:
@@ -64,19 +52,80 @@ class Erasures:
 
     # --- what is loaded
 
-    def load(self, name: str, bank: ConceptBank, options: LoadOptions, standing: Strengths) -> None:
-        """Make a bank's concepts erasable under a name, and exactly these erased; all or nothing."""
-        snapshot = self.snapshot
-        banks, all_options = {**snapshot.banks, name: bank}, {**snapshot.options, name: options}
-        self.publish(Snapshot.of(banks, all_options, standing))
+    def refuse_taken(self, name: str) -> None:
+        """Check that no bank is loaded under a name.
+
+        Raises:
+            ValueError: If one is.
+        """
+        if name in self.snapshot.banks:
+            raise ValueError(
+                f"a bank named {name!r} is loaded already; load this one under another name=, replace_bank({name!r}, "
+                f"bank), or unload_sepme({name!r}) first"
+            )
+
+    def load(self, name: str, bank: ConceptBank, options: LoadOptions) -> None:
+        """Make a bank's concepts erasable under a name; all or nothing.
+
+        Raises:
+            ValueError: If the name is taken, or one spelling would stand for two concepts.
+        """
+        with self.lock:
+            self.refuse_taken(name)
+            snapshot = self.snapshot
+            banks, all_options = {**snapshot.banks, name: bank}, {**snapshot.options, name: options}
+            self.publish(Snapshot.of(banks, all_options, snapshot.standing))
+
+    def replace(self, name: str, bank: ConceptBank, erased: ErasedSet | None) -> None:
+        """Put another bank in the place of a loaded one; all or nothing.
+
+        Args:
+            name: Of the loaded bank.
+            bank: The other bank.
+            erased: The standing set from then on. Default: the present one.
+
+        Raises:
+            ValueError: If the standing set, or the copy of a request, erases a concept that the new bank lacks.
+        """
+        with self.lock:
+            snapshot = self.snapshot
+            draft = Snapshot.of({**snapshot.banks, name: bank}, snapshot.options, {})
+            standing = snapshot.standing if erased is None else strengths_of(erased, draft)
+            asked = [("the standing set", standing)]
+            for request in self.requests:
+                asked.append(("a request's default", request.default or {}))
+                asked.append(("what a request always erases", request.always))
+            for what, strengths in asked:
+                if lost := sorted(concept for owner, concept in strengths if owner == name and concept not in bank):
+                    raise ValueError(
+                        f"{what} erases {lost} of bank {name!r}, which the new bank lacks; it has {list(bank)[:20]}. "
+                        "Give erased= with what is to be erased from then on"
+                    )
+            self.publish(draft.erasing(draft.ordered(standing)))
 
     def unload(self, names: Iterable[str]) -> None:
-        """Take banks away; what else is erased stays as it was."""
-        snapshot, names = self.snapshot, set(names)
-        banks = {name: bank for name, bank in snapshot.banks.items() if name not in names}
-        options = {name: option for name, option in snapshot.options.items() if name not in names}
-        standing = {key: strength for key, strength in snapshot.standing.items() if key[0] not in names}
-        self.publish(Snapshot.of(banks, options, standing))
+        """Take banks away; what else is erased stays as it was.
+
+        Raises:
+            PolicyError: If the policy of one of them always erases something.
+        """
+        with self.lock:
+            snapshot, names = self.snapshot, set(names)
+            if always := [concept for name in names for concept in snapshot.banks[name].always]:
+                raise PolicyError(
+                    f"the bank's policy always erases {always}; it cannot be unloaded. replace_bank() puts a bank "
+                    "with another policy in its place"
+                )
+            banks = {name: bank for name, bank in snapshot.banks.items() if name not in names}
+            options = {name: option for name, option in snapshot.options.items() if name not in names}
+            standing = {key: strength for key, strength in snapshot.standing.items() if key[0] not in names}
+            self.publish(Snapshot.of(banks, options, standing))
+
+    def erase_exactly(self, chosen: Callable[[Snapshot], Strengths]) -> None:
+        """Make what is chosen, of what is loaded, the standing set."""
+        with self.lock:
+            snapshot = self.snapshot
+            self.publish(snapshot.erasing(snapshot.ordered(chosen(snapshot))))
 
     def publish(self, snapshot: Snapshot) -> None:
         """Put another snapshot in the place of the present one.

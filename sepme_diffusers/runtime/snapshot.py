@@ -17,6 +17,7 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.erased_sets import Key, Names, Strengths
 from sepme_diffusers.runtime.stack import ActiveStack, Stack
+from sepme_diffusers.runtime.vocabularies import Vocabularies
 
 MODULE = "module"
 """Where per-module increments are stacked; text-side ones are stacked by door."""
@@ -33,12 +34,14 @@ class LoadOptions:
         allow_images: ... but image prompts are allowed.
         plain_pipelines: Passes outside a call of an attached pipeline run under the standing set instead of being
             refused.
+        vocabularies: Those of the pipeline's text encoders when it was loaded, where embeddings are refused.
     """
 
     strict: bool = False
     allow_embeddings: bool = False
     allow_images: bool = False
     plain_pipelines: bool = False
+    vocabularies: Vocabularies | None = None
 
 
 class Stacks:
@@ -184,6 +187,11 @@ class Snapshot:
         return all(options.allow_images for options in self.options.values() if options.strict)
 
     @property
+    def vocabularies(self) -> list[Vocabularies]:
+        """Those that must not have changed since a bank was loaded."""
+        return [option.vocabularies for option in self.options.values() if option.vocabularies is not None]
+
+    @property
     def plain_pipelines(self) -> bool:
         """Whether every host lets plain pipelines run under the standing set."""
         return all(options.plain_pipelines for options in self.options.values())
@@ -192,6 +200,10 @@ class Snapshot:
     def has_per_module(self) -> bool:
         """Whether an increment acts behind Linears."""
         return MODULE in self.stacks.groups
+
+    def increment(self, key: Key) -> Increment:
+        """The increment of a concept."""
+        return self.banks[key[0]][key[1]].increment
 
     def ordered(self, strengths: Strengths) -> dict[Key, float]:
         """A set in the order in which increments are added up."""
@@ -223,11 +235,3 @@ class Snapshot:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
         return self
-
-
-def with_floors(strengths: Strengths, *floors: Strengths) -> dict[Key, float]:
-    """A set with everything that is always erased added; of two strengths the larger."""
-    together = dict(strengths)
-    for floor in floors:
-        together |= {key: max(strength, together.get(key, 0.0)) for key, strength in floor.items()}
-    return together

@@ -10,8 +10,9 @@ the rows of an increment whose gate the prompt opens, and of one that has none, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class Stack:
         width: R, filled up with zeros. Default: the sum of the ranks.
     """
 
-    def __init__(self, increments: Mapping[Hashable, Increment], width: int | None = None) -> None:
-        self.slices: dict[Hashable, slice] = {}
+    def __init__(self, increments: Mapping[Any, Increment], width: int | None = None) -> None:
+        self.slices: dict[Any, slice] = {}
         used = 0
         for key, increment in increments.items():
             self.slices[key] = slice(used, used + increment.rank)
@@ -69,7 +70,7 @@ class Stack:
         self.A, self.norms = DeviceTensor(a), DeviceTensor(a.norm(dim=1))
         self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64), fill))
         self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(parts))
-        outputs = [{SHARED: part.B.double()} if part.C is None else part.C for part in parts]
+        outputs = [dict(part.C or {}) if part.B is None else {SHARED: part.B.double()} for part in parts]
         self.outputs = {
             name: DeviceTensor(pad(torch.cat([output[name] for output in outputs], dim=1), fill))
             for name in outputs[0]
@@ -84,7 +85,7 @@ class Stack:
             for copy in tensor.copies()
         ]
 
-    def mask(self, rows: Sequence[Mapping[Hashable, float]]) -> Tensor:
+    def mask(self, rows: Sequence[Mapping[Any, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R).
 
         Raises:
@@ -115,7 +116,7 @@ class _Gates:
 
     @classmethod
     def of(
-        cls, slices: Mapping[Hashable, slice], increments: Mapping[Hashable, Increment], width: int, most: int
+        cls, slices: Mapping[Any, slice], increments: Mapping[Any, Increment], width: int, most: int
     ) -> _Gates | None:
         """The gates of increments, filled up to `most` of them; None if none has one."""
         if all(increment.gate is None for increment in increments.values()):

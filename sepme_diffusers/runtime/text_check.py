@@ -7,7 +7,6 @@ the guards read on this pipeline now says both whether a bank belongs to it and 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ class TextCheck:
     """
 
     def __init__(self, banks: Mapping[str, ConceptBank]) -> None:
+        self.banks = banks
         self._bases: list[_Basis] = []
         for bank in banks.values():
             for name, entry in bank.items():
@@ -128,8 +128,7 @@ class TextCheck:
 def _explained(pipe: Any) -> float:
     """What the precision of a pipeline's text encoders explains of a reading that should be zero."""
     dtypes = {parameter.dtype for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
-    kinds = {encoder.device.type for encoder in text_encoders(pipe) if hasattr(encoder, "device")}
-    dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+    dtypes |= {dtype for _, enabled, dtype in _autocast(pipe) if enabled}
     return max((_EXPLAINED.get(dtype, _EXPLAINED_IN_FULL) for dtype in dtypes), default=_EXPLAINED_IN_FULL)
 
 
@@ -144,9 +143,14 @@ def _state(pipe: Any, prompts: list[str]) -> Any:
     tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
     ids = [_ids(tokenizer, prompts[:2]) for tokenizer in tokenizers]
     encoders = [_encoder_state(encoder) for encoder in text_encoders(pipe)]
-    kinds = {str(encoder.device.type) for encoder in text_encoders(pipe) if hasattr(encoder, "device")}
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
-    return ids, encoders, autocast
+    return ids, encoders, _autocast(pipe)
+
+
+def _autocast(pipe: Any) -> list[tuple[str, bool, torch.dtype]]:
+    """For each kind of device that holds a text encoder, whether autocast is on, and its precision."""
+    kinds = {parameter.device.type for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
+    known = [kind for kind in sorted(kinds) if kind != "meta"]
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in known]
 
 
 def _ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
@@ -160,26 +164,15 @@ def _encoder_state(encoder: nn.Module) -> Any:
     sums = [_sample(parameter) for parameter in parameters if parameter.numel() and not parameter.is_meta]
     # One transfer for all of them, so that a GPU is waited for once.
     values = torch.stack(sums).tolist() if sums else []
-    adapters = [
-        (module.disable_adapters, sorted(module.scaling.items()), list(module.active_adapters), module.merged)
-        for module in encoder.modules()
-        if hasattr(module, "scaling") and hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
-    ]
+    adapters = [_adapter_state(module) for module in encoder.modules() if hasattr(module, "scaling")]
     return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], values, adapters
+
+
+def _adapter_state(layer: Any) -> Any:
+    """Which adapters of a PEFT layer act, and how strongly."""
+    return layer.disable_adapters, sorted(layer.scaling.items()), list(layer.active_adapters), layer.merged
 
 
 def _sample(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].float().sum()
-
-
-def encode_settings(pipe: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a call's arguments its `encode_prompt` depends on."""
-    known = inspect.signature(pipe.encode_prompt).parameters
-    settings: dict[str, Any] = {}
-    if asked.get("clip_skip") is not None and "clip_skip" in known:
-        settings["clip_skip"] = asked["clip_skip"]
-    scale = (asked.get("cross_attention_kwargs") or {}).get("scale")
-    if scale is not None and "lora_scale" in known:
-        settings["lora_scale"] = scale
-    return settings

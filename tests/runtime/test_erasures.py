@@ -53,7 +53,7 @@ def bank_of(found, unet):
 def with_bank(unet, found):
     """A denoiser with a bank, whose standing set acts on passes outside any call."""
     erasures = Erasures([unet])
-    erasures.load("bank", bank_of(found, unet), PLAIN, {})
+    erasures.load("bank", bank_of(found, unet), PLAIN)
     return erasures
 
 
@@ -150,7 +150,7 @@ def test_banks_add_up_in_the_order_of_their_names_not_of_loading(unet):
     for order in (("x", some), ("y", more)), (("y", more), ("x", some)):
         erasures = Erasures([unet])
         for name, bank in order:
-            erasures.load(name, bank, PLAIN, {})
+            erasures.load(name, bank, PLAIN)
         erasures.publish(erasures.snapshot.erasing(standing))
         made.append(run(unet, e))
         erasures.unload(["x", "y"])
@@ -178,8 +178,9 @@ def test_a_bank_that_is_unloaded_leaves_what_the_other_erases(unet):
     e, erasures = text(), with_bank(unet, increments(unet, "a"))
     erase(erasures, {"a": 1})
     alone = run(unet, e)
-    both = keyed({"a": 1.0}) | {("more", "b"): 1.0}
-    erasures.load("more", bank_of(increments(unet, "b", form="module"), unet), PLAIN, both)
+    erasures.load("more", bank_of(increments(unet, "b", form="module"), unet), PLAIN)
+    assert torch.equal(run(unet, e), alone)
+    erasures.erase_exactly(lambda snapshot: {**snapshot.standing, ("more", "b"): 1.0})
     assert not torch.equal(run(unet, e), alone)
     erasures.unload(["more"])
     assert torch.equal(run(unet, e), alone)
@@ -239,16 +240,18 @@ def test_a_bank_that_cannot_be_loaded_leaves_the_others_in_force(unet):
     e, erasures = text(), with_bank(unet, increments(unet, "ab"))
     erase(erasures, {"a": 1})
     before = run(unet, e)
-    with pytest.raises(KeyError, match="ghost"):
-        erasures.load("more", bank_of(increments(unet, "c"), unet), PLAIN, keyed({"a": 1}) | {("more", "ghost"): 1.0})
+    with pytest.raises(ValueError, match="'bank' is loaded already"):
+        erasures.load("bank", bank_of(increments(unet, "c"), unet), PLAIN)
+    with pytest.raises(ValueError, match="has no '/'"):
+        erasures.load("more/b", bank_of(increments(unet, "c"), unet), PLAIN)
     assert list(erasures.snapshot.banks) == ["bank"]
     assert torch.equal(run(unet, e), before)
 
 
 def test_a_first_bank_that_cannot_be_loaded_leaves_the_denoiser_plain(unet):
     erasures = Erasures([unet])
-    with pytest.raises(KeyError, match="ghost"):
-        erasures.load("bank", bank_of(increments(unet, "c"), unet), PLAIN, keyed({"ghost": 1.0}))
+    with pytest.raises(ValueError, match="has no '/'"):
+        erasures.load("a/b", bank_of(increments(unet, "c"), unet), PLAIN)
     assert not erasures.snapshot.banks
     assert hooks(unet) == []
 
@@ -467,7 +470,8 @@ def test_the_pooled_embedding_is_edited_in_a_copy_of_the_dictionary(xl):
     before = given["text_embeds"].clone()
     e = encode_doors(pipe, ["neon cat"])["tokens"]
     erasures = Erasures([pipe.unet])
-    erasures.load("bank", bank, PLAIN, keyed({"neon": 1.0}))
+    erasures.load("bank", bank, PLAIN)
+    erase(erasures, {"neon": 1.0})
     try:
         noted = Noted(pipe.unet)
         with torch.no_grad():
@@ -520,7 +524,7 @@ def test_text_side_increments_follow_the_weights(unet):
 def test_an_increment_changed_in_place_is_noticed(unet):
     found = increments(unet, "a")
     erasures = Erasures([unet])
-    erasures.load("bank", bank_of(found, unet), LoadOptions(), {})
+    erasures.load("bank", bank_of(found, unet), LoadOptions())
     found["a"].B.mul_(0)
     with pytest.raises(ErasureNotInForce, match="changed in place"), call_of(erasures, {"a": 1.0}):
         pass
