@@ -42,7 +42,7 @@ def compiling(runner: Runner) -> Iterator[Figure]:
     pipe.set_progress_bar_config(disable=True)
     for name in ("styles", "objects"):
         pipe.load_sepme(pocket.bank(name), name=name)
-    pipe.unet = torch.compile(pipe.unet)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True)
     counters = torch._dynamo.utils.counters["stats"]
     pipe("a cat", num_inference_steps=1, output_type="latent")
     before = counters["unique_graphs"]
