@@ -65,7 +65,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         TypeError: If it has no denoiser that reads text, or one of which it is not known how.
     """
     found: dict[str, nn.Module] = {}
-    for name, component in pipe.components.items():
+    # Not `pipe.components`, which reads the signature of the class anew each time, and only knows registered ones.
+    for name, component in vars(pipe).items():
         if not isinstance(component, nn.Module) or component in _without_denoiser:
             continue
         inside = dict(_denoisers_inside(component, name))
@@ -84,7 +85,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
 def denoising_components(pipe: Any) -> list[nn.Module]:
     """The components of a pipeline that are denoisers or wrap one."""
-    return [pipe.components[name] for name in dict.fromkeys(path.split(".")[0] for path in denoisers_of(pipe))]
+    return [vars(pipe)[name] for name in dict.fromkeys(path.split(".")[0] for path in denoisers_of(pipe))]
 
 
 def is_helper(module: nn.Module) -> bool:
