@@ -586,7 +586,7 @@ def test_changing_the_set_compiles_nothing_anew(pipe, graphs):
 
 
 def test_gates_work_in_the_graph_that_was_compiled_without_them(pipe, bank, graphs):
-    """The same graphs for every set; what a gate lets through and what it shuts out is the same as without a compiler."""
+    """The same graphs for every set; gates let through and shut out what they do without a compiler."""
     pipe.load_sepme(gated(pipe, bank))
     sets = [(), STYLES, (TEXT_SIDE,), (PER_MODULE,)]
     expected = [draw(pipe, erased=list(names), output_type="latent") for names in sets]
