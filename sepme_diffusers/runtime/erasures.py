@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -256,7 +256,7 @@ class _Following:
     def __call__(self) -> Any:
         active = following()
         # A helper has no text Linears of its own to which per-module increments belong.
-        return None if active is None or not active.doors else ActiveSet(active.doors)
+        return None if active is None or not active.doors else replace(active, module=None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ the rows of an increment whose gate the prompt opens, and of one that has none, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,6 +188,20 @@ class ActiveStack:
             opened.logical_or_(gates.amax(dim=(0, 1)))
         else:
             opened.logical_or_(gates.view(-1, pictures, each, gates.shape[-1]).amax(dim=(0, 2)))
+
+    def note_opened(self, other: ActiveStack, row: int, picture: int, keys: Iterable[Hashable]) -> None:
+        """Note the gates that opened for a row of another record as those of a picture of this one.
+
+        Does not wait for the device.
+        """
+        mine, theirs = list(self.stack.slices), list(other.stack.slices)
+        pairs = [(mine.index(key), theirs.index(key)) for key in keys if key in mine and key in theirs]
+        if self.stack.gates is None or other.stack.gates is None:
+            return
+        for copy in other.opened.copies():
+            opened = self.opened.on(copy.device)
+            for index, there in pairs:
+                opened[picture, index].logical_or_(copy[row, there])
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
         """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
