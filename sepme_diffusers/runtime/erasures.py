@@ -253,6 +253,25 @@ class _Following:
         self.__dict__.update(state)
         self.users = WeakSet()
 
+def see_that_helpers_acted(call: Call, helpers: Iterable[nn.Module]) -> None:
+    """See, after the last step of a call, that what helped it read the edited text.
+
+    Raises:
+        ErasureNotInForce: If no helper ran for the call, or one does not follow what acts.
+    """
+    for helper in helpers:
+        following = getattr(helper, _FOLLOWER, None)
+        if following is None or following.attachment.denoiser is not helper:
+            raise ErasureNotInForce(f"the pipeline's {type(helper).__name__} was replaced in the middle of the call")
+        if fault := following.attachment.fault():
+            raise ErasureNotInForce(fault)
+        if not call.helped:
+            raise ErasureNotInForce(
+                f"no pass of {type(helper).__name__} was seen in this call: a thread that runs it for a call must "
+                "open its record: call = current_call(), `with call:` there"
+            )
+
+
     def __call__(self) -> Any:
         active = following()
         # A helper has no text Linears of its own to which per-module increments belong.

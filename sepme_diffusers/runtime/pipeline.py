@@ -25,7 +25,14 @@ from sepme_diffusers.doors.linears import is_compiled, other_text_readers, proje
 from sepme_diffusers.doors.registry import denoisers_of, drawing_denoisers, is_helper
 from sepme_diffusers.runtime.calls import Call, opened, record_of_thread
 from sepme_diffusers.runtime.erased_sets import Key, Strengths, UnknownConceptError
-from sepme_diffusers.runtime.erasures import Erasures, Request, erasures_of, erasures_on, follow
+from sepme_diffusers.runtime.erasures import (
+    Erasures,
+    Request,
+    erasures_of,
+    erasures_on,
+    follow,
+    see_that_helpers_acted,
+)
 from sepme_diffusers.runtime.host_rules import Inversions, refuse_callers_embeddings, refuse_image_prompts
 from sepme_diffusers.runtime.receipt import Receipt
 from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot, with_floors
@@ -422,7 +429,7 @@ class SepMELoaderMixin:
             erasures.renew()
             erasures.check(self._main().values())
             self._check_weights(snapshot, keys)
-            helpers = [module for module in denoisers_of(self).values() if is_helper(module)]
+            helpers = self._helpers()
             follow(erasures, helpers)
             if helpers and snapshot.has_per_module:
                 logger.warning(
@@ -610,6 +617,12 @@ class SepMELoaderMixin:
 
 def _rebuilt(kind: type, attached: bool, state: dict[str, Any]) -> Any:
     pipe = object.__new__(_attached_class(kind) if attached else kind)
+        if call.active is not None and call.active.doors:
+            see_that_helpers_acted(call, self._helpers())
+
+    def _helpers(self) -> list[nn.Module]:
+        """The denoisers that help the others (ControlNets)."""
+        return [module for module in denoisers_of(self).values() if is_helper(module)]
     pipe.__dict__.update(state)
     return pipe
 
