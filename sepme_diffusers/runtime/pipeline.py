@@ -60,7 +60,6 @@ class SepMELoaderMixin:
     _sepme_banks: frozenset[str] = frozenset()
     _sepme_request: Request | None = None
     _sepme_check: TextCheck | None = None
-    _sepme_inversions: Inversions | None = None
     _sepme_running: weakref.ref[Call] | None = None
     _sepme_last: Receipt | None = None
 
@@ -121,10 +120,11 @@ class SepMELoaderMixin:
                 f"bank), or unload_sepme({name!r}) first"
             )
         self._refuse_other_base(bank)
-        options = LoadOptions(strict, allow_embeddings, allow_images, plain_pipelines == "standing")
-        erasures.load(name, bank, options, erasures.snapshot.standing)
+        vocabularies = Inversions.of(self) if strict else None
+        options = LoadOptions(strict, allow_embeddings, allow_images, plain_pipelines == "standing", vocabularies)
+        with erasures.lock:
+            erasures.load(name, bank, options, erasures.snapshot.standing)
         self._sepme_banks = frozenset(erasures.snapshot.banks)
-        self._sepme_inversions = Inversions.of(self)
         logger.info("loaded %d erasable concepts as %r", len(bank), name)
 
     def replace_bank(
@@ -563,7 +563,8 @@ class SepMELoaderMixin:
             for concepts in erased
         ]  # fmt: skip
         sets = [strengths for strengths in own for _ in range(_images_per_prompt(asked))]
-        return (sets[:1] if all(strengths == sets[0] for strengths in sets) else sets), True
+        said = None not in erased or (request is not None and request.default is not None)
+        return (sets[:1] if all(strengths == sets[0] for strengths in sets) else sets), said
 
     def _obey_host(self, snapshot: Snapshot, own: bool, something: bool, asked: Mapping[str, Any]) -> None:
         """Check a call against the rules of hosts that loaded a bank with `strict=True`."""
@@ -576,8 +577,9 @@ class SepMELoaderMixin:
             )
         if something and not snapshot.allow_embeddings:
             refuse_callers_embeddings(asked)
-            if self._sepme_inversions is not None:
-                self._sepme_inversions.refuse_others(self)
+            for vocabularies in {options.vocabularies for options in snapshot.options.values()}:
+                if vocabularies is not None:
+                    vocabularies.refuse_others(self)
             if not text_encoders(self):
                 raise ErasureNotInForce(
                     "the pipeline has no text encoder, so what a prompt's embedding is cannot be seen"

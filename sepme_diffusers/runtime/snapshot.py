@@ -16,6 +16,7 @@ from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.erased_sets import Key, Names, Strengths
+from sepme_diffusers.runtime.host_rules import Inversions
 from sepme_diffusers.runtime.stack import ActiveStack, Stack
 
 MODULE = "module"
@@ -33,12 +34,14 @@ class LoadOptions:
         allow_images: ... but image prompts are allowed.
         plain_pipelines: Passes outside a call of an attached pipeline run under the standing set instead of being
             refused.
+        vocabularies: With `strict`, the vocabularies of the text encoders when the bank was loaded.
     """
 
     strict: bool = False
     allow_embeddings: bool = False
     allow_images: bool = False
     plain_pipelines: bool = False
+    vocabularies: Inversions | None = None
 
 
 class Stacks:
