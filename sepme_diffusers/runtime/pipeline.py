@@ -301,16 +301,29 @@ class SepMELoaderMixin:
 
     def _floors(self, snapshot: Snapshot) -> dict[Key, float]:
         """What every call erases."""
-        request = self._sepme_request
-        return with_floors(snapshot.floors, request.always if request is not None else {})
+        return with_floors(snapshot.floors, self._asked_for_request(snapshot).always)
 
     def _default(self, snapshot: Snapshot) -> dict[Key, float]:
         """What a call without a set of its own erases."""
-        request = self._sepme_request
-        own = request.default if request is not None else None
+        own = self._asked_for_request(snapshot).default
         return snapshot.ordered(with_floors(snapshot.standing if own is None else own, self._floors(snapshot)))
 
     # --- requests
+
+    def _asked_for_request(self, snapshot: Snapshot) -> Request:
+        """What `for_request` was given.
+
+        Raises:
+            ErasureNotInForce: If a bank that it names has been unloaded since.
+        """
+        request = self._sepme_request or Request()
+        if lost := [
+            "/".join(key) for key in {**request.always, **(request.default or {})} if key not in snapshot.names.shown
+        ]:
+            raise ErasureNotInForce(
+                f"this copy of a pipeline was made by for_request() to erase {lost}, which is no longer loaded"
+            )
+        return request
 
     def for_request(self, always: ErasedSet = (), erased: ErasedSet | None = None) -> Any:
         """Return a light copy of the pipeline for one request, tenant or thread: own scheduler, shared weights.
@@ -342,13 +355,15 @@ class SepMELoaderMixin:
             if erased is not None
             else (mine.default if mine is not None else None),
         )
+        self._text_check(snapshot)  # shared by the copies, so that not each of them reads the guards anew
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         for name, part in self.components.items():
             if name == "scheduler" or name.startswith("tokenizer"):
                 setattr(twin, name, copy.deepcopy(part))
         twin._sepme_request, twin._sepme_running, twin._sepme_last = request, None, None
-        erasures.requests.add(request)
+        with erasures.lock:
+            erasures.requests.add(request)
         return twin
 
     # --- checks
@@ -383,7 +398,8 @@ class SepMELoaderMixin:
                 f"({', '.join(main)}); call unload_sepme() and load the banks again"
             )
         erasures = erasures_on(main)
-        if lost := sorted(self._sepme_banks - erasures.snapshot.banks.keys()):
+        # A copy for a request goes by what its pipeline loads and unloads.
+        if self._sepme_request is None and (lost := sorted(self._sepme_banks - erasures.snapshot.banks.keys())):
             raise ErasureNotInForce(
                 f"this pipeline had loaded {lost}, which a pipeline that shares its denoiser has unloaded; call "
                 "unload_sepme() and load the banks again"
