@@ -67,7 +67,7 @@ class Stack:
         # How coarsely a row of A is stored, beyond float32.
         coarse = [part.coarseness for part in parts for _ in range(part.rank)]
         self.A, self.norms = DeviceTensor(a), DeviceTensor(a.norm(dim=1))
-        self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64), fill))
+        self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64, device=a.device), fill))
         self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(parts))
         outputs = [{SHARED: part.B.double()} if part.C is None else part.C for part in parts]
         self.outputs = {
@@ -98,7 +98,7 @@ class Stack:
                     raise KeyError(f"{key} is not in this stack, which has {list(self.slices)}")
                 where = self.slices[key]
                 values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
-        return torch.tensor(values, dtype=torch.float32).view(len(rows), 1, self.width)
+        return torch.tensor(values, dtype=torch.float32, device="cpu").view(len(rows), 1, self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +120,11 @@ class _Gates:
         """The gates of increments, filled up to `most` of them; None if none has one."""
         if all(increment.gate is None for increment in increments.values()):
             return None
-        members = torch.zeros(width, most, dtype=torch.float64)
+        members = torch.zeros(width, most, dtype=torch.float64, device="cpu")
         for index, where in enumerate(slices.values()):
             members[where, index] = 1.0
         squares = [-1.0 if increment.gate is None else increment.gate**2 for increment in increments.values()]
-        padded = pad(torch.tensor(squares, dtype=torch.float64), (0, most - len(squares)), value=-1.0)
+        padded = pad(torch.tensor(squares, dtype=torch.float64, device="cpu"), (0, most - len(squares)), value=-1.0)
         return cls(DeviceTensor(members), DeviceTensor(padded))
 
     def open(self, seen: Tensor) -> Tensor:
@@ -146,9 +146,9 @@ class ActiveStack:
 
     def __init__(self, stack: Stack, mask: Tensor, pictures: int = 1, least: float = 0.0) -> None:
         self.stack, self.mask = stack, DeviceTensor(mask)
-        self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64))
+        self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64, device="cpu"))
         members = 0 if stack.gates is None else len(stack.gates.squares.copies()[0])
-        self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool))
+        self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool, device="cpu"))
 
     def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
         """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.
