@@ -8,6 +8,7 @@ leave them in place. Afterwards the denoiser is in the state that it was in befo
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections import OrderedDict
@@ -201,6 +202,17 @@ class _Doors(_Hook):
         edited, at.reading = edit.edit(embeddings, attachment.arguments.pictures(args, kwargs))
         if edit.at_linears:
             at.seen = _Seen()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.attachment.denoiser) not in memo:  # a part alone is copied, as PEFT does: it is no denoiser's
+            return _no_hook
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def _no_hook(*_: Any) -> None:
+    """Nothing."""
+
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 edited = _carrying(embeddings | edited, at.reading)
         at.through_doors = True
