@@ -239,7 +239,8 @@ class _Entry(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         at = self.attachment.at
-        if not getattr(at, "through_doors", False):
+        # A pass may have begun before there were hooks; where nothing acts, it may go on.
+        if not getattr(at, "through_doors", False) and self.attachment.acting() is not None:
             raise ErasureNotInForce(
                 f"{type(self.attachment.denoiser).__name__}.forward was called directly, which skips the edit of the "
                 "text; call the module itself"
