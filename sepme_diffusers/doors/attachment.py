@@ -138,7 +138,7 @@ class Attachment:
             hook = module._forward_pre_hooks.get(handle.id) or module._forward_hooks.get(handle.id)
             if getattr(hook, "attachment", None) is not self:
                 return f"the hooks on {type(module).__name__} of {type(self.denoiser).__name__} were removed"
-        if next(reversed(self.denoiser._forward_pre_hooks)) != self._handles["doors"][1].id:
+        if self.comes_before_others():
             return f"another hook on {type(self.denoiser).__name__} comes after the edit and could undo it"
         if self.denoiser.get_submodule(self.family.entry) is not self._handles["entry"][0]:
             return f"{self.family.entry} of the denoiser was replaced"
@@ -157,6 +157,11 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled with the denoiser; what threads do at the moment stays behind."""
         return {**self.__dict__, "at": None}
+    def comes_before_others(self) -> bool:
+        """Whether a hook on the denoiser comes after the one that edits the doors."""
+        own = self._handles.get("doors")
+        return own is not None and next(reversed(self.denoiser._forward_pre_hooks), own[1].id) != own[1].id
+
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

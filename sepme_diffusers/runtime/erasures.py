@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
@@ -123,6 +124,8 @@ class Erasures:
         """What acts on a pass outside any call of an attached pipeline."""
         if not self.snapshot.banks:
             return None
+        if not torch.compiler.is_compiling() and any(record.sets):
+            self._refuse_later_hooks()
         if self._own_running:
             raise ErasureNotInForce(
                 "a denoiser ran outside any call while a call with an erased set of its own is running. In a thread "
@@ -140,7 +143,17 @@ class Erasures:
         """Count a call as running."""
         with self.lock:
             self._running.add(call)
+        if not torch.compiler.is_compiling() and (self.snapshot.standing or self.snapshot.floors):
+            self._refuse_later_hooks()
             self._own_running = any(running.alive and running.own for running in self._running)
+
+    def _refuse_later_hooks(self) -> None:
+        for attachment in self.attachments:
+            if attachment.comes_before_others():
+                raise ErasureNotInForce(
+                    f"another hook on {type(attachment.denoiser).__name__} comes after the edit and could undo it; "
+                    "the next call of an attached pipeline, or check_erased(), puts the edit last again"
+                )
 
     def end(self, call: Call) -> None:
         """Count a call as ended; hooks that nothing needs any more go."""
