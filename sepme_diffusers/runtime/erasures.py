@@ -67,17 +67,20 @@ class Erasures:
 
     def load(self, name: str, bank: ConceptBank, options: LoadOptions, standing: Strengths) -> None:
         """Make a bank's concepts erasable under a name, and exactly these erased; all or nothing."""
-        snapshot = self.snapshot
-        banks, all_options = {**snapshot.banks, name: bank}, {**snapshot.options, name: options}
-        self.publish(Snapshot.of(banks, all_options, standing))
+        with self.lock:
+            snapshot = self.snapshot
+            banks, all_options = {**snapshot.banks, name: bank}, {**snapshot.options, name: options}
+            self.publish(Snapshot.of(banks, all_options, standing))
 
     def unload(self, names: Iterable[str]) -> None:
         """Take banks away; what else is erased stays as it was."""
-        snapshot, names = self.snapshot, set(names)
-        banks = {name: bank for name, bank in snapshot.banks.items() if name not in names}
-        options = {name: option for name, option in snapshot.options.items() if name not in names}
-        standing = {key: strength for key, strength in snapshot.standing.items() if key[0] not in names}
-        self.publish(Snapshot.of(banks, options, standing))
+        names = set(names)
+        with self.lock:
+            snapshot = self.snapshot
+            banks = {name: bank for name, bank in snapshot.banks.items() if name not in names}
+            options = {name: option for name, option in snapshot.options.items() if name not in names}
+            standing = {key: strength for key, strength in snapshot.standing.items() if key[0] not in names}
+            self.publish(Snapshot.of(banks, options, standing))
 
     def publish(self, snapshot: Snapshot) -> None:
         """Put another snapshot in the place of the present one.
