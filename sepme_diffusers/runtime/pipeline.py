@@ -193,10 +193,10 @@ class SepMELoaderMixin:
                 f"the bank's policy always erases {always}; it cannot be unloaded. replace_bank() puts a bank with "
                 "another policy in its place"
             )
+        # First: after an interrupt this pipeline must not miss what it took away itself.
+        self._sepme_used, self._sepme_banks = erasures, frozenset(snapshot.banks) - frozenset(names)
         if erasures is not None:
             erasures.unload(names)
-        self._sepme_used = erasures
-        self._sepme_banks = frozenset(erasures.snapshot.banks) if erasures is not None else frozenset()
 
     def get_bank(self, name: str | None = None) -> ConceptBank | None:
         """A loaded bank: the only one, or the one of that name; None if nothing is loaded.
@@ -518,8 +518,8 @@ class SepMELoaderMixin:
         pictures = max(pictures, 1)
         active = snapshot.active(sets, pictures, fixed_shape, least)
         call = Call(erasures, snapshot, sets, active, own, pictures, least=least, fixed_shape=fixed_shape)
-        self._claim(erasures, call)
         try:
+            self._claim(erasures, call)
             with opened(call):
                 output = plain_call(self, *args, **kwargs)
                 if something:
@@ -530,8 +530,7 @@ class SepMELoaderMixin:
                 raise
             raise ErasureNotInForce(f"{sorted(names)} should be erased, but {error}") from error
         finally:
-            erasures.end(call)
-            self._sepme_running = None
+            self._release(erasures, call)
         self._sepme_last = self._receipt(call, asked, something)
         if hasattr(output, "__dataclass_fields__"):
             output.erased = self._sepme_last
@@ -552,6 +551,13 @@ class SepMELoaderMixin:
                 )
             self._sepme_running = weakref.ref(call)
             erasures.begin(call)
+
+    def _release(self, erasures: Erasures, call: Call) -> None:
+        """Let the pipeline object run another call; one that was refused leaves the running one as it is."""
+        with erasures.lock:
+            erasures.end(call)
+            if self._sepme_running is not None and self._sepme_running() is call:
+                self._sepme_running = None
 
     def _sets(self, erased: Any, asked: Mapping[str, Any], snapshot: Snapshot) -> tuple[list[dict[Key, float]], bool]:
         """The erased set of each picture of a call, or one set for all of them; and whether it is the call's own."""
@@ -611,6 +617,12 @@ class SepMELoaderMixin:
                 "that runs the denoiser for a call must open its record: call = current_call(), `with call:` there"
             )
         erasures.check(self._main().values())
+        if call.active is not None and call.active.doors:
+            see_that_helpers_acted(call, self._helpers())
+
+    def _helpers(self) -> list[nn.Module]:
+        """The denoisers that help the others (ControlNets)."""
+        return [module for module in denoisers_of(self).values() if is_helper(module)]
 
     def _receipt(self, call: Call, asked: Mapping[str, Any], something: bool) -> Receipt:
         encoder = ("verified" if text_encoders(self) else "unverified") if something else "not asked"
@@ -635,12 +647,6 @@ class SepMELoaderMixin:
 
 def _rebuilt(kind: type, attached: bool, state: dict[str, Any]) -> Any:
     pipe = object.__new__(_attached_class(kind) if attached else kind)
-        if call.active is not None and call.active.doors:
-            see_that_helpers_acted(call, self._helpers())
-
-    def _helpers(self) -> list[nn.Module]:
-        """The denoisers that help the others (ControlNets)."""
-        return [module for module in denoisers_of(self).values() if is_helper(module)]
     pipe.__dict__.update(state)
     return pipe
 
