@@ -9,7 +9,6 @@ import copy
 import inspect
 import json
 import pickle
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,6 +33,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextModel
 
+from interrupts import interrupted_at
 from sepme_diffusers import ErasureNotInForce, PolicyError, SepMEPipeline, attach, pocket
 from sepme_diffusers.doors.linears import cross_attentions, linear_of, projection_weights, text_projections
 from sepme_diffusers.text.encoding import encode
@@ -888,27 +888,3 @@ def test_an_interrupt_anywhere_leaves_what_is_erased_and_what_acts_the_same(pipe
             injected += 1
             assert torch.equal(acts(), expected[pipe.erased])
     assert injected > 40
-
-
-def interrupted_at(line, act):
-    """Whether an act was interrupted at its n-th line of this package."""
-    count = 0
-
-    def trace(frame, event, argument):
-        nonlocal count
-        if "sepme_diffusers" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            count += 1
-            if count > line:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False

@@ -8,6 +8,7 @@ leave them in place. Afterwards the denoiser is in the state that it was in befo
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from sepme_diffusers.doors.linears import linear_of
 from sepme_diffusers.doors.registry import family_of
 
 _READING = "_sepme_reading"
+_Handles = dict[str, tuple[nn.Module, RemovableHandle]]
 
 
 class ErasureNotInForce(RuntimeError):
@@ -79,11 +81,11 @@ class Attachment:
         self.denoiser, self.family, self.acting = denoiser, family, acting
         self.arguments = DoorArguments(denoiser, family)
         self.at = threading.local()
-        self._handles: dict[str, tuple[nn.Module, RemovableHandle]] = {}
-        self._linears: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._handles: _Handles = {}
+        self._linears: _Handles = {}
 
     def attach(self, linears: bool = False) -> None:
-        """Register the hooks that are missing.
+        """Register the hooks that are missing; all of them, or none if that is interrupted.
 
         Args:
             linears: Those behind the family's text Linears as well.
@@ -95,32 +97,39 @@ class Attachment:
         wanted = text_linears(denoiser, self.family) if linears and not self._linears else {}
         if self._handles and not wanted:
             return
-        if not self._handles:
-            doors = denoiser.register_forward_pre_hook(_Doors(self), with_kwargs=True)
-            self._handles["doors"] = denoiser, doors
-            self._handles["end"] = denoiser, denoiser.register_forward_hook(_End(self))
-            reset = denoiser.register_forward_hook(_Reset(self), always_call=True)
-            self._handles["reset"] = denoiser, reset
-            self._handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
-        for index, (name, module) in enumerate(wanted.items()):
-            linear = linear_of(module)
-            hook = _Linear(self, name, f"linear{index}")
-            self._linears[name] = linear, linear.register_forward_hook(hook)
-        forget_graphs()
+        handles: _Handles = {}
+        found: _Handles = {}
+        try:
+            if not self._handles:
+                handles["doors"] = denoiser, denoiser.register_forward_pre_hook(_Doors(self), with_kwargs=True)
+                handles["end"] = denoiser, denoiser.register_forward_hook(_End(self))
+                handles["reset"] = denoiser, denoiser.register_forward_hook(_Reset(self), always_call=True)
+                handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
+            for index, (name, module) in enumerate(wanted.items()):
+                hook = _Linear(self, name, f"linear{index}")
+                found[name] = linear_of(module), linear_of(module).register_forward_hook(hook)
+            forget_graphs()
+            self._handles, self._linears = self._handles or handles, self._linears or found
+        except BaseException:
+            _remove([*handles.values(), *found.values()])
+            raise
 
     def detach(self) -> None:
-        """Take every hook away: the denoiser is as it was before, bit for bit."""
+        """Take every hook away: the denoiser is as it was before, bit for bit. Interrupted, it can be called again."""
         handles = [*self._handles.values(), *self._linears.values()]
-        for _, handle in handles:
-            handle.remove()
-        self._handles, self._linears = {}, {}
+        _remove(handles)
         if handles:
             forget_graphs()
+        self._handles, self._linears = {}, {}
 
     def prepare_thread(self) -> None:
         """Set what this thread knows of its pass, so that a compiled graph finds every attribute from the start."""
         if not hasattr(self.at, "edit"):
             self.at.through_doors, self.at.reading, self.at.edit, self.at.seen = False, None, None, None
+
+    def forget_pass(self) -> None:
+        """Forget that a pass of this thread came through the doors: torch runs no hook after an interrupt."""
+        self.at.through_doors = False
 
     def renew(self) -> None:
         """Take account of what was done to the denoiser: of other hooks on it, and of an entry that was replaced.
@@ -146,7 +155,7 @@ class Attachment:
             hook = module._forward_pre_hooks.get(handle.id) or module._forward_hooks.get(handle.id)
             if getattr(hook, "attachment", None) is not self:
                 return f"the hooks on {type(module).__name__} of {type(self.denoiser).__name__} were removed"
-        if next(reversed(self.denoiser._forward_pre_hooks)) != self._handles["doors"][1].id:
+        if self.comes_before_others():
             return f"another hook on {type(self.denoiser).__name__} comes after the edit and could undo it"
         if self.denoiser.get_submodule(self.family.entry) is not self._handles["entry"][0]:
             return f"{self.family.entry} of the denoiser was replaced"
@@ -156,6 +165,11 @@ class Attachment:
         if lost := [name for name, (linear, _) in self._linears.items() if now.get(name) is not linear]:
             return f"{lost} no longer pass through the increments: they were replaced"
         return ""
+
+    def comes_before_others(self) -> bool:
+        """Whether a hook on the denoiser comes after the one that edits the doors."""
+        own = self._handles.get("doors")
+        return own is not None and next(reversed(self.denoiser._forward_pre_hooks), own[1].id) != own[1].id
 
     @property
     def slots(self) -> dict[str, str]:
@@ -169,6 +183,12 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.at = threading.local()
+
+
+def _remove(handles: list[tuple[nn.Module, RemovableHandle]]) -> None:
+    """Take hooks away, those last on which the others depend: a pass may begin in between."""
+    for _, handle in reversed(handles):
+        handle.remove()
 
 
 def text_linears(denoiser: nn.Module, family: Family) -> Mapping[str, nn.Module]:
@@ -190,6 +210,17 @@ class _Hook:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.attachment.denoiser) not in memo:  # a part alone is copied, as PEFT does: it is no denoiser's
+            return _no_hook
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def _no_hook(*_: Any) -> None:
+    """Nothing."""
 
 
 class _Doors(_Hook):
@@ -236,7 +267,8 @@ class _Entry(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         at = self.attachment.at
-        if not getattr(at, "through_doors", False):
+        # A pass may have begun before there were hooks; where nothing acts, it may go on.
+        if not getattr(at, "through_doors", False) and self.attachment.acting() is not None:
             raise ErasureNotInForce(
                 f"{type(self.attachment.denoiser).__name__}.forward was called directly, which skips the edit of the "
                 "text; call the module itself"

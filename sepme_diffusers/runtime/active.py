@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.family import TOKENS
+from sepme_diffusers.runtime.erased_sets import Key
 from sepme_diffusers.runtime.stack import ActiveStack
 
 
@@ -22,10 +23,12 @@ class ActiveSet:
     Args:
         doors: Text-side increments, by door.
         module: Per-module increments; they read at the first door and act behind Linears.
+        rows: How many pictures a batch must have, where each was named. Default: any number that the masks fit.
     """
 
     doors: Mapping[str, ActiveStack]
     module: ActiveStack | None = None
+    rows: int | None = None
 
     @property
     def at_linears(self) -> bool:
@@ -36,8 +39,14 @@ class ActiveSet:
         """The edited embeddings by door, and what per-module increments read.
 
         Raises:
-            ErasureNotInForce: If the pass does not bring an embedding that an active increment edits.
+            ErasureNotInForce: If the pass does not bring an embedding that an active increment edits, or another
+                number of pictures than were named.
         """
+        if self.rows not in (None, pictures):
+            raise ErasureNotInForce(
+                f"mixed_calls was given {self.rows} rows for a batch of {pictures}; it needs one for each row of the "
+                "batch, also for each row of guidance"
+            )
         if missing := [door for door in self.doors if door not in embeddings]:
             raise ErasureNotInForce(f"the pass brought no embedding for the doors {missing}, where increments act")
         edited = {door: stack.edited(embeddings[door], pictures) for door, stack in self.doors.items()}
@@ -48,6 +57,12 @@ class ActiveSet:
         if self.module is None:
             raise ErasureNotInForce(f"no per-module increment is active, but one was asked for behind {name}")
         return self.module.change(reading, name)
+
+    def note_opened(self, other: ActiveSet, row: int, picture: int, keys: Iterable[Key]) -> None:
+        """Note the gates that opened for a row of another set as those of a picture of this one."""
+        for mine in self.stacks():
+            for theirs in other.stacks():
+                mine.note_opened(theirs, row, picture, keys)
 
     def stacks(self) -> list[ActiveStack]:
         """Every stack with its mask."""

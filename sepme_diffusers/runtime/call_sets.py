@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.runtime.erased_sets import Key, Strengths, UnknownConceptError, with_floors
 from sepme_diffusers.runtime.snapshot import Snapshot
 
@@ -41,12 +42,21 @@ def strengths_of(concepts: ErasedSet, snapshot: Snapshot) -> dict[Key, float]:
 
 
 def floors(snapshot: Snapshot, request: Request) -> dict[Key, float]:
-    """Return what every call erases: what loaded banks and the owner of the request always erase."""
+    """Return what every call erases: what loaded banks and the owner of the request always erase.
+
+    Raises:
+        ErasureNotInForce: If a bank that the request names has been unloaded since.
+    """
+    named = {**request.always, **(request.default or {})}
+    if lost := ["/".join(key) for key in named if key not in snapshot.names.shown]:
+        raise ErasureNotInForce(
+            f"this copy of a pipeline was made by for_request() to erase {lost}, which is no longer loaded"
+        )
     return with_floors(snapshot.floors, request.always)
 
 
 def default_set(snapshot: Snapshot, request: Request) -> dict[Key, float]:
-    """Return what a call without a set of its own erases."""
+    """Return what a call without a set of its own erases. Raises as `floors` does."""
     chosen = snapshot.standing if request.default is None else request.default
     return snapshot.ordered(with_floors(chosen, floors(snapshot, request)))
 
@@ -66,6 +76,7 @@ def sets_of_call(
     Raises:
         TypeError, UnknownConceptError, ValueError: As `strengths_of`.
         ValueError: If there are not as many sets as prompts.
+        ErasureNotInForce: As `floors`.
     """
 
     def with_its_floors(concepts: ErasedSet | None) -> dict[Key, float]:
@@ -75,8 +86,6 @@ def sets_of_call(
 
     if erased is None:
         return [with_its_floors(None)]
-    if not isinstance(erased, (str, Mapping)):
-        erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
     if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
         return [with_its_floors(erased)]
     if len(erased) != prompts:
@@ -85,3 +94,15 @@ def sets_of_call(
     if all(strengths == own[0] for strengths in own):
         return own[:1]
     return [strengths for strengths in own for _ in range(pictures_per_prompt)]
+
+
+def is_explicit(erased: Any, request: Request) -> bool:
+    """Return whether a call says, for every picture, what it erases, itself or by the request's default.
+
+    Args:
+        erased: What the call gave; see `sets_of_call`.
+        request: What applies to the pipeline's calls.
+    """
+    if request.default is not None:
+        return True
+    return erased is not None and not (isinstance(erased, Sequence) and None in erased)

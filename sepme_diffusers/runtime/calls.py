@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sepme_diffusers.doors.attachment import ErasureNotInForce
@@ -25,7 +26,8 @@ class Call:
     """One call of a pipeline: what it erases, and what was seen of it.
 
     A pass of the denoiser belongs to the call whose record is open in its thread. `with call:` opens the record of a
-    running call in another thread, a worker that runs the denoiser for it.
+    running call in another thread, a worker that runs the denoiser for it. Where the call's pictures have different
+    sets, a worker names the rows of its batch instead, see `mixed_calls`.
 
     Args:
         erasures: Of the pipeline's denoisers.
@@ -54,7 +56,8 @@ class Call:
         self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
         self.least, self.fixed_shape = least, fixed_shape
-        self.alive, self.ran = True, False
+        self.alive, self.ran, self.helped = True, False, False
+        self.thread = threading.get_ident()
 
     def set_of(self, picture: int) -> Strengths:
         """The erased set of one picture."""
@@ -65,21 +68,46 @@ class Call:
         shown = self.snapshot.names.shown
         return list(dict.fromkeys(shown[key] for strengths in self.sets for key in strengths))
 
+    def was_left(self) -> bool:
+        """Whether an interrupt left this record open in its call's own thread when the call had ended."""
+        return not self.alive and self.thread == threading.get_ident()
+
     def note_pass(self) -> None:
         """Remember that a denoiser ran for this call."""
         self.ran = True
 
+    def note_help(self) -> None:
+        """Remember that a denoiser that helps another one ran for this call."""
+        self.helped = True
+
+    def parts(self) -> list[Call]:
+        """The calls that a pass under this record belongs to."""
+        return [self]
+
+    def refuse_unclear(self) -> None:
+        """Check that it is known which rows of a batch belong to which picture.
+
+        Raises:
+            ErasureNotInForce: If the pictures have different sets and this is not the thread of the call, which may
+                have been given a part of the batch, or its rows in another order.
+        """
+        if len(self.sets) > 1 and self.thread != threading.get_ident():
+            raise ErasureNotInForce(
+                "the pictures of this call have different erased sets, so it is not known which rows of a batch in "
+                "another thread belong to which picture; open mixed_calls([(call, picture), ...]) with one for each "
+                "row of the batch, also for each row of guidance"
+            )
+
     def __enter__(self) -> Call:
         now = record_of_thread()
-        if not self.alive:
-            raise ErasureNotInForce(
-                f"the call that erases {self.names()} has ended; its record cannot be opened again"
-            )
-        if now is not None and now is not self and now.alive:
+        if dead := [call.names() for call in self.parts() if not call.alive]:
+            raise ErasureNotInForce(f"calls that erase {dead} have ended; their records cannot be opened again")
+        if now is not None and now.alive and now is not self and now not in self.parts():
             raise ErasureNotInForce(
                 "another call's record is open in this thread, so it is not known which rows of a batch belong to "
                 "which call; open mixed_calls([...]) with one row of a call per row of the batch"
             )
+        self.refuse_unclear()
         _thread.before = [*getattr(_thread, "before", []), now]
         _thread.record = self
         for attachment in self.erasures.attachments:
@@ -95,6 +123,8 @@ class _Mixed(Call):
 
     def __init__(self, parts: Sequence[tuple[Call, int]]) -> None:
         calls = list(dict.fromkeys(call for call, _ in parts))
+        if beyond := [(call.names(), picture) for call, picture in parts if not 0 <= picture < call.pictures]:
+            raise ValueError(f"calls have fewer pictures than these rows say (concepts, picture): {beyond}")
         first = calls[0]
         if any(
             call.snapshot.stacks is not first.snapshot.stacks or call.erasures is not first.erasures for call in calls
@@ -105,14 +135,31 @@ class _Mixed(Call):
         sets = [call.set_of(picture) for call, picture in parts]
         least, fixed_shape = max(call.least for call in calls), any(call.fixed_shape for call in calls)
         active = first.snapshot.active(sets, len(sets), fixed_shape, least)
+        active = None if active is None else replace(active, rows=len(sets))
         super().__init__(first.erasures, first.snapshot, sets, active, True, len(sets))
-        self.calls = calls
+        self._calls, self._rows = calls, list(parts)
+
+    def parts(self) -> list[Call]:
+        return self._calls
+
+    def refuse_unclear(self) -> None:
+        """Every row was named."""
 
     def note_pass(self) -> None:
-        if dead := [call.names() for call in self.calls if not call.alive]:
+        if dead := [call.names() for call in self._calls if not call.alive]:
             raise ErasureNotInForce(f"calls of this batch have ended: those that erase {dead}")
-        for call in self.calls:
+        for call in self._calls:
             call.ran = True
+
+    def note_help(self) -> None:
+        for call in self._calls:
+            call.helped = True
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for row, (call, picture) in enumerate(self._rows):
+            if self.active is not None and call.active is not None:
+                call.active.note_opened(self.active, row, picture, call.set_of(picture))
 
 
 def current_call() -> Call:
@@ -140,14 +187,31 @@ def current_call() -> Call:
 
 
 def mixed_calls(rows: Sequence[tuple[Call, int]]) -> Call:
-    """Return a record for a batch whose rows belong to several calls; `with` it, a micro-batcher runs the pass.
+    """Return a record for a batch of which each row is named; `with` it, a worker runs the pass.
+
+    For a micro-batcher that puts pictures of several calls into one batch, and for a worker that is given a part of
+    the batch of a call whose pictures have different sets.
 
     Args:
-        rows: For each picture of the batch its call, and which picture of the call it is.
+        rows: For each row of the batch its call, and which picture of the call it is. With guidance a picture has two
+            rows in a batch, and both are named.
 
     Raises:
-        ErasureNotInForce: If the calls began with different banks.
-        ValueError: If there are no rows.
+        ErasureNotInForce: If the calls began with different banks. `with` raises it if a call has ended, and a pass
+            if the batch has another number of rows.
+        ValueError: If there are no rows, or a call has no such picture.
+
+    Example:
+        >>> from sepme_diffusers import SepMEPipeline, current_call, mixed_calls, pocket
+        >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
+        >>> pipe.load_sepme(pocket.bank("styles"))
+        >>> def note(pipe, step, timestep, tensors):
+        ...     call = current_call()
+        ...     with mixed_calls([(call, 0), (call, 1), (call, 0), (call, 1)]):  # guidance
+        ...         pass  # the worker's pass
+        ...     return tensors
+        >>> sets = [["neon"], []]
+        >>> _ = pipe(["a cat", "a dog"], erased=sets, num_inference_steps=1, callback_on_step_end=note)
     """
     if not rows:
         raise ValueError("a batch has at least one row")
@@ -174,4 +238,7 @@ def opened(call: Call) -> Iterator[Call]:
 def following() -> Any:
     """What acts on a pass of a ControlNet: what acts on the call that it is part of; outside a call nothing."""
     record = record_of_thread()
-    return None if record is None or not record.alive else record.active
+    if record is None or not record.alive:
+        return None
+    record.note_help()
+    return record.active

@@ -16,7 +16,7 @@ from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import denoisers_of, drawing_denoisers, is_helper
 from sepme_diffusers.runtime.calls import Call
 from sepme_diffusers.runtime.erased_sets import Key
-from sepme_diffusers.runtime.erasures import Erasures, follow
+from sepme_diffusers.runtime.erasures import Erasures, follow, see_that_helpers_acted
 from sepme_diffusers.runtime.snapshot import Snapshot
 from sepme_diffusers.runtime.text_check import TextCheck, text_encoders
 
@@ -47,9 +47,7 @@ def check_before(
     keys = list(keys)
     if not keys:
         return 0.0
-    denoisers = denoisers_of(pipe)
-    helpers = [module for module in denoisers.values() if is_helper(module)]
-    drawing = [module for module in denoisers.values() if not is_helper(module)]
+    drawing, helpers = list(drawing_denoisers(pipe).values()), _helpers(pipe)
     erasures.renew()
     erasures.check(drawing)
     per_module = [key for key in keys if snapshot.increment(key).form == "module"]
@@ -81,6 +79,13 @@ def check_after(pipe: Any, erasures: Erasures, call: Call) -> None:
             "that runs the denoiser for a call must open its record: call = current_call(), `with call:` there"
         )
     erasures.check(drawing_denoisers(pipe).values())
+    if call.active is not None and call.active.doors:
+        see_that_helpers_acted(call, _helpers(pipe))
+
+
+def _helpers(pipe: Any) -> list[nn.Module]:
+    """The denoisers that help the others (ControlNets)."""
+    return [module for module in denoisers_of(pipe).values() if is_helper(module)]
 
 
 def _refuse_changed_weights(snapshot: Snapshot, per_module: Iterable[Key], denoisers: Iterable[nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -12,7 +12,7 @@ from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.linears import is_compiled
 from sepme_diffusers.doors.registry import denoising_components, drawing_denoisers
 from sepme_diffusers.runtime.call_arguments import CallArguments
-from sepme_diffusers.runtime.call_sets import sets_of_call
+from sepme_diffusers.runtime.call_sets import is_explicit, sets_of_call
 from sepme_diffusers.runtime.calls import Call, opened, record_of_thread
 from sepme_diffusers.runtime.checks import check_after, check_before
 from sepme_diffusers.runtime.erasures import Erasures
@@ -89,9 +89,9 @@ def run_call(
     if _works_on_the_original(erasures):
         return plain_call(pipe, *args, **kwargs)
     call = _call(pipe, state, erasures, arguments, erased)
-    state.claim(call, erasures)
     erases = any(call.sets)
     try:
+        state.claim(call, erasures)
         with naming(call.names()):
             _prepare(pipe, state, erasures, call, arguments)
             with opened(call):
@@ -99,7 +99,7 @@ def run_call(
                 if erases:
                     check_after(pipe, erasures, call)
     finally:
-        erasures.end(call)
+        state.release(call, erasures)
     state.last_call = _receipt(pipe, call, arguments)
     if hasattr(output, "__dataclass_fields__"):
         output.erased = state.last_call
@@ -131,6 +131,8 @@ def _works_on_the_original(erasures: Erasures) -> bool:
 def _call(pipe: Any, state: PipelineState, erasures: Erasures, arguments: CallArguments, erased: Any) -> Call:
     """What a call erases, with nothing that acts yet."""
     snapshot = erasures.snapshot
+    if not isinstance(erased, (str, Mapping, type(None))):
+        erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
     each = arguments.pictures_per_prompt
     sets = sets_of_call(erased, snapshot, state.request, arguments.prompts, each)
     if len(sets) > 1 and any(part in type(pipe).__name__ for part in _MIXING_ROWS):
@@ -138,7 +140,7 @@ def _call(pipe: Any, state: PipelineState, erasures: Erasures, arguments: CallAr
             f"{type(pipe).__name__} mixes the rows of several prompts, so one erased set per prompt cannot be kept "
             "apart; call once for each set"
         )
-    own = erased is not None or state.request.default is not None
+    own = is_explicit(erased, state.request)
     return Call(erasures, snapshot, sets, None, own, max(arguments.prompts * each, 1))
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
@@ -111,7 +113,9 @@ class Erasures:
         """
         with self.lock:
             snapshot, names = self.snapshot, set(names)
-            if always := [concept for name in names for concept in snapshot.banks[name].always]:
+            if always := [
+                concept for name in names & snapshot.banks.keys() for concept in snapshot.banks[name].always
+            ]:
                 raise PolicyError(
                     f"the bank's policy always erases {always}; it cannot be unloaded. replace_bank() puts a bank "
                     "with another policy in its place"
@@ -137,10 +141,13 @@ class Erasures:
             standing = None
             if snapshot.banks and snapshot.plain_pipelines:
                 standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
-            for attachment in self.attachments if snapshot.banks else ():
-                attachment.attach(linears=snapshot.has_per_module)
-            self.standing, self.snapshot = standing, snapshot
-            self._tidy()
+            self._tidy()  # what an interrupt left
+            try:
+                for attachment in self.attachments if snapshot.banks else ():
+                    attachment.attach(linears=snapshot.has_per_module)
+                self.standing, self.snapshot = standing, snapshot
+            finally:
+                self._tidy()
 
     def _tidy(self) -> None:
         """Remove the hooks once nothing is loaded and no call runs."""
@@ -159,20 +166,22 @@ class Erasures:
             ErasureNotInForce: If the pass belongs to no call that is known, and something is loaded.
         """
         record = record_of_thread()
-        if record is None or record.erasures is not self:
+        if record is None or record.erasures is not self or record.was_left():
             return self._outside()
         if not record.alive:
             raise ErasureNotInForce(
                 f"a denoiser ran for a call that has ended, which should have erased {record.names()}"
             )
         record.note_pass()
+        if not torch.compiler.is_compiling() and any(record.sets):
+            self._refuse_later_hooks()
         return record.active
 
     def _outside(self) -> ActiveSet | None:
         """What acts on a pass outside any call of an attached pipeline."""
         if not self.snapshot.banks:
             return None
-        if self._own_running:
+        if self._own_running and self._some_own_runs():
             raise ErasureNotInForce(
                 "a denoiser ran outside any call while a call with an erased set of its own is running. In a thread "
                 "that works for a call, open its record first: call = current_call() there, `with call:` here"
@@ -183,20 +192,37 @@ class Erasures:
                 "sepme_diffusers.attach(pipe), or load the bank with load_sepme(..., plain_pipelines='standing') to "
                 "let such passes run under the standing set"
             )
+        if not torch.compiler.is_compiling() and (self.snapshot.standing or self.snapshot.floors):
+            self._refuse_later_hooks()
         return self.standing
+
+    def _refuse_later_hooks(self) -> None:
+        for attachment in self.attachments:
+            if attachment.comes_before_others():
+                raise ErasureNotInForce(
+                    f"another hook on {type(attachment.denoiser).__name__} comes after the edit and could undo it; "
+                    "the next call of an attached pipeline, or check_erased(), puts the edit last again"
+                )
 
     def begin(self, call: Call) -> None:
         """Count a call as running."""
         with self.lock:
             self._running.add(call)
-            self._own_running = any(running.alive and running.own for running in self._running)
+            self._own_running = self._some_own_runs()
+
+    def _some_own_runs(self) -> bool:
+        """Whether a call with a set of its own is running; asked anew where an interrupt may have left the answer."""
+        with self.lock:
+            return any(call.alive and call.own for call in self._running)
 
     def end(self, call: Call) -> None:
         """Count a call as ended; hooks that nothing needs any more go."""
         with self.lock:
             call.alive = False
             self._running.discard(call)
-            self._own_running = any(running.alive and running.own for running in self._running)
+            self._own_running = self._some_own_runs()
+            for attachment in self.attachments:
+                attachment.forget_pass()
             self._tidy()
 
     # --- whether it acts
@@ -270,10 +296,29 @@ def follow(erasures: Erasures, helpers: Iterable[nn.Module]) -> None:
             if following is None or following.attachment.denoiser is not helper:
                 following = _Following(helper)
                 setattr(helper, _FOLLOWER, following)
-            following.users.add(erasures)
             erasures.helpers.add(helper)
+            following.users.add(erasures)
             following.attachment.attach()
             following.attachment.renew()
+
+
+def see_that_helpers_acted(call: Call, helpers: Iterable[nn.Module]) -> None:
+    """See, after the last step of a call, that what helped it read the edited text.
+
+    Raises:
+        ErasureNotInForce: If no helper ran for the call, or one does not follow what acts.
+    """
+    for helper in helpers:
+        following = getattr(helper, _FOLLOWER, None)
+        if following is None or following.attachment.denoiser is not helper:
+            raise ErasureNotInForce(f"the pipeline's {type(helper).__name__} was replaced in the middle of the call")
+        if fault := following.attachment.fault():
+            raise ErasureNotInForce(fault)
+        if not call.helped:
+            raise ErasureNotInForce(
+                f"no pass of {type(helper).__name__} was seen in this call: a thread that runs it for a call must "
+                "open its record: call = current_call(), `with call:` there"
+            )
 
 
 def unfollow(erasures: Erasures) -> None:
@@ -305,7 +350,7 @@ class _Following:
     def __call__(self) -> Any:
         active = following()
         # A helper has no text Linears of its own to which per-module increments belong.
-        return None if active is None or not active.doors else ActiveSet(active.doors)
+        return None if active is None or not active.doors else replace(active, module=None)
 
 
 @contextmanager
@@ -319,8 +364,8 @@ def unedited(pipe: Any) -> Iterator[None]:
     """
     erasures = erasures_on(drawing_denoisers(pipe))
     call = Call(erasures, Snapshot(), [{}], None, own=True, unedited=True)
-    erasures.begin(call)
     try:
+        erasures.begin(call)
         with opened(call):
             yield
     finally:

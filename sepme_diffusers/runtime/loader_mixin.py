@@ -143,8 +143,13 @@ class SepMELoaderMixin:
         if bank is not None:
             _refuse_unknown(bank, erasures.snapshot if erasures is not None else Snapshot())
         if erasures is not None:
-            erasures.unload(list(erasures.snapshot.banks) if bank is None else [bank])
-            state.remember(erasures)
+            names = set(erasures.snapshot.banks) if bank is None else {bank}
+            remembered, state.banks = state.banks, state.banks - names
+            try:
+                erasures.unload(names)
+            except PolicyError:
+                state.banks = remembered
+                raise
 
     def get_bank(self, name: str | None = None) -> ConceptBank | None:
         """A loaded bank: the only one, or the one of that name; None if nothing is loaded.
@@ -259,13 +264,15 @@ class SepMELoaderMixin:
             with_floors(strengths_of(always, snapshot), state.request.always),
             state.request.default if erased is None else strengths_of(erased, snapshot),
         )
+        state.text_check_for(snapshot)  # shared by the copies, so that not each of them reads the guards anew
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.__dict__[_STATE] = state.for_request(request)
         for name, part in self.components.items():
             if name == "scheduler" or name.startswith("tokenizer"):
                 setattr(twin, name, copy.deepcopy(part))
-        erasures.requests.add(request)
+        with erasures.lock:
+            erasures.requests.add(request)
         return twin
 
     # --- checks

@@ -29,6 +29,7 @@ class PipelineState:
         text_check: What guards read on its text encoders, and the factors for which that was measured.
         running: The call that it runs.
         last_call: The receipt of the last call that ended well.
+        is_copy: Whether the pipeline is the light copy for a request. It goes by what its pipeline loads and unloads.
     """
 
     erasures: Erasures | None = None
@@ -37,10 +38,11 @@ class PipelineState:
     text_check: TextCheck | None = None
     running: weakref.ref[Call] | None = None
     last_call: Receipt | None = None
+    is_copy: bool = False
 
     def for_request(self, request: Request) -> PipelineState:
         """Return the state of a light copy of the pipeline."""
-        return replace(self, request=request, running=None, last_call=None)
+        return replace(self, request=request, running=None, last_call=None, is_copy=True)
 
     def find(self, denoisers: Mapping[str, nn.Module]) -> Erasures:
         """Return what is loaded on the pipeline's denoisers, refusing to go on if some of it was lost.
@@ -58,7 +60,7 @@ class PipelineState:
                 f"({', '.join(denoisers)}); call unload_sepme() and load the banks again"
             )
         erasures = erasures_on(denoisers)
-        if lost := sorted(self.banks - erasures.snapshot.banks.keys()):
+        if not self.is_copy and (lost := sorted(self.banks - erasures.snapshot.banks.keys())):
             raise ErasureNotInForce(
                 f"this pipeline had loaded {lost}, which a pipeline that shares its denoiser has unloaded; call "
                 "unload_sepme() and load the banks again"
@@ -91,6 +93,13 @@ class PipelineState:
                 )
             self.running = weakref.ref(call)
             erasures.begin(call)
+
+    def release(self, call: Call, erasures: Erasures) -> None:
+        """Let the pipeline object run another call. A call that was refused leaves the running one as it is."""
+        with erasures.lock:
+            erasures.end(call)
+            if self.running is not None and self.running() is call:
+                self.running = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled with the pipeline; what it runs and has run stays behind."""

@@ -10,7 +10,7 @@ the rows of an increment whose gate the prompt opens, and of one that has none, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Stack:
         # How coarsely a row of A is stored, beyond float32.
         coarse = [part.coarseness for part in parts for _ in range(part.rank)]
         self.A, self.norms = DeviceTensor(a), DeviceTensor(a.norm(dim=1))
-        self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64), fill))
+        self.coarseness = DeviceTensor(pad(torch.tensor(coarse, dtype=torch.float64, device=a.device), fill))
         self.gates = _Gates.of(self.slices, increments, self.width, self.width if width else len(parts))
         outputs = [dict(part.C or {}) if part.B is None else {SHARED: part.B.double()} for part in parts]
         self.outputs = {
@@ -99,7 +99,7 @@ class Stack:
                     raise KeyError(f"{key} is not in this stack, which has {list(self.slices)}")
                 where = self.slices[key]
                 values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
-        return torch.tensor(values, dtype=torch.float32).view(len(rows), 1, self.width)
+        return torch.tensor(values, dtype=torch.float32, device="cpu").view(len(rows), 1, self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +121,11 @@ class _Gates:
         """The gates of increments, filled up to `most` of them; None if none has one."""
         if all(increment.gate is None for increment in increments.values()):
             return None
-        members = torch.zeros(width, most, dtype=torch.float64)
+        members = torch.zeros(width, most, dtype=torch.float64, device="cpu")
         for index, where in enumerate(slices.values()):
             members[where, index] = 1.0
         squares = [-1.0 if increment.gate is None else increment.gate**2 for increment in increments.values()]
-        padded = pad(torch.tensor(squares, dtype=torch.float64), (0, most - len(squares)), value=-1.0)
+        padded = pad(torch.tensor(squares, dtype=torch.float64, device="cpu"), (0, most - len(squares)), value=-1.0)
         return cls(DeviceTensor(members), DeviceTensor(padded))
 
     def open(self, seen: Tensor) -> Tensor:
@@ -147,9 +147,9 @@ class ActiveStack:
 
     def __init__(self, stack: Stack, mask: Tensor, pictures: int = 1, least: float = 0.0) -> None:
         self.stack, self.mask = stack, DeviceTensor(mask)
-        self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64))
+        self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64, device="cpu"))
         members = 0 if stack.gates is None else len(stack.gates.squares.copies()[0])
-        self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool))
+        self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool, device="cpu"))
 
     def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
         """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.
@@ -189,6 +189,20 @@ class ActiveStack:
             opened.logical_or_(gates.amax(dim=(0, 1)))
         else:
             opened.logical_or_(gates.view(-1, pictures, each, gates.shape[-1]).amax(dim=(0, 2)))
+
+    def note_opened(self, other: ActiveStack, row: int, picture: int, keys: Iterable[Hashable]) -> None:
+        """Note the gates that opened for a row of another record as those of a picture of this one.
+
+        Does not wait for the device.
+        """
+        mine, theirs = list(self.stack.slices), list(other.stack.slices)
+        pairs = [(mine.index(key), theirs.index(key)) for key in keys if key in mine and key in theirs]
+        if self.stack.gates is None or other.stack.gates is None:
+            return
+        for copy in other.opened.copies():
+            opened = self.opened.on(copy.device)
+            for index, there in pairs:
+                opened[picture, index].logical_or_(copy[row, there])
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
         """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""

@@ -78,8 +78,14 @@ class TextCheck:
             settings: Of its `encode_prompt`, as the call has them (`clip_skip`, `lora_scale`).
 
         Raises:
-            ErasureNotInForce: If guards read more than precision explains, with the concepts.
+            ErasureNotInForce: If guards read more than precision explains, with the concepts; or if the call asks for
+                another layer of the text encoder.
         """
+        if skipped := settings.get("clip_skip"):
+            raise ErasureNotInForce(
+                "the bank was made for the layer of the text encoder that the pipeline reads by itself, its last one "
+                f"in Stable Diffusion 1, and clip_skip={skipped} reads another one. Leave clip_skip out"
+            )
         if not self.prompts:
             return 0.0
         with self._lock:

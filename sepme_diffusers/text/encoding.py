@@ -22,10 +22,11 @@ def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
     """
     parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     device = pipe._execution_device
-    embeds = [
-        pipe.encode_prompt(part, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-        for part in parts
-    ]
+    with device:  # tokenizers make tensors on torch's default device
+        embeds = [
+            pipe.encode_prompt(part, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+            for part in parts
+        ]
     return torch.cat(embeds).float()
 
 
@@ -73,10 +74,11 @@ def encode_doors(pipe: Any, prompts: Sequence[str], **settings: Any) -> dict[str
         prompts: The prompts.
         settings: Of `encode_prompt` (`clip_skip`, `lora_scale`).
     """
-    found = pipe.encode_prompt(
-        list(prompts), device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False,
-        **settings,
-    )  # fmt: skip
+    device = pipe._execution_device
+    with device:  # tokenizers make tensors on torch's default device
+        found = pipe.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **settings
+        )
     doors = {"tokens": found[0].float()}
     # Stable Diffusion XL gives (tokens, negative tokens, pooled, negative pooled).
     if len(found) == 4 and found[2] is not None:
