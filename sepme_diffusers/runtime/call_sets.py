@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +63,10 @@ def default_set(snapshot: Snapshot, request: Request) -> dict[Key, float]:
 
 def sets_of_call(
     erased: Any, snapshot: Snapshot, request: Request, prompts: int, pictures_per_prompt: int = 1
-) -> list[dict[Key, float]]:
-    """Return the erased set of each picture of a call, or one set for all of them.
+) -> tuple[list[dict[Key, float]], bool]:
+    """Return the erased set of each picture of a call, or one for all of them; and whether the call says each of them.
+
+    It says a set itself or by the request's default; what has the standing set does not say it.
 
     Args:
         erased: What the call gave: None, one set, or a list with one set (or None) per prompt.
@@ -84,25 +86,17 @@ def sets_of_call(
             return default_set(snapshot, request)
         return snapshot.ordered(with_floors(strengths_of(concepts, snapshot), floors(snapshot, request)))
 
+    has_default = request.default is not None
     if erased is None:
-        return [with_its_floors(None)]
+        return [with_its_floors(None)], has_default
+    if not isinstance(erased, (str, Mapping)):
+        erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
     if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
-        return [with_its_floors(erased)]
+        return [with_its_floors(erased)], True
     if len(erased) != prompts:
         raise ValueError(f"{len(erased)} erased sets for {prompts} prompts; give one set per prompt, or one for all")
     own = [with_its_floors(concepts) for concepts in erased]
+    explicit = None not in erased or has_default
     if all(strengths == own[0] for strengths in own):
-        return own[:1]
-    return [strengths for strengths in own for _ in range(pictures_per_prompt)]
-
-
-def is_explicit(erased: Any, request: Request) -> bool:
-    """Return whether a call says, for every picture, what it erases, itself or by the request's default.
-
-    Args:
-        erased: What the call gave; see `sets_of_call`.
-        request: What applies to the pipeline's calls.
-    """
-    if request.default is not None:
-        return True
-    return erased is not None and not (isinstance(erased, Sequence) and None in erased)
+        return own[:1], explicit
+    return [strengths for strengths in own for _ in range(pictures_per_prompt)], explicit

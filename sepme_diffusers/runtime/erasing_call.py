@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -12,7 +12,7 @@ from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.linears import is_compiled
 from sepme_diffusers.doors.registry import denoising_components, drawing_denoisers
 from sepme_diffusers.runtime.call_arguments import CallArguments
-from sepme_diffusers.runtime.call_sets import is_explicit, sets_of_call
+from sepme_diffusers.runtime.call_sets import sets_of_call
 from sepme_diffusers.runtime.calls import Call, opened, record_of_thread
 from sepme_diffusers.runtime.checks import check_after, check_before
 from sepme_diffusers.runtime.erasures import Erasures
@@ -131,16 +131,13 @@ def _works_on_the_original(erasures: Erasures) -> bool:
 def _call(pipe: Any, state: PipelineState, erasures: Erasures, arguments: CallArguments, erased: Any) -> Call:
     """What a call erases, with nothing that acts yet."""
     snapshot = erasures.snapshot
-    if not isinstance(erased, (str, Mapping, type(None))):
-        erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
     each = arguments.pictures_per_prompt
-    sets = sets_of_call(erased, snapshot, state.request, arguments.prompts, each)
+    sets, own = sets_of_call(erased, snapshot, state.request, arguments.prompts, each)
     if len(sets) > 1 and any(part in type(pipe).__name__ for part in _MIXING_ROWS):
         raise ValueError(
             f"{type(pipe).__name__} mixes the rows of several prompts, so one erased set per prompt cannot be kept "
             "apart; call once for each set"
         )
-    own = is_explicit(erased, state.request)
     return Call(erasures, snapshot, sets, None, own, max(arguments.prompts * each, 1))
 
 

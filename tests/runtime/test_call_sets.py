@@ -13,7 +13,7 @@ def snapshot(text_bank):
 
 
 def sets(erased, snapshot, request=None, prompts=2, each=1):
-    return sets_of_call(erased, snapshot, request or Request(), prompts, each)
+    return sets_of_call(erased, snapshot, request or Request(), prompts, each)[0]
 
 
 def test_a_call_without_a_set_has_the_standing_set_or_the_requests_default(snapshot):
@@ -33,6 +33,17 @@ def test_one_set_per_prompt_with_none_for_the_default(snapshot):
     assert sets([["cat"], None], snapshot) == [{CAT: 1.0}, {NEON: 1.0}]
     assert sets([["cat"], []], snapshot, each=2) == [{CAT: 1.0}, {CAT: 1.0}, {}, {}]
     assert sets([["neon"], None], snapshot) == [{NEON: 1.0}]  # equal sets are one for the whole batch
+
+
+@pytest.mark.parametrize(
+    ("erased", "default", "explicit"),
+    [
+        (None, None, False), (None, {}, True), ([], None, True), (["neon"], None, True), ([["neon"], []], None, True),
+        ([["neon"], None], None, False), ([["neon"], None], {CAT: 1.0}, True),
+    ],
+)  # fmt: skip
+def test_a_call_is_explicit_if_nothing_falls_to_the_standing_set(erased, default, explicit, snapshot):
+    assert sets_of_call(erased, snapshot, Request(default=default), 2)[1] is explicit
 
 
 def test_the_order_in_which_names_are_given_leaves_no_trace(snapshot):
