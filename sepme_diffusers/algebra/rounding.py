@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def rounding_share(d: int, step: float) -> float:
-    """What |e · a| / (‖e‖ ‖a‖) can be by rounding alone, of a dot product of d numbers rounded to a relative step."""
+    """Return how large |e · a| / (‖e‖ ‖a‖) may be by rounding alone: d numbers, rounded to a relative step."""
     return 3 * step / d**0.5

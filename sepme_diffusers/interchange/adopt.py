@@ -14,7 +14,7 @@ from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import measured_leakage
+from sepme_diffusers.increment.leakage import leakage, leakage_metrics
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
@@ -138,7 +138,7 @@ def _entry(
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(null),
-        **measured_leakage(increment, guards, encoded(guards).cpu(), weights, room.damped),
+        **leakage_metrics(guards, leakage(increment, encoded(guards).cpu(), weights), room.damped),
     }
     return Entry(concept, increment, config, guards, metrics)
 
