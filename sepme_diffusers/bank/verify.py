@@ -287,11 +287,10 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
     weights, embeddings = projection_weights(pipe.unet), encode_doors(pipe, prompts)
     if missing := {door for entry in entries.values() for door in entry.increment.doors} - embeddings.keys():
         raise ValueError(f"increments act at the doors {sorted(missing)}, for which the pipeline has no embedding")
-    leaks = {}
+    places, leaks = {prompt: place for place, prompt in enumerate(prompts)}, {}
     for name, entry in entries.items():
         if entry.guards:
-            places = [prompts.index(guard) for guard in entry.guards]
-            of_guards = {door: rows[places] for door, rows in embeddings.items()}
+            of_guards = {door: rows[[places[guard] for guard in entry.guards]] for door, rows in embeddings.items()}
             measured = leakage(entry.increment, of_guards[TOKENS], weights, further=of_guards)
             leaks[name] = dict(zip(entry.guards, measured.tolist(), strict=True))
     return leaks

@@ -10,17 +10,21 @@ from typing import Literal, get_args
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.layout import LORA_FILE
+from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.increment.peft_form import Factors, lora
 from sepme_diffusers.interchange import original_names
 from sepme_diffusers.interchange.merge import Erased, fitting_unet, merged_changes, strengths_of
 from sepme_diffusers.interchange.placement import checked_path, note, placed
 
 LoraFormat = Literal["peft", "diffusers", "kohya"]
+
+logger = logging.get_logger(__name__)
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -71,6 +75,7 @@ def export_lora(
             layers = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in lora(changes)[0].items()}
             StableDiffusionLoraLoaderMixin.save_lora_weights(place, unet_lora_layers=layers)
         else:
+            _warn_of_sd_scripts(unet, changes)
             tensors = kohya_tensors(changes, _kohya_names(unet, changes))
             save_file(tensors, place, {**metadata, **_kohya_metadata(changes)})
     return path
@@ -129,6 +134,14 @@ def _kohya_names(unet: UNet2DConditionModel, modules: Iterable[str]) -> dict[str
     if unet.config.get("addition_embed_type") != "text_time":
         return {}
     return original_names.unet_names(modules, unet.config.layers_per_block)
+
+
+def _warn_of_sd_scripts(unet: UNet2DConditionModel, changes: Factors) -> None:
+    if outside := [module for module, _ in door_linears(unet).values() if module in changes]:
+        logger.warning(
+            f"{outside}: diffusers and ComfyUI read the key of this module. The image generation of sd-scripts passes "
+            "it over, and leaves that part of the erasure out; use a checkpoint there"
+        )
 
 
 def _kohya_metadata(changes: Factors) -> dict[str, str]:

@@ -150,7 +150,7 @@ def test_a_kohya_file_follows_the_published_scheme(pipe, mixed_bank, expected, t
         assert json.loads(opened.metadata()["sepme_export"])["erased"] == {"neon": 1.5, "pencil": 0.5, "woodcut": 1.0}
 
 
-def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path):
+def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path, caplog):
     """At the true SDXL's layout the module sits where sd-scripts looks for it; diffusers reads the file back."""
     pipe, bank, erased, expected = xl
     file = export_lora(bank, pipe, erased, tmp_path / "erased.safetensors", format="kohya")
@@ -159,6 +159,7 @@ def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path):
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v" in keys
     assert "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_v" in keys
     assert "lora_unet_label_emb_0_0" in keys
+    assert "sd-scripts passes it over" in caplog.text
     assert len(keys) == len(projection_weights(pipe.unet)) + 1
     theirs = plain(pipe, StableDiffusionXLPipeline)
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
