@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from sepme_diffusers import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.doors.unet import UNET
 from sepme_diffusers.interchange.lora_files import kohya_tensors
-from sepme_diffusers.interchange.merge import merged_increment, strengths_of
+from sepme_diffusers.interchange.merge import merged_factors, strengths_of
 
 
 class EraseConcepts:
@@ -50,7 +51,9 @@ class EraseConcepts:
         if not strengths:
             return (model,)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
-        lora = erasing_lora(loaded, strengths, base_weights(loaded, keys, model.get_key_patches("diffusion_model.")))
+        patches = model.get_key_patches("diffusion_model.")
+        weights, linears = base_weights(loaded, keys, patches), door_linears(loaded, keys, patches)
+        lora = erasing_lora(loaded, strengths, weights, linears)
         return (comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0],)
 
 
@@ -81,7 +84,26 @@ def base_weights(bank: ConceptBank, keys: Mapping[str, str], patches: Mapping[st
     Raises:
         ValueError: If the model lacks one of the bank's modules.
     """
-    found = {name: keys.get(f"lora_unet_{name.replace('.', '_')}") for name in bank.base.projections}
+    return _weights(bank, bank.base.projections, keys, patches)
+
+
+def door_linears(
+    bank: ConceptBank, keys: Mapping[str, str], patches: Mapping[str, Any]
+) -> dict[str, tuple[str, Tensor]]:
+    """The Linear that reads each of the bank's further doors, with its weight; arguments as of `base_weights`.
+
+    Raises:
+        ValueError: If the model lacks one of them.
+    """
+    modules = {door.name: door.linear for door in UNET.doors if door.name in bank.base.doors and door.linear}
+    weights = _weights(bank, modules.values(), keys, patches)
+    return {door: (module, weights[module]) for door, module in modules.items()}
+
+
+def _weights(
+    bank: ConceptBank, modules: Iterable[str], keys: Mapping[str, str], patches: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    found = {name: keys.get(f"lora_unet_{name.replace('.', '_')}") for name in modules}
     if missing := [name for name, key in found.items() if key not in patches]:
         raise ValueError(f"the bank is for {bank.base.name!r}; this model has no {missing[:3]}")
     originals = {name: patches[key][0] for name, key in found.items()}
@@ -90,15 +112,18 @@ def base_weights(bank: ConceptBank, keys: Mapping[str, str], patches: Mapping[st
 
 
 def erasing_lora(
-    bank: ConceptBank, strengths: Mapping[str, float], weights: Mapping[str, Tensor]
+    bank: ConceptBank,
+    strengths: Mapping[str, float],
+    weights: Mapping[str, Tensor],
+    linears: Mapping[str, tuple[str, Tensor]],
 ) -> dict[str, Tensor]:
     """The erased set as one LoRA, to be applied at strength 1.
 
     Raises:
-        ValueError: If the bank was made for another base.
+        ValueError: If the bank was made for another base, or acts at a door that none of the Linears reads.
     """
     refuse_other_weights(bank, weights)
-    return kohya_tensors(merged_increment(bank, weights, strengths))
+    return kohya_tensors(merged_factors(bank, strengths, weights, linears))
 
 
 NODE_CLASS_MAPPINGS = {"SepMEEraseConcepts": EraseConcepts}

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def covariance(rows: Tensor) -> Tensor:
-    """SᵀS / n of token rows S (n, d): what soft guards are remembered by, (d, d), float64."""
+    """Return SᵀS / n of token rows S (n, d), float64, (d, d): what soft guards are remembered by."""
     rows = rows.double()
     return rows.T @ rows / max(len(rows), 1)
 
 
 def nearest_covariance(matrix: Tensor) -> Tensor:
-    """The nearest positive semi-definite matrix to a symmetric one (d, d), float64."""
+    """Return the nearest positive semi-definite matrix to a symmetric one (d, d), float64."""
     values, vectors = torch.linalg.eigh(matrix.double())
     return (vectors * values.clamp(min=0)) @ vectors.T
 
@@ -30,7 +30,7 @@ def reduced_rank_edit(
     output_factor: Tensor | None = None,
     penalty_inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Factors A (r, d) and B (d, r), float64: the operator e <- e + (e Aᵀ) Bᵀ that changes the concept's tokens.
+    """Return A (r, d) and B (d, r), float64, of the operator e <- e + (e Aᵀ) Bᵀ that edits the concept's tokens.
 
     With X = E Nᵀ it minimises, over all D of rank r in the null space's coordinates,
 
@@ -61,17 +61,24 @@ def reduced_rank_edit(
             "must agree: (n, d), (n, d), (k, d)"
         )
     n = len(concept)
+    # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ. Division
+    # by √n makes means of sums over the tokens.
     inside, change = concept.double() @ null.T, change.double() / n**0.5
     metric = regression_metric(inside, null, penalty, ridge)
     root = torch.linalg.cholesky(metric if penalty_inside is None else metric + penalty_inside)
-    # With fewer rows than directions everything happens in the span of the rows.
+    # With M = R Rᵀ and Y = Rᵀ D the objective is ‖(Y − R⁻¹ XᵀT / n) Fₒ‖² plus a constant: a plain norm, in which the
+    # best Y is Y* = R⁻¹ XᵀT / n. By R⁻¹ Xᵀ = Q F it is Q F T, so with fewer rows than directions all of it happens in
+    # the span Q of the rows, and F T is all there is to cut.
     span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
     wanted = felt @ change
+    # Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of Y* Fₒ, what outputs feel.
     seen = wanted if output_factor is None else wanted @ output_factor.double()
     directions, effects, _ = torch.linalg.svd(seen, full_matrices=False)
     if not effects[0] > 0:
         raise ValueError("the wanted change is zero: the concept's prompts and their anchors are read the same")
     leading = directions[:, :rank][:, effects[:rank] > 1e-9 * effects[0]]
+    # Back from Y to D = R⁻ᵀ Y: the increment reads R⁻ᵀ Q U_r, which N takes from coordinates to embeddings, and writes
+    # U_rᵀ F T, in which Fₒ has cancelled.
     a = torch.linalg.solve_triangular(root.T, span @ leading, upper=True)
     return a.T @ null, wanted.T @ leading
 
@@ -79,7 +86,7 @@ def reduced_rank_edit(
 def with_gain(
     factors: tuple[Tensor, Tensor], concept: Tensor, change: Tensor, gain: float, output_factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same A, and B scaled so that the concept's rows get this share of the wanted change.
+    """Return the same A, and B scaled so that the concept's rows get this share of the wanted change.
 
         ⟨(E Aᵀ) Bᵀ, T⟩_Ω = gain ‖T‖²_Ω
 
@@ -118,6 +125,6 @@ def regression_metric(inside: Tensor, null: Tensor, penalty: Tensor | None, ridg
 
 
 def output_factor(weights: Iterable[Tensor]) -> Tensor:
-    """Fₒ (d, d), float64, with Fₒ Fₒᵀ = Σ_m W_mᵀ W_m over weights W_m (d_out, d): how much outputs feel a change."""
+    """Return Fₒ (d, d), float64, Fₒ Fₒᵀ = Σ_m W_mᵀ W_m over weights W_m (d_out, d): how outputs feel a change."""
     values, vectors = torch.linalg.eigh(sum(weight.double().T @ weight.double() for weight in weights))
     return vectors * values.clamp(min=0).sqrt()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def concept_representation(noise_with: Tensor, noise_without: Tensor) -> Tensor:
-    """r_c = ε(x_t, c) − ε(x_t, c without the concept): what the concept adds to the predicted noise.
+    """Return r_c = ε(x_t, c) − ε(x_t, c without the concept): what the concept adds to the predicted noise.
 
     Args:
         noise_with: Predicted noise for the prompt, (n, channels, h, w).
@@ -22,7 +22,7 @@ def concept_representation(noise_with: Tensor, noise_without: Tensor) -> Tensor:
 
 
 def correlation_loss(edited: Tensor, frozen: Tensor) -> Tensor:
-    """L_cor = mean over the batch of Σ r_c(θ+Δθ) ⊙ r_c(θ) / (h w channels), a scalar.
+    """Return L_cor = mean over the batch of Σ r_c(θ+Δθ) ⊙ r_c(θ) / (h w channels), a scalar.
 
     Zero is the target: below it the edit only destroys what has nothing to do with the concept.
 
@@ -32,7 +32,7 @@ def correlation_loss(edited: Tensor, frozen: Tensor) -> Tensor:
 
 
 def sparsity(deltas: Iterable[Tensor]) -> Tensor:
-    """‖ΔW‖₁ / M over the M edited layers, a scalar.
+    """Return ‖ΔW‖₁ / M over the M edited layers, a scalar.
 
     Source: arXiv 2402.05947.
     """
@@ -51,7 +51,7 @@ def l1_gradient(coefficients: Tensor, basis: Tensor) -> Tensor:
 
 
 def balance(losses: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """η_i = max_k |L_k| / |L_i|: weights with which every concept's loss counts as much as the largest.
+    """Return η_i = max_k |L_k| / |L_i|: weights with which every concept's loss counts as much as the largest.
 
     Args:
         losses: L_i, one number per concept.
@@ -99,5 +99,5 @@ class MomentumStop:
         return self.step >= self.min_steps and self.value <= self.threshold(self.scale)
 
     def threshold(self, scale: float) -> float:
-        """What the statistic must fall to, the original's correlation being `scale`."""
+        """Return what the statistic must fall to, where the original's correlation is `scale`."""
         return self.tolerance * (scale if self.relative else 1.0)

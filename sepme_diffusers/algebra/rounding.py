@@ -10,5 +10,5 @@ Step = TypeVar("Step", float, Tensor)
 
 
 def rounding_share(d: int, step: Step) -> Step:
-    """What |e · a| / (‖e‖ ‖a‖) can be by rounding alone, of a dot product of d numbers rounded to a relative step."""
+    """Return how large |e · a| / (‖e‖ ‖a‖) may be by rounding alone: d numbers, rounded to a relative step."""
     return 3 * step / d**0.5

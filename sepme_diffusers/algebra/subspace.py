@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def row_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal rows (rank, d), float64, spanning the rows of G (n_rows, d).
+    """Return orthonormal rows (rank, d), float64, that span the rows of G (n_rows, d).
 
     A direction counts if its singular value exceeds `tolerance` times the largest.
 
@@ -27,7 +27,7 @@ def row_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
 
 
 def null_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal rows N (d - rank, d), float64, with G Nᵀ = 0 up to the tolerance.
+    """Return orthonormal rows N (d - rank, d), float64, with G Nᵀ = 0 up to the tolerance.
 
     An increment whose rows lie in this space leaves e(g) Wᵀ as it was for every guarded token.
 
@@ -57,7 +57,7 @@ def null_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
 
 
 def aligned_basis(concept: Tensor, null: Tensor, rank: int) -> Tensor:
-    """Orthonormal rows S (<= rank, d), inside the null space, leading directions of E P.
+    """Return orthonormal rows S (<= rank, d), inside the null space: the leading directions of E P.
 
     Any part of an increment outside the row space of E P does nothing to the concept: e ΔWᵀ = (e P) ΔWᵀ.
 
@@ -72,26 +72,30 @@ def aligned_basis(concept: Tensor, null: Tensor, rank: int) -> Tensor:
 
 
 def project(factor: Tensor, null: Tensor) -> Tensor:
-    """The rows of A (r, d) projected on the null space N (k, d): A NᵀN, float64."""
+    """Project the rows of A (r, d) on the null space N (k, d): A NᵀN, float64."""
     return factor.double() @ null.T @ null
 
 
 def damped(null: Tensor, penalty: Tensor, concept: Tensor) -> Tensor:
-    """Rows (I + N P Nᵀ / s)^-½ N (k, d), float64: a null basis in which costly directions are short.
+    """Return the rows (I + N P Nᵀ / s)^-½ N (k, d), float64: a null basis in which costly directions are short.
 
     Args:
         null: N, orthonormal rows, (k, d).
         penalty: P, what moving other tokens costs, (d, d).
         concept: E, the concept's token rows, (n, d); s is the largest eigenvalue of N EᵀE Nᵀ / n.
     """
+    # A direction v costs vᵀ N P Nᵀ v on the tokens that must move little, and carries at most s of the concept. Its
+    # length becomes (1 + cost / s)^-½, 1 where it costs nothing. A training step along it is as long as that: the
+    # shorter, the more the cost exceeds what the direction can do to the concept.
     inside = concept.double() @ null.T
     scale = torch.linalg.matrix_norm(inside, 2) ** 2 / len(inside)
+    # The inverse root is taken on the eigenvalues of the cost, which rounding may leave a little below zero.
     values, vectors = torch.linalg.eigh(null @ penalty.double() @ null.T / scale)
     return (vectors * (1 + values.clamp(min=0)).rsqrt()) @ vectors.T @ null
 
 
 def leakage(guard: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-    """‖e ΔWᵀ‖ / ‖e Wᵀ‖ for each guarded token row e of G, (n_rows,), float64.
+    """Return ‖e ΔWᵀ‖ / ‖e Wᵀ‖ for each guarded token row e of G, (n_rows,), float64.
 
     Args:
         guard: G, (n_rows, d).

@@ -11,7 +11,8 @@ from torch import Tensor
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint
-from sepme_diffusers.text.encoding import encode
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.encoding import TOKENS, encode_doors
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
 _FOREIGN_LEAKAGE = 1e-2
@@ -47,7 +48,7 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
     Raises:
         ValueError: If the increments read what their guards should hide from them, a concept leaves no guard by which
-            this could be seen, or there is no encoder to ask.
+            this could be seen, there is no encoder to ask, or none for a door at which increments act.
     """
     banks = list(banks)
     if not _encoders(pipe):
@@ -69,17 +70,36 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
-    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
+    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, at any door, for each concept."""
     exact = {name: _exact(entry) for name, entry in bank.items()}
     asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
     if not asked:
         return {}
     prompts = sorted(set().union(*asked.values()))
-    tokens = torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1)
-    bases = [entry.increment.A.float() for entry in bank.values()]
-    read = (tokens @ torch.cat([a / a.norm() for a in bases]).T).split([len(a) for a in bases], dim=-1)
-    shares = {name: part.norm(dim=-1).amax(dim=-1).tolist() for name, part in zip(bank, read, strict=True)}
+    shares = _shares({name: bank[name].increment for name in asked}, encode_doors(pipe, prompts))
     return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
+
+
+def _shares(increments: Mapping[str, Increment], embeddings: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """What each increment reads of each prompt, the largest of its doors."""
+    doors: dict[str, dict[str, Tensor]] = {}
+    for name, increment in increments.items():
+        for door, part in {TOKENS: increment, **increment.doors}.items():
+            doors.setdefault(door, {})[name] = part.A.float()
+    if missing := doors.keys() - embeddings.keys():
+        raise ValueError(f"increments act at the doors {sorted(missing)}, for which this pipeline has no embedding")
+    largest: dict[str, Tensor] = {}
+    for door, bases in doors.items():
+        for name, share in _read(bases, embeddings[door]).items():
+            largest[name] = torch.maximum(share, largest.get(name, share))
+    return {name: share.tolist() for name, share in largest.items()}
+
+
+def _read(bases: Mapping[str, Tensor], embeddings: Tensor) -> dict[str, Tensor]:
+    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of each prompt, (n_prompts,), for each A, in one product for all."""
+    tokens = torch.nn.functional.normalize(embeddings.cpu(), dim=-1)
+    read = (tokens @ torch.cat([a / a.norm() for a in bases.values()]).T).split([len(a) for a in bases.values()], -1)
+    return {name: part.norm(dim=-1).amax(dim=-1) for name, part in zip(bases, read, strict=True)}
 
 
 def _exact(entry: Entry) -> list[str]:

@@ -26,7 +26,6 @@ from sepme_diffusers.bank.files import persist, replace_file, write_file
 from sepme_diffusers.bank.layout import (
     ASSETS,
     CARD,
-    DOORS_FILE,
     FORMER,
     LOCK,
     LORA_CONFIG,
@@ -110,28 +109,16 @@ class BankFolder:
         Raises:
             BankError: If its file is missing, damaged, larger than its shapes allow, or holds no such increment.
         """
-        (path, digest), *others = read_files(record).items()
-        tensors = self._tensors(name, path, digest, _largest(record, base))
-        further: dict[str, Tensor] = {}
-        for other, other_digest in others:
-            further |= self._tensors(name, other, other_digest, _largest_doors(base))
-        file = self.folder / path
+        file, data = self.folder / record["file"], self.file(record["file"], _largest(record, base))
+        if sha256(data) != record["sha256"]:
+            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
         try:
-            increment = _increment(PurePosixPath(path).name, tensors, further, record)
-        except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            increment = _increment(file.name, load_tensors(data), record)
+        except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
         if wrong := _misfit(increment, record, base):
             raise BankError(f"concept {name!r}: {file} does not fit the manifest: {wrong}")
         return increment
-
-    def _tensors(self, name: str, path: str, digest: str, most: int) -> dict[str, Tensor]:
-        file, data = self.folder / path, self.file(path, most)
-        if sha256(data) != digest:
-            raise BankError(f"concept {name!r}: {file} is damaged or was changed (its SHA-256 is not the manifest's)")
-        try:
-            return load_tensors(data)
-        except (SafetensorError, TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-            raise BankError(f"concept {name!r}: {file} holds no increment: {error}") from error
 
     def damaged(self, wanted: Sequence[str] | None = None) -> list[str]:
         """List the files that are not what their hashes say: the manifest, or else those of the wanted concepts."""
@@ -145,7 +132,7 @@ class BankFolder:
             records = self.manifest(wanted, data)["concepts"].values()
         except BankError:
             return []
-        hashes = {path: digest for record in records for path, digest in read_files(record).items()}
+        hashes = {record["file"]: record["sha256"] for record in records}
         return [path for path, digest in hashes.items() if self._hash(path) != digest]
 
     def _hash(self, path: str) -> str | None:
@@ -333,14 +320,6 @@ class BankFolder:
         return {record["file"].split("/")[0] for record in manifest["concepts"].values()}
 
 
-def read_files(record: Mapping[str, Any]) -> dict[str, str]:
-    """{path in the bank's folder: SHA-256} of the files of a concept that a reader needs."""
-    folder, files = record["file"].rpartition("/")[0], {record["file"]: record["sha256"]}
-    if digest := record.get("beside", {}).get(DOORS_FILE):
-        files[f"{folder}/{DOORS_FILE}"] = digest
-    return files
-
-
 def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """Make the files of a concept's folder, the weights first.
 
@@ -355,18 +334,14 @@ def increment_files(increment: Increment, dtype: torch.dtype | None = None) -> d
     stored = _as_stored(increment, dtype)
     if stored.form == "text":
         return {TEXT_FILE: _safetensors(stored.tensors())}
-    doors = {
-        f"{door}.{name}": tensor for door, part in stored.doors.items() for name, tensor in part.tensors().items()
-    }
-    beside = {DOORS_FILE: _safetensors(doors)} if doors else {}
-    stored = replace(stored, doors={})
-    if stored.is_compact:
-        return {MODULE_FILE: _safetensors(stored.tensors()), **beside}
+    # Not as a LoRA: whoever loads LoRAs would take a part of the increment for the whole.
+    if stored.is_compact or stored.doors:
+        return {MODULE_FILE: _safetensors(stored.tensors())}
     tensors, config = to_lora(stored)
     settings = {key: value for key, value in config.to_dict().items() if value is not None}
     settings["target_modules"] = sorted(settings["target_modules"])
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
-    return {LORA_FILE: _safetensors(tensors), LORA_CONFIG: plain, **beside}
+    return {LORA_FILE: _safetensors(tensors), LORA_CONFIG: plain}
 
 
 def _as_stored(increment: Increment, dtype: torch.dtype | None) -> Increment:
@@ -379,37 +354,35 @@ def _as_stored(increment: Increment, dtype: torch.dtype | None) -> Increment:
     return replace(increment, A=increment.A.float(), B=b, C=c, doors=doors)
 
 
-def _increment(
-    file: str, tensors: dict[str, Tensor], further: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> Increment:
-    """The increment in the tensors of a file of this name; in per-module form, its further doors are in `further`."""
-    parts = _by_door(further if record["form"] == "module" else tensors)
-    own = parts.pop("", {})
-    gates = dict.fromkeys(parts) | record.get("gates", {})
-    if unknown := sorted(gates.keys() - parts.keys()):
+def _increment(file: str, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> Increment:
+    """The increment in the tensors of a file of this name."""
+    further = {} if file == LORA_FILE else _taken_out(tensors)
+    gates = dict.fromkeys(further) | record.get("gates", {})
+    if unknown := sorted(gates.keys() - further.keys()):
         raise ValueError(f"the manifest has gates for further doors {unknown}, which it lacks")
-    doors = {door: _text_side(factors, gates[door]) for door, factors in parts.items()}
-    if record["form"] == "text":
-        return replace(_text_side(own, record.get("gate")), doors=doors)
-    if own:
-        raise ValueError(f"{DOORS_FILE} has tensors of no door: {sorted(own)}")
-    increment = from_lora(tensors) if file == LORA_FILE else Increment(tensors.pop("A"), C=tensors)
+    if file == LORA_FILE:
+        increment = from_lora(tensors)
+    elif record["form"] == "text":
+        increment = _text_side(tensors)
+    else:
+        increment = Increment(tensors.pop("A"), C=tensors)
+    doors = {door: replace(_text_side(factors), gate=gates[door]) for door, factors in further.items()}
     return replace(increment, gate=record.get("gate"), doors=doors)
 
 
-def _by_door(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{door: {factor: tensor}}, from tensors named "<door>.<factor>"; the door "" has those that are named alone."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+def _taken_out(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Take the tensors "<door>.A" and "<door>.B" of further doors out of an increment's: {door: {factor: tensor}}."""
+    further: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if key.endswith((".A", ".B"))]:
         door, _, factor = key.rpartition(".")
-        parts.setdefault(door, {})[factor] = tensor
-    return parts
+        further.setdefault(door, {})[factor] = tensors.pop(key)
+    return further
 
 
-def _text_side(factors: Mapping[str, Tensor], gate: float | None) -> Increment:
+def _text_side(factors: Mapping[str, Tensor]) -> Increment:
     if factors.keys() != {"A", "B"}:
         raise ValueError(f"a text-side increment has the tensors A and B, not {sorted(factors)}")
-    return Increment(factors["A"], B=factors["B"], gate=gate)
+    return Increment(factors["A"], B=factors["B"])
 
 
 def sha256(data: bytes) -> str:
@@ -422,14 +395,9 @@ def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
     rank, width = record["rank"], base["width"]
     heights = [width] if record["form"] == "text" else [d_out for d_out, _ in base["projections"].values()]
     numbers = sum(rank * (width + height) for height in heights)
-    doors = _largest_doors(base) if record["form"] == "text" else 0
+    # What is done at a further door has a rank of its own.
+    doors = sum(8 * 2 * width**2 + _HEADER for width in base.get("doors", {}).values())
     return min(8 * numbers + _HEADER * (len(heights) + 1) + doors, _MAX_BYTES)
-
-
-def _largest_doors(base: Mapping[str, Any]) -> int:
-    """The most bytes that the increments of further doors can take: of full rank, in float64."""
-    widths = base.get("doors", {}).values()
-    return min(sum(8 * 2 * width**2 + _HEADER for width in widths) + _HEADER, _MAX_BYTES)
 
 
 def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, Any]) -> str:

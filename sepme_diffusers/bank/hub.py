@@ -25,7 +25,7 @@ from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.contents import Contents, read, write
 from sepme_diffusers.bank.entry import Origin, base_model
 from sepme_diffusers.bank.errors import BankError, PolicyError
-from sepme_diffusers.bank.folder import BankFolder, read_files
+from sepme_diffusers.bank.folder import BankFolder
 from sepme_diffusers.bank.layout import ASSETS, CARD, MANIFEST, SIGNATURE
 from sepme_diffusers.bank.manifest import seal
 from sepme_diffusers.bank.signing import sign
@@ -102,7 +102,7 @@ class _Download:
         bank = self.bank
         records = bank.manifest(self.wanted)["concepts"].values()
         # The snapshot's folder is named by its commit: a push in between must not mix two banks.
-        self._fetch([file for record in records for file in read_files(record)], self._pinned())
+        self._fetch([record["file"] for record in records], self._pinned())
         return read(bank.folder, self.wanted, self.public_key), bank.manifest()["concepts"]
 
     def repair(self) -> bool:

@@ -10,10 +10,8 @@ ASSETS = "assets"
 
 TEXT_FILE = "text_increment.safetensors"
 LORA_FILE, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# A compact per-module increment, which is no LoRA.
+# A per-module increment that is no LoRA: a compact one, or one that acts at further doors too.
 MODULE_FILE = "module_increment.safetensors"
-# What a per-module increment does at further doors; a text-side one has that in its own file.
-DOORS_FILE = "doors.safetensors"
 WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
 
 LOCK = ".sepme_bank.lock"

@@ -16,7 +16,7 @@ from typing import Any
 from jsonschema_rs import Draft202012Validator, ValidationError
 
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.layout import DOORS_FILE, LORA_CONFIG, WEIGHTS
+from sepme_diffusers.bank.layout import LORA_CONFIG, WEIGHTS
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.spelling import look_alikes, slug
 
@@ -247,6 +247,5 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
         holders[folder] = name
         if record["rank"] > manifest["base"]["width"]:
             yield f"concept {name!r}: a rank of {record['rank']} exceeds the width {manifest['base']['width']}"
-        allowed = {LORA_CONFIG, DOORS_FILE} if record["form"] == "module" else {LORA_CONFIG}
-        if wrong := set(record.get("beside", {})) - allowed:
+        if wrong := set(record.get("beside", {})) - {LORA_CONFIG}:
             yield f"concept {name!r}: unknown files beside its weights: {sorted(wrong)}"

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
 from sepme_diffusers.bank.errors import BankError
 from sepme_diffusers.bank.folder import BankFolder, increment_files, sha256
-from sepme_diffusers.bank.layout import CARD, DOORS_FILE, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
+from sepme_diffusers.bank.layout import CARD, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
 from sepme_diffusers.bank.manifest import examine
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import leakage
-from sepme_diffusers.text.encoding import encode
+from sepme_diffusers.text.encoding import TOKENS, encode_doors
 
 # The base (None where it cannot be read), entries, faults of the folder, faults by concept, and notes.
 _Found = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]
@@ -100,7 +99,7 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
             weights were rounded to half precision, a guard may move by up to 2 %, and a note says so.
 
     Raises:
-        ValueError: If the pipeline has no text encoder.
+        ValueError: If the pipeline has no text encoder, or no embedding for a door at which increments act.
 
     Example:
         >>> from sepme_diffusers import SepMEPipeline, pocket
@@ -205,7 +204,6 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
 def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
     """What is wrong with the files beside the weights that this package writes for other tools and never reads."""
     wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
-    wanted.pop(DOORS_FILE, None)  # the reader's, who has checked it
     for name, digest in wanted.items():
         path = _beside(record, name)
         try:
@@ -230,7 +228,7 @@ def _config_of(record: Mapping[str, Any]) -> list[str]:
 
 def _differing(data: bytes, increment: Increment) -> list[str]:
     """The settings of a PEFT config that are not those of the increment's LoRA."""
-    if increment.form == "text" or increment.is_compact:
+    if increment.form == "text" or increment.is_compact or increment.doors:
         return ["an increment that is no LoRA has none"]
     ours = json.loads(increment_files(increment, torch.float32)[LORA_CONFIG])
     try:
@@ -286,12 +284,14 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
     prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
     if not prompts:
         return {}
-    weights = projection_weights(pipe.unet)
-    tokens: dict[str, Tensor] = dict(zip(prompts, encode(pipe, prompts), strict=True))
-    leaks = {}
+    weights, embeddings = projection_weights(pipe.unet), encode_doors(pipe, prompts)
+    if missing := {door for entry in entries.values() for door in entry.increment.doors} - embeddings.keys():
+        raise ValueError(f"increments act at the doors {sorted(missing)}, for which the pipeline has no embedding")
+    places, leaks = {prompt: place for place, prompt in enumerate(prompts)}, {}
     for name, entry in entries.items():
         if entry.guards:
-            measured = leakage(entry.increment, torch.stack([tokens[prompt] for prompt in entry.guards]), weights)
+            of_guards = {door: rows[[places[guard] for guard in entry.guards]] for door, rows in embeddings.items()}
+            measured = leakage(entry.increment, of_guards[TOKENS], weights, further=of_guards)
             leaks[name] = dict(zip(entry.guards, measured.tolist(), strict=True))
     return leaks
 

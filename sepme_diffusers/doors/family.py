@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-TOKENS, POOLED = "tokens", "pooled"
+from sepme_diffusers.text.encoding import POOLED, TOKENS
+
+__all__ = ["POOLED", "TOKENS", "Door", "Family"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,14 @@ class Door:
             (rows, d).
         argument: The argument; "argument.key" where it is a dictionary.
         optional: A pass may leave it out.
+        linear: The Linear of the denoiser that is the first and only one to read a further door's embedding, in its
+            first columns. By it an edit at the door can be written as a change of weights. Default: there is none.
     """
 
     name: str
     argument: str
     optional: bool = False
+    linear: str | None = None
 
 
 @dataclass(frozen=True)

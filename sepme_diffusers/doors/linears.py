@@ -68,7 +68,7 @@ def projection_weights(denoiser: nn.Module) -> dict[str, Tensor]:
 
     Quantised or offloaded weights are read through what the module computes, in float32 on the CPU.
     """
-    return {name: _weight(linear_of(module)) for name, module in text_projections(denoiser).items()}
+    return {name: linear_weight(module) for name, module in text_projections(denoiser).items()}
 
 
 def projection_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
@@ -96,7 +96,9 @@ def _is_dense(linear: nn.Linear) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.shape == shape and not offloaded
 
 
-def _weight(linear: nn.Linear) -> Tensor:
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight (d_out, d_in) of a Linear, without any adapter on top; see `projection_weights`."""
+    linear = linear_of(module)
     return linear.weight.detach() if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T
 
 

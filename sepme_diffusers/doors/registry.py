@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from sepme_diffusers.doors.controlnet import CONTROLNET
 from sepme_diffusers.doors.family import Family
+from sepme_diffusers.doors.linears import linear_weight
 from sepme_diffusers.doors.unet import UNET
 
 _FAMILIES: dict[str, Family] = {}
@@ -96,6 +97,19 @@ def is_helper(module: nn.Module) -> bool:
 def drawing_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline that draw, by the name of their component; see `denoisers_of`."""
     return {name: module for name, module in denoisers_of(pipe).items() if not is_helper(module)}
+
+
+def door_linears(denoiser: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """The Linears that read the embeddings of further doors, by door: the name and the weight (d_out, d_in).
+
+    The embedding stands in the weight's first columns. Doors that no Linear of the denoiser reads are left out.
+    """
+    modules = dict(denoiser.named_modules())
+    return {
+        door.name: (door.linear, linear_weight(modules[door.linear]))
+        for door in _family(denoiser).doors
+        if door.linear is not None and door.linear in modules
+    }
 
 
 def _family(module: nn.Module) -> Family:

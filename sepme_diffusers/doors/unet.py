@@ -9,7 +9,7 @@ UNET = Family(
     doors=(
         Door(TOKENS, "encoder_hidden_states"),
         # The pooled vector of Stable Diffusion XL; other UNets have none.
-        Door(POOLED, "added_cond_kwargs.text_embeds", optional=True),
+        Door(POOLED, "added_cond_kwargs.text_embeds", optional=True, linear="add_embedding.linear_1"),
     ),
     entry="conv_in",
     linears=text_projections,

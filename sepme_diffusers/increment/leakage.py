@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from sepme_diffusers.increment.increment import Increment
 
 # Below this leakage a guarded prompt's latents stay within 1e-4 of the original's.
 _EXACT = 1e-5
-
-
 # A reading this close below the gate may open it where embeddings are rounded in another way.
 _MARGIN = 0.1
 
@@ -23,14 +22,16 @@ def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([(tokens.float() @ weight.float().T).norm(dim=-1).double() for weight in weights.values()], -1)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
 def leakage(
-    increment: Increment, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor | None = None
+    increment: Increment,
+    tokens: Tensor,
+    weights: Mapping[str, Tensor],
+    norms: Tensor | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Measure the largest ‖e ΔWᵀ‖ / ‖e Wᵀ‖ of a token e of each prompt, over all modules: (n_prompts,), float64.
+
+    At a further door the embedding itself counts, ‖e Aᵀ Bᵀ‖ / ‖e‖; the largest of all doors is returned.
 
     Zero for a prompt that leaves the gate shut, by a tenth of it at least: no rounding opens it elsewhere. What a
     compact A reads by its own rounding counts as zero, as at inference.
@@ -40,8 +41,23 @@ def leakage(
         tokens: The prompts' embeddings, (n_prompts, n_tokens, d).
         weights: W_m (d_out, d) by module name.
         norms: ‖e Wᵀ‖, where `output_norms` has given them already.
+        further: The prompts' embeddings at further doors, by door, (n_prompts, 1, d_door) for a pooled one.
+
+    Raises:
+        ValueError: If the increment acts at a further door whose embeddings are not given.
     """
+    if missing := increment.doors.keys() - (further or {}).keys():
+        raise ValueError(f"the increment acts at the doors {sorted(missing)}, whose embeddings are needed as well")
     norms = output_norms(tokens, weights) if norms is None else norms
+    leaks = [_leakage_at_one_door(increment, tokens, weights, norms)]
+    for door, part in increment.doors.items():
+        embeddings = (further or {})[door]
+        identity = {"": torch.eye(embeddings.shape[-1], device=embeddings.device)}
+        leaks.append(_leakage_at_one_door(part, embeddings, identity, embeddings.double().norm(dim=-1, keepdim=True)))
+    return torch.stack(leaks).amax(dim=0)
+
+
+def _leakage_at_one_door(increment: Increment, tokens: Tensor, weights: Mapping[str, Tensor], norms: Tensor) -> Tensor:
     e, a = tokens.double(), increment.A.double().to(tokens.device)
     read = e @ a.T
     if increment.is_compact:
@@ -57,24 +73,18 @@ def leakage(
     return torch.stack(shares).amax(dim=(0, 2)).cpu()
 
 
-def measured_leakage(
-    increment: Increment,
-    guards: Sequence[str],
-    tokens: Tensor,
-    weights: Mapping[str, Tensor],
-    damped: Collection[str] = (),
-    norms: Tensor | None = None,
-) -> dict[str, float | dict[str, float]]:
-    """Measure the metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
+def leakage_metrics(guards: Sequence[str], leaks: Tensor, damped: Collection[str] = ()) -> dict[str, Any]:
+    """Make the metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
 
     Args:
-        increment: The increment.
         guards: The prompts.
-        tokens: Their embeddings, (n_prompts, n_tokens, d).
-        weights: W_m (d_out, d) by module name.
+        leaks: What each of them leaks, (n_prompts,).
         damped: Prompts that are not guarded exactly: they are listed however little they leak.
-        norms: See `leakage`.
     """
-    leaks = dict(zip(guards, leakage(increment, tokens, weights, norms).tolist(), strict=True))
-    moved = {prompt: _short(leak) for prompt, leak in leaks.items() if leak > _EXACT or prompt in damped}
-    return {"leakage": _short(max(leaks.values()))} | ({"leakage_of": moved} if moved else {})
+    by_guard = dict(zip(guards, leaks.tolist(), strict=True))
+    moved = {guard: _short(leak) for guard, leak in by_guard.items() if leak > _EXACT or guard in damped}
+    return {"leakage": _short(float(leaks.max()))} | ({"leakage_of": moved} if moved else {})
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""A per-module increment as a PEFT LoRA, and back."""
+"""Changes of weights as a PEFT LoRA; a per-module increment as one, and back."""
 
 from __future__ import annotations
 
@@ -12,24 +12,38 @@ from sepme_diffusers.increment.increment import Increment
 
 _PREFIX = "base_model.model."
 
+# Changes of weights by module name: A (r, d_in) and C (d_out, r) of each ΔW = C A.
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def lora(factors: Factors) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Give changes of weights as the state dict and config of a PEFT LoRA of scale 1 (lora_alpha = r).
+
+    Args:
+        factors: What changes; all of one rank.
+    """
+    tensors = {}
+    for name, (a, c) in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = c.contiguous()
+    rank = len(next(iter(factors.values()))[0])
+    return tensors, LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(factors), bias="none")
+
 
 def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Give a per-module increment as the state dict and config of a PEFT LoRA of scale 1 (lora_alpha = r).
+    """Give a per-module increment as a PEFT LoRA, see `lora`.
 
     A LoRA has no gate: it acts on every prompt, in proportion.
 
     Raises:
-        ValueError: If the increment is text-side; `expand` it first.
+        ValueError: If the increment is text-side, or acts at further doors: what it does there is no change of weights
+            until the base's weights are known.
     """
     if increment.C is None:
         raise ValueError("a text-side increment is not a LoRA; expand it with the base's weights first")
-    tensors = {}
-    for name, c in increment.C.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = increment.A.clone()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = c.contiguous()
-    return tensors, LoraConfig(
-        r=increment.rank, lora_alpha=increment.rank, target_modules=sorted(increment.C), bias="none"
-    )
+    if increment.doors:
+        raise ValueError(f"an increment that acts at the further doors {list(increment.doors)} is not a LoRA")
+    return lora({name: (increment.A, c) for name, c in increment.C.items()})
 
 
 def from_lora(tensors: Mapping[str, Tensor]) -> Increment:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -12,15 +14,16 @@ from sepme_diffusers.algebra.imitation import imitated, separable_factors
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import measured_leakage
+from sepme_diffusers.increment.leakage import leakage, leakage_metrics
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
-from sepme_diffusers.text.encoding import Encoded, rows
+from sepme_diffusers.text.encoding import TOKENS, Encoded, rows
 
 Method = Literal["imitate", "project"]
 
@@ -43,13 +46,14 @@ def from_lora(
 
     Its change of the text projections is brought into the null space of the guards. Then it is cut to the rank, by
     its effect on the concept's own tokens. From then on it is erased, combined and restored like any other increment,
-    and leaves the guarded prompts exactly alone. What it changes elsewhere cannot be kept.
+    and leaves the guarded prompts exactly alone. The same is done with its change of the Linear that reads a further
+    door, SDXL's pooled embedding. What it changes elsewhere cannot be kept.
 
     The entry's metrics say what each step cost. `effect_kept_within_guards` and, after the cut to the rank,
     `effect_kept`: how much of the wanted change of the concept's keys and values is made (1: all of it).
-    `guard_damage_before` and `guard_damage_after`: how much of the guarded prompts' keys and values changes.
-    `share_representable`: the text projections' share of the eraser's whole change; `parts_outside`: how many other
-    modules it changes.
+    `guard_damage_before` and `guard_damage_after`: how much of the guarded prompts' keys and values changes. Of
+    several doors they give the least effect and the largest damage. `share_representable`: which share of the eraser's
+    whole change is of what reads the text; `parts_outside`: how many other modules it changes.
 
     Args:
         source: Tensors by name, a .safetensors file or a folder with one, see `weight_change.read_change`.
@@ -84,63 +88,132 @@ def from_lora(
     bank = bank if bank is not None else ConceptBank(base)
     if bank.base.width != base.width:
         raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {base.width}")
-    change = read_change(source, pipe.unet, difference)
+    change = read_change(source, pipe.unet, difference, bank.base.doors)
     if not change.inside:
         raise ValueError(
             f"nothing of this eraser can be kept: it leaves attn2.to_k and attn2.to_v as they are and changes "
-            f"{len(change.outside)} other modules, such as {list(change.outside)[:3]}"
+            f"{len(change.outside) + len(change.further)} other modules, such as "
+            f"{[*change.further, *change.outside][:3]}"
         )
-    encoded, soft = Encoded(pipe), cast("SoftGuards | None", as_soft_guards(pipe, soft_guards))
     names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
-    room = Guards(encoded, tuple(dict.fromkeys((BLANK, *guards))), names, config)
-    entries = []
-    for concept in adopted:
-        regular = None if soft is None else config.soft_guard_weight * soft.without(pipe, concept)
-        penalties = [part.cpu() for part in (room.penalty(concept), regular) if part is not None]
-        penalty = cast(Tensor, sum(penalties)) if penalties else None
-        entries.append(_entry(concept, room, penalty, encoded, change, pipe, config, method))
+    soft = cast("SoftGuards | None", as_soft_guards(pipe, soft_guards))
+    parts = _parts(change, pipe, tuple(dict.fromkeys((BLANK, *guards))), names, soft, config)
+    entries = [_entry(concept, parts, change, method) for concept in adopted]
     return bank.with_entries(entries)
 
 
-def _entry(
-    concept: Concept,
-    room: Guards,
-    penalty: Tensor | None,
-    encoded: Encoded,
+@dataclass(frozen=True)
+class _Part:
+    """What an eraser changes at one door.
+
+    Args:
+        room: The guards there.
+        weights: W_m (d_out, d) of the modules that read the door's embedding.
+        deltas: ΔW_m (d_out, d) of those that change.
+        soft: Returns what moving regular prompts costs for a concept, weighted, (d, d); or None.
+    """
+
+    room: Guards
+    weights: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
+    soft: Callable[[Concept], Tensor | None]
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """The embeddings of prompts as rows, (n, d), float64."""
+        return rows(self.room.encoded(prompts)).cpu().double()
+
+
+def _parts(
     change: WeightChange,
     pipe: Any,
+    guards: tuple[str, ...],
+    names: Iterable[str],
+    soft: SoftGuards | None,
     config: SepMEConfig,
-    method: Method,
-) -> Entry:
-    guards = room.prompts(concept)
+) -> dict[str, _Part]:
+    """What the eraser changes, by door; the tokens' first."""
+    encoded, names = Encoded(pipe), tuple(names)
+
+    def penalty(concept: Concept, door: str) -> Tensor | None:
+        return None if soft is None else config.soft_guard_weight * soft.without(pipe, concept, door)
+
+    def part(door: str, weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> _Part:
+        room = Guards(encoded.at(door), guards, names, config)
+        return _Part(room, weights, deltas, partial(penalty, door=door))
+
     weights = {name: weight.detach().cpu() for name, weight in projection_weights(pipe.unet).items()}
     deltas = {name: delta.cpu() for name, delta in change.inside.items()}
-    tokens, guarded = (rows(encoded(prompts)).cpu().double() for prompts in (concept.prompts, guards))
-    null = room.null(concept).cpu()
-    _refuse_without_effect(concept, guards, deltas, tokens, null)
-    if method == "imitate":
-        inside = imitated(deltas, tokens, null, penalty, config.ridge)
-    else:
-        inside = {name: delta.double() @ null.T @ null for name, delta in deltas.items()}
-    a, c = separable_factors(inside, tokens, null, config.rank)
-    c = {name: c.get(name, torch.zeros(len(weight), len(a))).float() for name, weight in weights.items()}
-    increment = Increment(a.float(), C=c)
-    changes = {name: factor.double() @ increment.A.double() for name, factor in c.items()}
-    original = _norm(weights, guarded)
+    parts = {TOKENS: part(TOKENS, weights, deltas)}
+    for door, delta in change.further.items():
+        module, weight = door_linears(pipe.unet)[door]
+        read = {module: weight.detach().cpu()[:, : delta.shape[1]]}
+        parts[door] = part(door, read, {module: delta.cpu()})
+    return parts
+
+
+def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, method: Method) -> Entry:
+    increments: dict[str, Increment] = {}
+    costs: list[dict[str, float]] = []
+    for door, part in parts.items():
+        if door != TOKENS and not _norm(part.deltas, part.tokens(concept.prompts)):
+            continue
+        inside, a, c = _separable(concept, part, method)
+        increments[door] = _as_increment(door, part, a, c)
+        costs.append(_costs(concept, part, inside, increments[door]))
+    increment = replace(increments.pop(TOKENS), doors=increments)
+    tokens = parts[TOKENS]
+    guards = tokens.room.prompts(concept)
+    further = {door: parts[door].room.encoded(guards).cpu() for door in increments}
+    leaks = leakage(increment, tokens.room.encoded(guards).cpu(), tokens.weights, further=further)
     metrics = {
-        "effect_kept_within_guards": _kept(inside, deltas, tokens),
-        "effect_kept": _kept(changes, deltas, tokens),
-        "guard_damage_before": _norm(deltas, guarded) / original,
-        "guard_damage_after": _norm(changes, guarded) / original,
+        **{name: min(cost[name] for cost in costs) for name in costs[0] if name.startswith("effect")},
+        **{name: max(cost[name] for cost in costs) for name in costs[0] if name.startswith("guard")},
         "source": change.kind,
         "method": method,
         "share_representable": change.share_inside,
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
-        "dimensions_left": len(null),
-        **measured_leakage(increment, guards, encoded(guards).cpu(), weights, room.damped),
+        "dimensions_left": len(tokens.room.null(concept)),
+        **leakage_metrics(guards, leaks, {name for door in (TOKENS, *increments) for name in parts[door].room.damped}),
     }
-    return Entry(concept, increment, config, guards, metrics)
+    return Entry(concept, increment, tokens.room.config, guards, metrics)
+
+
+def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """The changes inside the null space, and their factors A and C_m, cut to the rank."""
+    config = part.room.config
+    tokens, null = part.tokens(concept.prompts), part.room.null(concept).cpu()
+    _refuse_without_effect(concept, part.room.prompts(concept), part.deltas, tokens, null)
+    if method == "imitate":
+        penalties = [
+            penalty.cpu() for penalty in (part.room.penalty(concept), part.soft(concept)) if penalty is not None
+        ]
+        penalty = torch.stack(penalties).sum(dim=0) if penalties else None
+        inside = imitated(part.deltas, tokens, null, penalty, config.ridge)
+    else:
+        inside = {name: delta.double() @ null.T @ null for name, delta in part.deltas.items()}
+    return inside, *separable_factors(inside, tokens, null, config.rank)
+
+
+def _as_increment(door: str, part: _Part, a: Tensor, c: Mapping[str, Tensor]) -> Increment:
+    """The factors as an increment: per-module for the tokens, and at a further door text-side, B = W⁺ C."""
+    if door == TOKENS:
+        unchanged = {name: torch.zeros(len(weight), len(a)) for name, weight in part.weights.items()}
+        return Increment(a.float(), C={name: c.get(name, zeros).float() for name, zeros in unchanged.items()})
+    ((module, weight),) = part.weights.items()
+    return Increment(a.float(), B=(torch.linalg.pinv(weight.double()) @ c[module]).float())
+
+
+def _costs(concept: Concept, part: _Part, inside: Mapping[str, Tensor], increment: Increment) -> dict[str, float]:
+    tokens, guarded = part.tokens(concept.prompts), part.tokens(part.room.prompts(concept))
+    changes = {name: delta.double() for name, delta in increment.delta_weights(part.weights).items()}
+    original = _norm(part.weights, guarded)
+    return {
+        "effect_kept_within_guards": _kept(inside, part.deltas, tokens),
+        "effect_kept": _kept(changes, part.deltas, tokens),
+        "guard_damage_before": _norm(part.deltas, guarded) / original,
+        "guard_damage_after": _norm(changes, guarded) / original,
+    }
 
 
 def _refuse_without_effect(

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.doors.linears import linear_weight
+from sepme_diffusers.increment.peft_form import Factors
 from sepme_diffusers.interchange import original_names
-from sepme_diffusers.interchange.merge import Erased, fitting_unet, merged_increment, strengths_of
+from sepme_diffusers.interchange.merge import Erased, fitting_unet, merged_changes, strengths_of
 from sepme_diffusers.interchange.placement import checked_path, note, placed
 
 CheckpointFormat = Literal["diffusers", "single_file"]
@@ -55,7 +55,7 @@ def export_checkpoint(
     unet = fitting_unet(bank, pipe)
     strengths = strengths_of(bank, erased)
     _refuse_unfusable(unet)
-    fused = _fused_pipeline(pipe, merged_increment(bank, projection_weights(unet), strengths), dtype)
+    fused = _fused_pipeline(pipe, merged_changes(bank, unet, strengths), dtype)
     metadata = note(bank, format, strengths)
     with placed(path, format, metadata) as place:
         if format == "diffusers":
@@ -104,7 +104,7 @@ def _refuse_unfusable(unet: nn.Module) -> None:
         )
 
 
-def _fused_pipeline(pipe: DiffusionPipeline, increment: Increment, dtype: torch.dtype | None) -> DiffusionPipeline:
+def _fused_pipeline(pipe: DiffusionPipeline, changes: Factors, dtype: torch.dtype | None) -> DiffusionPipeline:
     """A pipeline of the plain class in diffusers that shares with the given one what stays as it is."""
     fused = copy.copy(pipe)
     package = __name__.split(".")[0]
@@ -112,20 +112,21 @@ def _fused_pipeline(pipe: DiffusionPipeline, increment: Increment, dtype: torch.
     modules = {name: unwrap_module(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, module in modules.items():
         if name == "unet":
-            setattr(fused, name, _fused_unet(module, increment, dtype))
+            setattr(fused, name, _fused_unet(module, changes, dtype))
         else:
             setattr(fused, name, module if dtype is None else copy.deepcopy(module).to(dtype))
     return fused
 
 
-def _fused_unet(unet: UNet2DConditionModel, increment: Increment, dtype: torch.dtype | None) -> UNet2DConditionModel:
+def _fused_unet(unet: UNet2DConditionModel, changes: Factors, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """A UNet of its own modules, so that no hook and no failure can touch the given one; tensors are shared."""
     with torch.device("meta"):
         fused = type(unet).from_config(unet.config)
-    weights = projection_weights(unet)
-    sums = {
-        f"{name}.weight": weights[name].float() + delta for name, delta in increment.delta_weights(weights).items()
-    }
+    modules = dict(unet.named_modules())
+    sums = {}
+    for name, (a, c) in changes.items():
+        weight = linear_weight(modules[name]).float()
+        sums[f"{name}.weight"] = weight + (c @ a).to(weight.device)
     own = unet.state_dict()
     state = {key: sums.get(key, own[key]).to(dtype or own[key].dtype) for key in fused.state_dict()}
     fused.load_state_dict(state, assign=True)

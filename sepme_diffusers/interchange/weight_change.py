@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.interchange import original_names
 
 Source = str | Path | Mapping[str, Tensor]
@@ -41,24 +42,28 @@ class WeightChange:
     Args:
         kind: What it was read from.
         inside: ΔW_m (d_out, d) of each text projection that changes, float32.
+        further: ΔW (d_out, d) of the Linear that reads a further door's embedding, in the columns that do, by door.
         outside: ‖ΔW‖ of everything else that changes, by the name in the source; a bank cannot hold it.
         unread: Names in the source that are no part of the UNet and were not compared.
     """
 
     kind: Literal["lora", "weights"]
     inside: Mapping[str, Tensor]
+    further: Mapping[str, Tensor]
     outside: Mapping[str, float]
     unread: tuple[str, ...] = ()
 
     @property
     def share_inside(self) -> float:
-        """The text projections' share of the whole change, by squared norm."""
-        inside = sum(float(delta.double().square().sum()) for delta in self.inside.values())
+        """The share of the whole change that is of what reads the text, by squared norm."""
+        inside = sum(float(delta.double().square().sum()) for delta in (*self.inside.values(), *self.further.values()))
         outside = sum(norm**2 for norm in self.outside.values())
         return inside / (inside + outside) if inside + outside else 0.0
 
 
-def read_change(source: Source, unet: nn.Module, difference: bool = False) -> WeightChange:
+def read_change(
+    source: Source, unet: nn.Module, difference: bool = False, doors: Mapping[str, int] | None = None
+) -> WeightChange:
     """Read what an eraser changes, from tensors or from a file.
 
     Args:
@@ -66,6 +71,7 @@ def read_change(source: Source, unet: nn.Module, difference: bool = False) -> We
             keys, or edited weights of the UNet in diffusers' or the original names (all, or those that changed).
         unet: The UNet that the eraser was made on.
         difference: The source's weights are differences, not edited weights.
+        doors: {door: width of its embedding} of the further doors to keep. A change at others counts as outside.
 
     Raises:
         FileNotFoundError: If there is no such file, or none in the folder.
@@ -73,8 +79,8 @@ def read_change(source: Source, unet: nn.Module, difference: bool = False) -> We
     """
     tensors, settings = _load(source)
     if any(_FACTOR.fullmatch(key) for key in tensors):
-        return _lora_change(tensors, settings, unet)
-    return _weight_change(tensors, unet, difference)
+        return _lora_change(tensors, settings, unet, doors or {})
+    return _weight_change(tensors, unet, difference, doors or {})
 
 
 def _load(source: Source) -> tuple[dict[str, Tensor], LoraConfig | None]:
@@ -104,7 +110,9 @@ def _file(path: Path) -> Path:
     return file
 
 
-def _lora_change(tensors: dict[str, Tensor], settings: LoraConfig | None, unet: nn.Module) -> WeightChange:
+def _lora_change(
+    tensors: dict[str, Tensor], settings: LoraConfig | None, unet: nn.Module, doors: Mapping[str, int]
+) -> WeightChange:
     factors: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -115,17 +123,17 @@ def _lora_change(tensors: dict[str, Tensor], settings: LoraConfig | None, unet: 
     unknown += [f"{module} (one factor of two)" for module, pair in factors.items() if len(pair) < 2]
     if unknown or (settings is not None and settings.use_dora):
         raise ValueError(f"not a plain LoRA but DoRA, LyCORIS or a damaged file: {unknown or 'its settings say DoRA'}")
-    own_names = _own_names(projection_weights(unet), unet)
-    inside: dict[str, Tensor] = {}
+    own_names = _own_names(_text_weights(unet), unet)
+    read: dict[str, Tensor] = {}
     outside: dict[str, float] = {}
     for module, pair in factors.items():
         scale = _scale(module, len(pair["down"]), tensors.get(f"{module}.alpha"), settings)
         delta = scale * pair["up"].flatten(1).float() @ pair["down"].flatten(1).float()
         if module in own_names:
-            inside[own_names[module]] = delta
+            read[own_names[module]] = delta
         elif norm := float(delta.norm()):
             outside[module] = norm
-    return WeightChange("lora", _fitting(inside, unet), outside)
+    return _sorted_out("lora", read, outside, unet, doors)
 
 
 def _scale(module: str, rank: int, alpha: Tensor | None, settings: LoraConfig | None) -> float:
@@ -137,11 +145,13 @@ def _scale(module: str, rank: int, alpha: Tensor | None, settings: LoraConfig | 
     return own / (rank**0.5 if settings.use_rslora else rank)
 
 
-def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool) -> WeightChange:
+def _weight_change(
+    tensors: dict[str, Tensor], unet: nn.Module, difference: bool, doors: Mapping[str, int]
+) -> WeightChange:
     base = {name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items()}
     own_names = _own_names(base, unet)
-    projections = {f"{name}.weight": name for name in projection_weights(unet)}
-    inside: dict[str, Tensor] = {}
+    readers = {f"{name}.weight": name for name in _text_weights(unet)}
+    read: dict[str, Tensor] = {}
     outside: dict[str, float] = {}
     for key in tensors.keys() & own_names.keys():
         name, new = own_names[key], tensors[key]
@@ -154,8 +164,8 @@ def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool
         delta = new.float() - old.float()
         if not delta.any():
             continue
-        if name in projections:
-            inside[projections[name]] = delta
+        if name in readers:
+            read[readers[name]] = delta
         else:
             outside[key] = float(delta.norm())
     unread = tuple(key for key in tensors if key not in own_names)
@@ -164,15 +174,38 @@ def _weight_change(tensors: dict[str, Tensor], unet: nn.Module, difference: bool
             f"nothing in it is a LoRA or a weight of this UNet; its keys are like {list(unread[:3])}, understood are "
             "PEFT's, diffusers' and kohya's LoRA keys, and weights in diffusers' or the original names"
         )
-    return WeightChange("weights", _fitting(inside, unet), outside, unread)
+    return _sorted_out("weights", read, outside, unet, doors, unread)
 
 
-def _fitting(inside: dict[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
-    weights = projection_weights(unet)
-    both = {name: (tuple(delta.shape), tuple(weights[name].shape)) for name, delta in inside.items()}
+def _text_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """The weights of everything that reads text, by module name: text projections, and what reads further doors."""
+    return projection_weights(unet) | dict(door_linears(unet).values())
+
+
+def _sorted_out(
+    kind: Literal["lora", "weights"],
+    read: dict[str, Tensor],
+    outside: dict[str, float],
+    unet: nn.Module,
+    doors: Mapping[str, int],
+    unread: tuple[str, ...] = (),
+) -> WeightChange:
+    """Sort the changes of what reads text into text projections, further doors, and columns that read no text."""
+    weights = _text_weights(unet)
+    both = {name: (tuple(delta.shape), tuple(weights[name].shape)) for name, delta in read.items()}
     if wrong := {name: shapes for name, shapes in both.items() if shapes[0] != shapes[1]}:
         raise ValueError(f"made for another UNet: shapes (eraser, UNet) differ: {wrong}")
-    return {name: inside[name] for name in weights if name in inside}
+    further: dict[str, Tensor] = {}
+    for door, (module, _) in door_linears(unet).items():
+        if module not in read:
+            continue
+        text, others = read.pop(module).tensor_split([doors.get(door, 0)], dim=1)
+        if text.any():
+            further[door] = text
+        if others.any():
+            outside[module] = float(others.norm())
+    inside = {name: read[name] for name in weights if name in read}
+    return WeightChange(kind, inside, further, outside, unread)
 
 
 def _own_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:

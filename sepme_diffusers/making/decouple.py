@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sepme_diffusers.algebra.imitation import imitation
@@ -15,22 +16,24 @@ from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_w
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import measured_leakage
 from sepme_diffusers.making.guards import Guards
-from sepme_diffusers.text.encoding import Encoded, rows
+from sepme_diffusers.making.measure import LeakageMeter
+from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import TOKENS, Encoded, rows
 
 # Below this share of its effect, what is left of an increment is rounding.
 _LEAST_KEPT = 1e-3
 
 
 def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
-    """The bank with every increment guarded on the name of every other concept: A is projected, A NᵀN.
+    """Guard every increment of the bank on the name of every other concept: A is projected, A NᵀN.
 
-    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, `imitation`: names are
+    Where the names do not all fit (see `guards.Guards`) A becomes A K instead, with K of `imitation`: names are
     damped by what of them a direction holds, and what leaks is measured.
 
     An increment that knew all of them already is left as it is. What it cost each of the others is in its metrics:
-    `effect_kept`, the share of its change of its own prompts' keys and values that is left, and `decoupled_from`.
+    `effect_kept`, the share of its change of its own prompts' keys and values that is left (or of their embedding at a
+    further door, where less is left), and `decoupled_from`.
 
     Args:
         bank: The bank; it is not changed.
@@ -61,37 +64,51 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
 def _decoupled(
     entry: Entry, unknown: list[str], bank: ConceptBank, encoded: Encoded, weights: Mapping[str, Tensor]
 ) -> Entry:
-    guards, old = (*entry.guards, *unknown), entry.increment
+    guards, concept = (*entry.guards, *unknown), entry.concept
     damped = entry.metrics.get("leakage_of", {})
     hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
-    room = Guards(encoded, hard, [name for name in (*bank, *damped) if name != entry.concept.name], entry.config)
-    null, tokens, a = room.null(entry.concept).cpu(), rows(encoded(entry.concept.prompts)).cpu(), old.A.cpu()
-    if (penalty := room.penalty(entry.concept)) is None:
-        a = project(a, null)
-    else:
-        a = a.double() @ imitation(tokens, null, penalty.cpu(), entry.config.ridge)
-    increment = replace(old, A=a.to(old.A.dtype))
-    kept = _effect_kept(old, increment, tokens, weights)
+    names = [name for name in (*bank, *damped) if name != concept.name]
+    old = {TOKENS: entry.increment, **entry.increment.doors}
+    rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in old}
+    new = {door: _projected(part, concept, rooms[door]) for door, part in old.items()}
+    kept = min(_effect_kept(part, new[door], concept, rooms[door], weights) for door, part in old.items())
     if kept < _LEAST_KEPT:
         raise ValueError(
-            f"guarded on {unknown} as well, nothing would be left of the increment of {entry.concept.name!r} "
+            f"guarded on {unknown} as well, nothing would be left of the increment of {concept.name!r} "
             f"(share of its effect: {kept:.1e}); make it anew with fewer guards"
         )
-    if old.gate is not None:
-        own = encoded(entry.concept.prompts)
-        increment = increment.gated(own, old.gate / float(old.reading(own).min()))
+    increment = replace(new.pop(TOKENS), doors=new)
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **measured_leakage(increment, guards, encoded(guards), weights, room.damped),
-        "dimensions_left": len(null),
+        **LeakageMeter(encoded, weights).metrics(
+            increment, guards, {n for room in rooms.values() for n in room.damped}
+        ),
+        "dimensions_left": len(rooms[TOKENS].null(concept)),
         "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
     }
     return replace(entry, increment=increment, guards=guards, metrics=metrics)
 
 
-def _effect_kept(old: Increment, new: Increment, tokens: Tensor, weights: Mapping[str, Tensor]) -> float:
+def _projected(old: Increment, concept: Concept, room: Guards) -> Increment:
+    """The increment with A in the null space, or damped where the names do not fit; its gate at the same share."""
+    null, penalty, a = room.null(concept).cpu(), room.penalty(concept), old.A.cpu()
+    own = room.encoded(concept.prompts).cpu()
+    if penalty is None:
+        a = project(a, null)
+    else:
+        a = a.double() @ imitation(rows(own), null, penalty.cpu(), room.config.ridge)
+    new = replace(old, A=a.to(old.A.dtype))
+    return new if old.gate is None else new.gated(own, old.gate / float(old.reading(own).min()))
+
+
+def _effect_kept(
+    old: Increment, new: Increment, concept: Concept, room: Guards, weights: Mapping[str, Tensor]
+) -> float:
     """⟨E ΔW'ᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖² over all modules: both have the same coefficients C."""
-    gram = cast(Tensor, sum(c.double().T @ c.double() for c in old.coefficients(weights).values())).cpu()
-    before, after = (tokens.double() @ increment.A.double().cpu().T for increment in (old, new))
+    tokens = rows(room.encoded(concept.prompts)).cpu().double()
+    # A further door's increment changes the embedding itself.
+    outputs = weights if room.encoded.door == TOKENS else {"": torch.eye(tokens.shape[1])}
+    gram = torch.stack([c.double().T @ c.double() for c in old.coefficients(outputs).values()]).sum(dim=0).cpu()
+    before, after = (tokens @ increment.A.double().cpu().T for increment in (old, new))
     return float(((after @ gram) * before).sum() / ((before @ gram) * before).sum())

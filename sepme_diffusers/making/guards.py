@@ -1,4 +1,4 @@
-"""Guards: what an increment may not change at all, what it is made to change little, and how much room that leaves."""
+"""Guards: what an increment may not change, what it should change little, and how much room that leaves."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ _SAME = 1e-6
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is room for, before anything is made.
+    """How much room there is for an increment, known before it is made.
+
+    Dimensions and reach are of the tokens. A further door has room for as many prompts as it is wide.
 
     Args:
         concept: What would be erased.
-        dimensions: d, of the text embedding.
-        dimensions_left: Of these, how many an increment of the concept may use.
+        dimensions: d, the width of the text embedding.
+        dimensions_left: How many of these an increment of the concept may use.
         dimensions_taken: How many its name takes from every other increment that guards it exactly.
-        exact: Whether the names of the other concepts are guarded exactly. If not they are damped.
+        exact: Whether the names of the other concepts are guarded exactly, at every door. If not they are damped.
         reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
         leakage: The largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which its closed-form increment moves another name.
     """
@@ -49,14 +51,13 @@ class Capacity:
 class Guards:
     """The guards of the increments of one bank.
 
-    While the names of all concepts leave room they are guarded exactly, each by every other increment. Above that,
-    names are damped: moving them costs, by how much of them a direction holds. The prompts listed as guards are always
-    exact.
+    As long as the names of all concepts leave room, every increment guards every other concept's name exactly. Beyond
+    that, names are damped: an increment pays for moving them. The prompts listed as guards are always exact.
 
     Args:
         encoded: Embeddings of prompts.
         hard: Prompts that no increment may change.
-        names: Of the concepts.
+        names: The concepts' names.
         config: `guard_tolerance`, `reserve`, `name_weight`.
     """
 
@@ -75,7 +76,7 @@ class Guards:
             )
 
     def prompts(self, concept: Concept) -> tuple[str, ...]:
-        """What an increment of the concept guards: the hard prompts, and every name but its own."""
+        """Return what an increment of the concept guards: the hard prompts, and every name but its own."""
         return (*self.hard, *(name for name in self.names if name != concept.name))
 
     @property
@@ -84,11 +85,11 @@ class Guards:
         return () if self.exact else self.names
 
     def null(self, concept: Concept) -> Tensor:
-        """N, orthonormal rows (k, d) of what an increment of the concept may use."""
+        """Return N, orthonormal rows (k, d) of what an increment of the concept may use."""
         return self._exact_null(concept) if self.exact else self._hard_null
 
     def penalty(self, concept: Concept) -> Tensor | None:
-        """The damped names' outer product, summed over names and averaged over tokens, weighted, (d, d); or None."""
+        """Return P (d, d): the weighted outer products of damped names' tokens, summed over names; None if exact."""
         if self.exact:
             return None
         own = [name for name in self.names if name == concept.name]
@@ -96,7 +97,7 @@ class Guards:
         return self.config.name_weight * energy
 
     def penalty_inside(self, concept: Concept) -> Tensor | None:
-        """N P Nᵀ (k, k) of `penalty` P and `null` N; what all names have in common is computed once. Or None."""
+        """Return N P Nᵀ (k, k) of `penalty` P and `null` N, from parts that are computed once; None if exact."""
         if self.exact:
             return None
         energy = self._name_energy_inside
@@ -106,10 +107,10 @@ class Guards:
         return self.config.name_weight * energy
 
     def refuse_unreachable(self, concept: Concept) -> float:
-        """‖E P‖ / ‖E‖: how much of the concept's embedding an increment can touch at all.
+        """Check that an increment can touch some of the concept's embedding, and return the share ‖E P‖ / ‖E‖.
 
         Raises:
-            ValueError: If that is nothing, with the guards to blame where one is the same prompt.
+            ValueError: If it cannot. If a guard is the same prompt to the text encoder, the message names it.
         """
         guarded, embeddings = self.encoded(self.prompts(concept)), self.encoded(concept.prompts)
         for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
@@ -131,7 +132,7 @@ class Guards:
         return reach
 
     def dimensions_taken(self, concept: Concept) -> int:
-        """How many dimensions the concept's name takes from each increment that guards it exactly."""
+        """Return how many dimensions the concept's name takes from each increment that guards it exactly."""
         with_it = row_space(rows(self.encoded((*self.prompts(concept), concept.name))), self.config.guard_tolerance)
         without = row_space(rows(self.encoded(self.prompts(concept))), self.config.guard_tolerance)
         return len(with_it) - len(without)

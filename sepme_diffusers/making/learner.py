@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -28,6 +28,10 @@ class Learner:
         pictures: Noisy pictures of the concept.
         config: The settings.
         start: An increment to start from, its A within the span of the basis. Default: zero.
+        doors: What the increment does at further doors of the denoiser; it acts in training and is not learnt.
+
+    Raises:
+        ValueError: If text-side training is to start from a per-module increment.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Learner:
         pictures: NoisyPictures,
         config: SepMEConfig,
         start: Increment | None = None,
+        doors: Mapping[str, Increment] | None = None,
     ) -> None:
         self.name, self.pictures, self.weights = name, pictures, weights
         self.device = next(iter(weights.values())).device
@@ -45,6 +50,7 @@ class Learner:
         self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
         self.steps_per_batch = config.steps_per_batch
         self._reference: Reference
+        self.doors = doors or {}
         self.stopped = False
         self.warm = start is not None
         self.factors = {key: factor.requires_grad_() for key, factor in self._first(config, start).items()}
@@ -56,8 +62,12 @@ class Learner:
             return {key: torch.zeros(height, r, device=self.device) for key, height in heights.items()}
         # Coordinates of its A in the basis: A = L S.
         coordinates = start.A.double().to(self.device) @ torch.linalg.pinv(self.basis.double())
-        shared = config.parametrisation == "text"
-        factors = {SHARED: cast(Tensor, start.B)} if shared else start.coefficients(self.weights)
+        if config.parametrisation == "module":
+            factors = start.coefficients(self.weights)
+        elif start.B is not None:
+            factors = {SHARED: start.B}
+        else:
+            raise ValueError("text-side training cannot start from a per-module increment")
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
 
     def reference(self, unet: ModelMixin) -> Reference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -17,6 +17,7 @@ from sepme_diffusers.doors.attachment import attached as attach_edit
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import plain
 from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.gradients import frozen, gradients
 from sepme_diffusers.making.learner import SHARED, Learner
 from sepme_diffusers.making.noise import Reference
@@ -122,20 +123,23 @@ def take_step(
         losses.append(loss.item())
         scales.append(reference.correlation)
     floors = [learner.stop.threshold(scale) for learner, scale in zip(active, scales, strict=True)]
-    shares = balance(losses, floors)
-    optimizer.zero_grad()
-    for learner in active:
-        for key, of_norm in learner.sparsity_gradient().items():
-            learner.factors[key].grad = config.sparsity * of_norm
-    for share, of_loss in zip(shares, slopes, strict=True):
-        for factor, slope in zip(factors, of_loss, strict=True):
-            if slope is not None:
-                cast(Tensor, factor.grad).add_(share * slope)
+    sparsity = [slope for learner in active for slope in learner.sparsity_gradient().values()]
+    for factor, slope in zip(factors, sparsity, strict=True):
+        factor.grad = config.sparsity * slope
+    for share, of_factors in zip(balance(losses, floors), slopes, strict=True):
+        _add_gradients(factors, share, of_factors)
     optimizer.step()
+    optimizer.zero_grad()
     for learner, value, scale in zip(active, losses, scales, strict=True):
         learner.stopped = learner.stop.update(value, scale)
         if on_step is not None:
             on_step(Step(learner.name, learner.stop.step, value, learner.stop.value))
+
+
+def _add_gradients(factors: Sequence[Tensor], share: float, slopes: Sequence[Tensor | None]) -> None:
+    for factor, slope in zip(factors, slopes, strict=True):
+        if factor.grad is not None and slope is not None:
+            factor.grad += share * slope
 
 
 def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
@@ -171,7 +175,7 @@ def attached(unet: ModelMixin, learners: Sequence[Learner]) -> AbstractContextMa
 
 @dataclass(frozen=True, eq=False)
 class LearnersEdit:
-    """The increments of learners as an edit of a denoiser: at the first door, or behind its text Linears.
+    """The increments of learners as an edit of a denoiser: at its doors, or behind its text Linears.
 
     Args:
         learners: Those whose increments act; all text-side or all per-module.
@@ -185,17 +189,27 @@ class LearnersEdit:
         return SHARED not in self.learners[0].factors
 
     def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The edited tokens, or the unedited ones for `change` to read."""
-        e = embeddings[TOKENS]
-        if self.at_linears:
-            return {}, e
-        return {TOKENS: e + self._sum(e, SHARED)}, e
+        """Return the edited embeddings by door, and the unedited tokens for `change` to read."""
+        tokens = embeddings[TOKENS]
+        edited = {} if self.at_linears else {TOKENS: tokens + self._sum(tokens, SHARED)}
+        for learner in self.learners:
+            for door, increment in learner.doors.items():
+                edited[door] = _edited(edited.get(door, embeddings[door]), embeddings[door], increment)
+        return edited, tokens
 
     def change(self, name: str, reading: Tensor) -> Tensor:
-        """What the increments add to the output of a Linear that reads the tokens."""
+        """Return what the increments add to the output of a Linear that reads the tokens."""
         return self._sum(reading, name)
 
     def _sum(self, embedding: Tensor, key: str) -> Tensor:
         e = embedding.float()
         changes = [(e @ learner.basis.T) @ learner.factors[key].T for learner in self.learners]
         return torch.stack(changes).sum(dim=0).to(embedding.dtype)
+
+
+def _edited(edited: Tensor, embedding: Tensor, increment: Increment) -> Tensor:
+    """Add to an edited embedding (n, d) what a text-side increment makes of the unedited one, whatever its gate."""
+    if increment.B is None:
+        raise ValueError("what an increment does at a further door must be text-side")
+    a, b = (factor.to(embedding.device).float() for factor in (increment.A, increment.B))
+    return edited + ((embedding.float() @ a.T) @ b.T).to(embedding.dtype)

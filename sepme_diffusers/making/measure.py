@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import leakage, measured_leakage, output_norms
+from sepme_diffusers.increment.leakage import leakage, leakage_metrics, output_norms
 from sepme_diffusers.text.encoding import Encoded
 
 
@@ -26,14 +26,17 @@ class LeakageMeter:
         self._known_norms: dict[str, Tensor] = {}
 
     def largest(self, increment: Increment, prompts: Sequence[str]) -> float:
-        """The largest leakage on one of the prompts; 0 for no prompts."""
-        if not prompts:
-            return 0.0
-        return float(leakage(increment, self._encoded(prompts), self._weights, self._norms(prompts)).max())
+        """Return the largest leakage on one of the prompts, at any door; 0 for no prompts."""
+        return float(self._leaks(increment, prompts).max()) if prompts else 0.0
 
     def metrics(self, increment: Increment, guards: Sequence[str], damped: Collection[str]) -> dict[str, Any]:
-        """The metrics `leakage` and `leakage_of`, see `measured_leakage`."""
-        return measured_leakage(increment, guards, self._encoded(guards), self._weights, damped, self._norms(guards))
+        """Return the metrics `leakage` and `leakage_of`, see `leakage_metrics`."""
+        return leakage_metrics(guards, self._leaks(increment, guards), damped)
+
+    def _leaks(self, increment: Increment, prompts: Sequence[str]) -> Tensor:
+        """The leakage on each prompt, the largest of all doors, (n_prompts,)."""
+        further = {door: self._encoded.at(door)(prompts) for door in increment.doors}
+        return leakage(increment, self._encoded(prompts), self._weights, self._norms(prompts), further)
 
     def _norms(self, prompts: Sequence[str]) -> Tensor:
         if new := [prompt for prompt in prompts if prompt not in self._known_norms]:

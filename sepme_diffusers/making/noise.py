@@ -35,7 +35,7 @@ class Text:
         return Text(self.states[rows], {name: value[rows] for name, value in self.added.items()})
 
     def then(self, other: Text) -> Text:
-        """These rows, and those of another below."""
+        """Return these rows with those of another below."""
         added = {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()}
         return Text(torch.cat([self.states, other.states]), added)
 
@@ -98,7 +98,7 @@ class NoisyPictures:
     Args:
         pipe: The original model.
         concept: Shown by the pictures.
-        config: How many, and the seed.
+        config: How many pictures, and the seed.
         encoded: Embeddings of the concept's prompts.
         pictures: x_0; picture i shows pair i, in turns. Default: the original model draws them.
 
@@ -156,7 +156,7 @@ class NoisyPictures:
         return {"latents": self.latents, "generator": self.generator.get_state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on where another was that gave this state."""
+        """Go on from what `state` returned."""
         self.latents = state["latents"].to(self.latents.device)
         self.generator.set_state(state["generator"].cpu())
 

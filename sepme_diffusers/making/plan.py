@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,21 +22,35 @@ if TYPE_CHECKING:
 
 # The width of the text embedding for which `SepMEConfig.beta` is given: that of Stable Diffusion 1.x.
 _WIDTH_OF_BETA = 768
+# Below this share of its embedding, the change that is wanted of a concept at a further door is rounding.
+_LEAST_CHANGE = 1e-4
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The regression that the closed form solves, for any concept.
+    """The regression that the closed form solves at one door, for any concept.
 
     Args:
-        guards: What may not change, with the embeddings of prompts.
+        guards: What may not change, with the embeddings of prompts at this door.
         soft: Returns P for a concept: what moving regular prompts costs, weighted, (d, d); or None.
         output_factor: Returns Fₒ (d, p), see `reduced_rank_edit`; or None for the identity.
+        doors: The same at further doors of the denoiser, by door name.
     """
 
     guards: Guards
     soft: Callable[[Concept], Tensor | None]
     output_factor: Callable[[], Tensor | None]
+    doors: Mapping[str, Problem] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether names are guarded exactly at every door."""
+        return self.guards.exact and all(problem.exact for problem in self.doors.values())
+
+    @property
+    def damped(self) -> tuple[str, ...]:
+        """The names that are not guarded exactly at one of the doors."""
+        return () if self.exact else self.guards.names
 
     def factors(self, concept: Concept, null: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for A (r, d) and B (d, r), float64, with A in the null space (k, d).
@@ -44,10 +58,8 @@ class Problem:
         Raises:
             ValueError: If no change is wanted.
         """
-        config, encoded = self.guards.config, self.guards.encoded
-        embeddings = encoded(concept.prompts)
-        own, change = rows(embeddings), rows(encoded.anchors(concept) - embeddings)
-        output_factor = self.output_factor()
+        config, output_factor = self.guards.config, self.output_factor()
+        own, change = self._rows(concept), self._wanted_change(concept)
         factors = reduced_rank_edit(
             own,
             change,
@@ -60,10 +72,42 @@ class Problem:
         )
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
 
+    def gated(self, increment: Increment, concept: Concept) -> Increment:
+        """Set the gate that the config asks for, at a share of what the increment reads in the concept's prompts.
+
+        Raises:
+            ValueError: If it reads nothing in one of them.
+        """
+        share = self.guards.config.gate
+        return increment if share is None else increment.gated(self.guards.encoded(concept.prompts), share)
+
+    def at_doors(self, concept: Concept) -> dict[str, Increment]:
+        """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.
+
+        Raises:
+            ValueError: If the guards leave no room at one of them.
+        """
+        return {
+            door: problem._at_door(concept) for door, problem in self.doors.items() if problem._tells_apart(concept)
+        }
+
+    def _at_door(self, concept: Concept) -> Increment:
+        self.guards.refuse_unreachable(concept)
+        return self.gated(_as_increment(self.factors(concept, self.guards.null(concept))), concept)
+
+    def _tells_apart(self, concept: Concept) -> bool:
+        return float(self._wanted_change(concept).norm()) > _LEAST_CHANGE * float(self._rows(concept).norm())
+
+    def _rows(self, concept: Concept) -> Tensor:
+        return rows(self.guards.encoded(concept.prompts))
+
+    def _wanted_change(self, concept: Concept) -> Tensor:
+        return rows(self.guards.encoded.anchors(concept)) - self._rows(concept)
+
     def full_basis(self, concept: Concept, null: Tensor) -> Tensor:
         """The whole null space (k, d), with directions shortened by what of damped names they hold."""
         penalty = self.guards.penalty(concept)
-        return null if penalty is None else damped(null, penalty, rows(self.guards.encoded(concept.prompts)))
+        return null if penalty is None else damped(null, penalty, self._rows(concept))
 
 
 @dataclass(frozen=True)
@@ -77,6 +121,7 @@ class Plan:
         dimensions_left: How many dimensions of the embedding it may use.
         factors: A (r, d) and B (d, r) of the closed form, float64; None where nothing needs them.
         full_basis: The directions (k, d) of a full basis; None for an aligned one.
+        doors: What the increment does at further doors of the denoiser, which every solver takes as it is.
     """
 
     concept: Concept
@@ -85,6 +130,7 @@ class Plan:
     dimensions_left: int
     factors: tuple[Tensor, Tensor] | None
     full_basis: Tensor | None
+    doors: Mapping[str, Increment]
 
     @classmethod
     def of(cls, concept: Concept, problem: Problem, solver: Solver) -> Plan:
@@ -102,12 +148,12 @@ class Plan:
             len(null),
             problem.factors(concept, null) if solver.starts_from_closed_form or not full else None,
             problem.full_basis(concept, null) if full else None,
+            problem.at_doors(concept),
         )
 
     def closed_form(self) -> Increment:
-        """The closed form as an increment, float32 on the CPU."""
-        a, b = self._solved()
-        return Increment(a.float().cpu(), B=b.float().cpu())
+        """The closed form at the token door as an increment, float32 on the CPU."""
+        return _as_increment(self._solved())
 
     def basis(self, config: SepMEConfig, weights: Mapping[str, Tensor]) -> Tensor:
         """β S (r, d): the full basis, or the orthonormal directions that the closed form reads, scaled.
@@ -116,9 +162,7 @@ class Plan:
             config: `beta`, `relative`, `parametrisation`.
             weights: W_m (d_out, d) by module name.
         """
-        directions = self.full_basis
-        if directions is None:
-            directions = torch.linalg.svd(self._solved()[0], full_matrices=False).Vh
+        directions = self._closed_directions() if self.full_basis is None else self.full_basis
         beta = config.beta
         if config.relative:
             # An Adam step moves every coefficient by about the learning rate, so a wider basis takes a longer step.
@@ -129,6 +173,16 @@ class Plan:
                 beta /= float(torch.cat(squares).mean().sqrt())
         return beta * directions
 
+    def _closed_directions(self) -> Tensor:
+        a, _ = self._solved()
+        return torch.linalg.svd(a, full_matrices=False).Vh
+
     def _solved(self) -> tuple[Tensor, Tensor]:
-        """The factors, for what needs them; `of` has made them then."""
-        return cast(tuple[Tensor, Tensor], self.factors)
+        if self.factors is None:
+            raise ValueError(f"the plan for {self.concept.name!r} was made without the closed form")
+        return self.factors
+
+
+def _as_increment(factors: tuple[Tensor, Tensor]) -> Increment:
+    a, b = factors
+    return Increment(a.float().cpu(), B=b.float().cpu())

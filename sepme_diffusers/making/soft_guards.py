@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import covariance, nearest_covariance
 from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.doors.family import POOLED, TOKENS
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.encoding import encode, rows
+from sepme_diffusers.text.encoding import encode_doors, rows
 
 _AT_A_TIME = 1024
 # A file's float32 leaves less than this share of its largest direction.
@@ -32,9 +33,10 @@ class SoftGuards:
     Args:
         prompts: The prompts.
         covariance: SᵀS / n over all their tokens, (d, d).
+        pooled: The same over their pooled embeddings, (d_pooled, d_pooled); None where the pipeline has none.
 
     Raises:
-        ValueError: If there are no prompts, or the covariance is not a finite symmetric matrix.
+        ValueError: If there are no prompts, or a covariance is not a finite symmetric matrix.
 
     Example:
         >>> from sepme_diffusers import SepMEPipeline, pocket
@@ -45,18 +47,21 @@ class SoftGuards:
 
     prompts: tuple[str, ...]
     covariance: Tensor
+    pooled: Tensor | None = None
 
     def __post_init__(self) -> None:
-        c = self.covariance
         if not self.prompts:
             raise ValueError("soft guards need at least one prompt")
-        square = c.ndim == 2 and c.shape[0] == c.shape[1]
-        if not square or not torch.isfinite(c).all() or not torch.allclose(c, c.T, rtol=1e-4, atol=1e-6):
-            raise ValueError(f"the covariance must be a finite symmetric matrix (d, d), not of shape {tuple(c.shape)}")
+        for c in self._covariances().values():
+            square = c.ndim == 2 and c.shape[0] == c.shape[1]
+            if not square or not torch.isfinite(c).all() or not torch.allclose(c, c.T, rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    f"the covariance must be a finite symmetric matrix (d, d), not of shape {tuple(c.shape)}"
+                )
 
     @classmethod
     def from_prompts(cls, pipe: Any, prompts: Sequence[str]) -> SoftGuards:
-        """The soft guards that some prompts are; encoded in parts, so that there may be very many.
+        """Make soft guards of prompts; they are encoded in parts, so that there may be very many.
 
         Raises:
             TypeError: If a single string is given.
@@ -67,11 +72,12 @@ class SoftGuards:
         prompts = tuple(dict.fromkeys(prompts))
         if not prompts:
             raise ValueError("soft guards need at least one prompt")
-        return cls(prompts, _mean_covariance(pipe, prompts))
+        means = _mean_covariances(pipe, prompts)
+        return cls(prompts, means[TOKENS], means.get(POOLED))
 
     @classmethod
     def from_file(cls, pipe: Any, path: str | Path) -> SoftGuards:
-        """The soft guards in a text file of prompts, one a line.
+        """Make soft guards of a text file of prompts, one per line.
 
         Raises:
             OSError: If it cannot be read.
@@ -81,15 +87,17 @@ class SoftGuards:
         return cls.from_prompts(pipe, [line for line in lines if line])
 
     def save(self, path: str | Path) -> None:
-        """Write them into a .safetensors file, wholly or not at all: d (d + 1) / 2 numbers and the prompts."""
-        path = Path(path)
-        triangle = self.covariance.float().cpu()[_upper(len(self.covariance))].contiguous()
+        """Write a .safetensors file, wholly or not at all: d (d + 1) / 2 numbers per door, and the prompts."""
+        triangles = {
+            name: matrix.float().cpu()[_upper(len(matrix))].contiguous()
+            for name, matrix in self._covariances().items()
+        }
         metadata = {"format": _FORMAT, "version": "1", "prompts": json.dumps(self.prompts, ensure_ascii=False)}
-        replace_file(path, save({"covariance": triangle}, metadata))
+        replace_file(Path(path), save(triangles, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> SoftGuards:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             OSError: If it cannot be read.
@@ -97,47 +105,69 @@ class SoftGuards:
         """
         try:
             with safe_open(path, "pt") as file:
-                metadata, triangle = file.metadata() or {}, file.get_tensor("covariance")
+                metadata = file.metadata() or {}
+                matrices = {name: _symmetric(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
             prompts = tuple(map(str, json.loads(metadata["prompts"])))
-            d = round((2 * len(triangle) + 0.25) ** 0.5 - 0.5)
-            matrix = torch.zeros(d, d)
-            matrix[_upper(d)] = triangle.float()
+            covariance, pooled = matrices["covariance"], matrices.get("pooled")
             known = (metadata.get("format"), metadata.get("version")) == (_FORMAT, "1")
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no soft guards that this version can read: {error}") from error
         if not known:
             raise ValueError(f"{path} holds no soft guards that this version can read: {metadata}")
-        return cls(prompts, matrix + matrix.triu(1).T)
+        return cls(prompts, covariance, pooled)
 
-    def without(self, pipe: Any, concept: Concept) -> Tensor:
-        """The covariance of the prompts that neither name the concept nor are its own, (d, d), float64.
+    def without(self, pipe: Any, concept: Concept, door: str = TOKENS) -> Tensor:
+        """Return the covariance of the prompts that neither name the concept nor are its own, (d, d), float64.
 
             (n S − n_own S_own) / (n − n_own)
 
         Nobody can erase a concept and leave its prompts alone, so one list of regular prompts serves every concept.
 
+        Args:
+            pipe: The pipeline whose text encoder the covariance was made with.
+            concept: The concept.
+            door: The door whose embeddings are meant, "tokens" or "pooled".
+
         Raises:
             ValueError: If no prompt is left, or they are of another text encoder.
         """
+        everything = self.covariance if door == TOKENS else self.pooled
+        if everything is None:
+            raise ValueError(f"the soft guards were made with a pipeline without the door {door!r}; make them anew")
         named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
         own = [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
         if not own:
-            return nearest_covariance(self.covariance)
+            return nearest_covariance(everything)
         if len(own) == len(self.prompts):
             raise ValueError(f"every soft guard prompt is about {concept.name!r}; give regular ones")
         share = len(own) / len(self.prompts)
-        own_covariance = _mean_covariance(pipe, own).to(self.covariance.device)
-        left = (self.covariance.double() - share * own_covariance) / (1 - share)
+        own_covariance = _mean_covariances(pipe, own)[door].to(everything.device)
+        left = (everything.double() - share * own_covariance) / (1 - share)
         nearest = nearest_covariance(left)
         if torch.linalg.matrix_norm(left - nearest, 2) > _ROUNDING * torch.linalg.matrix_norm(left, 2):
             raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")
         return nearest
 
+    def _covariances(self) -> dict[str, Tensor]:
+        return {"covariance": self.covariance} | ({} if self.pooled is None else {"pooled": self.pooled})
 
-def _mean_covariance(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    parts = [prompts[start : start + _AT_A_TIME] for start in range(0, len(prompts), _AT_A_TIME)]
-    total = sum(len(part) * covariance(rows(encode(pipe, part))) for part in parts)
-    return cast(Tensor, total) / len(prompts)
+
+def _mean_covariances(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return SᵀS / n over the prompts' rows, by door."""
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(prompts), _AT_A_TIME):
+        part = prompts[start : start + _AT_A_TIME]
+        for door, embeddings in encode_doors(pipe, part).items():
+            sums[door] = sums.get(door, 0) + len(part) * covariance(rows(embeddings))
+    return {door: total / len(prompts) for door, total in sums.items()}
+
+
+def _symmetric(triangle: Tensor) -> Tensor:
+    """Return the symmetric matrix (d, d) with this upper triangle, row by row."""
+    d = round((2 * len(triangle) + 0.25) ** 0.5 - 0.5)
+    matrix = torch.zeros(d, d)
+    matrix[_upper(d)] = triangle.float()
+    return matrix + matrix.triu(1).T
 
 
 def _upper(d: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +176,7 @@ def _upper(d: int) -> tuple[Tensor, Tensor]:
 
 
 def as_soft_guards(pipe: Any, guards: SoftGuards | Tensor | Iterable[str]) -> SoftGuards | Tensor | None:
-    """Soft guards from themselves, a covariance, or prompts; None for no prompts.
+    """Make soft guards of soft guards, a covariance, or prompts; None for no prompts.
 
     Raises:
         TypeError: If a single string is given: a path, perhaps, for which there is `SoftGuards.load`.

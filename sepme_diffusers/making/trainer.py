@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sepme_diffusers.algebra.closed_form import output_factor
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
@@ -43,7 +45,7 @@ class SepMETrainer:
         guards: Prompts that no increment may change at all, beside the names of the bank's other concepts.
         soft_guards: Regular prompts that an increment should change little. Give prompts or `SoftGuards`, of which
             those that name the concept are passed over; or the mean outer product of their tokens, (d, d), which is
-            used as it is.
+            used as it is, and says nothing of further doors.
         others: Names that are guarded like the bank's concepts although they are not in it.
         on_step: Called after every training step.
         state: A folder in which training is written down every few steps, one file per concept. A trainer with the
@@ -109,7 +111,7 @@ class SepMETrainer:
         joint = self.config.coupling == "joint" and self._solver.trains
         groups = [plans] if joint else [[plan] for plan in plans]
         with unedited(self.pipe):
-            entries = shared_out(groups, lambda group: self._entries(group, problem.guards, pictures))
+            entries = shared_out(groups, lambda group: self._entries(group, problem, pictures))
         return bank.with_entries(entry for group in entries for entry in group)
 
     def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
@@ -153,7 +155,8 @@ class SepMETrainer:
             name = Path(name).name
         shapes = {name: (w.shape[0], float(w.float().norm())) for name, w in self._weights.items()}
         width = next(iter(self._weights.values())).shape[1]
-        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes)
+        doors = {door: self._encoded.at(door)([BLANK]).shape[-1] for door in self._encoded.further_doors}
+        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes, doors)
 
     def _prepared(
         self, concepts: Iterable[Concept | str], bank: ConceptBank | None
@@ -168,8 +171,20 @@ class SepMETrainer:
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in concepts for group in (concept.prompts, *concept.anchors) for p in group]
         self._encoded([*self.guards, *names, *texts, *(without for c in concepts for _, without in c.pairs)])
+        return concepts, self._problem(names), bank
+
+    def _problem(self, names: Sequence[str]) -> Problem:
+        """The closed form's problem for concepts that are guarded on these names, at every door."""
+        doors = {
+            door: Problem(
+                Guards(self._encoded.at(door), self.guards, names, self.config),
+                partial(self._soft_penalty, door=door),
+                lambda: None,  # a change counts as the embedding's own
+            )
+            for door in self._encoded.further_doors
+        }
         guards = Guards(self._encoded, self.guards, names, self.config)
-        return concepts, Problem(guards, self._soft_penalty, lambda: self._output_factor), bank
+        return Problem(guards, self._soft_penalty, lambda: self._output_factor, doors)
 
     def _checked(self, pictures: Pictures, concepts: Sequence[Concept]) -> Pictures:
         names = [concept.name for concept in concepts]
@@ -184,11 +199,12 @@ class SepMETrainer:
     def _pictures(self, concept: Concept, pictures: Pictures) -> NoisyPictures:
         return NoisyPictures(self.pipe, concept, self.config, self._encoded, pictures.get(concept.name, ()))
 
-    def _soft_penalty(self, concept: Concept) -> Tensor | None:
-        if self._soft is None:
-            return None
-        soft = self._soft if isinstance(self._soft, Tensor) else self._soft.without(self.pipe, concept)
-        return self.config.soft_guard_weight * soft.to(self._encoded.device)
+    def _soft_penalty(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
+        if isinstance(self._soft, SoftGuards):
+            soft: Tensor | None = self._soft.without(self.pipe, concept, door)
+        else:
+            soft = self._soft if door == TOKENS else None
+        return None if soft is None else self.config.soft_guard_weight * soft.to(self._encoded.device)
 
     @cached_property
     def _output_factor(self) -> Tensor:
@@ -202,12 +218,12 @@ class SepMETrainer:
             dimensions=guards.width,
             dimensions_left=plan.dimensions_left,
             dimensions_taken=guards.dimensions_taken(concept),
-            exact=guards.exact,
+            exact=problem.exact,
             reach=plan.reach,
-            leakage=self._meter.largest(self._gated(plan.closed_form(), concept), names),
+            leakage=self._meter.largest(self._finished(plan, plan.closed_form(), problem), names),
         )
 
-    def _entries(self, plans: Sequence[Plan], guards: Guards, pictures: Pictures) -> list[Entry]:
+    def _entries(self, plans: Sequence[Plan], problem: Problem, pictures: Pictures) -> list[Entry]:
         """Make the entries of concepts that are solved for together: one, or all of a joint training."""
         task = Task(
             plans,
@@ -220,15 +236,16 @@ class SepMETrainer:
         )
         entries = []
         for plan, solution in zip(plans, self._solver.solve(task), strict=True):
-            increment = self._gated(solution.increment, plan.concept)
-            leakage = self._meter.metrics(increment, plan.guards, guards.damped)
+            increment = self._finished(plan, solution.increment, problem)
+            leakage = self._meter.metrics(increment, plan.guards, problem.damped)
             metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **solution.metrics, **leakage}
             entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
         return entries
 
-    def _gated(self, increment: Increment, concept: Concept) -> Increment:
-        share = self.config.gate
-        return increment if share is None else increment.gated(self._encoded(concept.prompts), share)
+    @staticmethod
+    def _finished(plan: Plan, increment: Increment, problem: Problem) -> Increment:
+        """The solved increment with its gate, and with what it does at further doors."""
+        return replace(problem.gated(increment, plan.concept), doors=plan.doors)
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""

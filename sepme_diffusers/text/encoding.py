@@ -2,51 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.concept import BLANK, Concept
+
+# The doors for which a pipeline encodes text.
+TOKENS, POOLED = "tokens", "pooled"
 
 
 @torch.no_grad()
-def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Encode prompts as the pipeline's cross-attention reads them: e(c), (n_prompts, n_tokens, d), float32.
+def encode_doors(pipe: Any, prompts: Sequence[str], batch_size: int = 64, **settings: Any) -> dict[str, Tensor]:
+    """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
+
+    The embeddings are float32 on the pipeline's device. No random numbers are drawn, and the pipeline stays as it is.
 
     Args:
         pipe: A pipeline with `encode_prompt` (Stable Diffusion 1.x, 2.x, SDXL and their relatives).
-        prompts: The prompts; padded or cut to the text encoder's length, as at inference.
-        batch_size: Prompts encoded at a time.
+        prompts: The prompts, at least one; padded or cut to the text encoder's length, as at inference.
+        batch_size: How many prompts are encoded at a time.
+        settings: Further arguments of `encode_prompt` (`clip_skip`, `lora_scale`).
     """
-    parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    parts = [
+        _encode_together(pipe, prompts[start : start + batch_size], settings)
+        for start in range(0, len(prompts), batch_size)
+    ]
+    return {door: torch.cat([part[door] for part in parts]) for door in parts[0]}
+
+
+def _encode_together(pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     device = pipe._execution_device
     with device:  # tokenizers make tensors on torch's default device
-        embeds = [
-            pipe.encode_prompt(part, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-            for part in parts
-        ]
-    return torch.cat(embeds).float()
+        encodings = pipe.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **settings
+        )
+    doors = {TOKENS: encodings[0].float()}
+    # Stable Diffusion XL gives (tokens, negative tokens, pooled, negative pooled).
+    if len(encodings) == 4 and isinstance(encodings[2], Tensor) and encodings[2].ndim == 2:
+        doors[POOLED] = encodings[2].float()[:, None]
+    return doors
+
+
+def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Encode prompts as e(c), which the pipeline's cross-attention reads: (n_prompts, n_tokens, d), float32.
+
+    Args:
+        pipe: A pipeline, see `encode_doors`.
+        prompts: The prompts.
+        batch_size: How many prompts are encoded at a time.
+    """
+    return encode_doors(pipe, prompts, batch_size)[TOKENS]
 
 
 class Encoded:
-    """Embeddings of prompts, each encoded once.
+    """Embeddings of prompts at one door, each prompt encoded once for all doors.
 
     Args:
-        pipe: A pipeline, see `encode`.
+        pipe: A pipeline, see `encode_doors`.
+
+    Attributes:
+        door: The door; `at` gives another one's embeddings.
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._known: dict[str, Tensor] = {}
+        self._pipe, self.door = pipe, TOKENS
+        self._known: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, prompts: Iterable[str]) -> Tensor:
-        """e(c) for each prompt, (n_prompts, n_tokens, d)."""
+        """Return e(c) for each prompt, (n_prompts, n_tokens, d); a pooled embedding counts as one token."""
         prompts = list(prompts)
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
-            self._known.update(zip(new, encode(self._pipe, new), strict=True))
-        return torch.stack([self._known[prompt] for prompt in prompts])
+        self._encode(prompts)
+        return torch.stack([self._known[prompt][self.door] for prompt in prompts])
+
+    @property
+    def further_doors(self) -> tuple[str, ...]:
+        """The doors beside the tokens at which the pipeline gives an embedding."""
+        self._encode([BLANK])
+        return tuple(door for door in self._known[BLANK] if door != TOKENS)
+
+    def at(self, door: str) -> Encoded:
+        """Return the embeddings of the same prompts at another door.
+
+        Raises:
+            ValueError: If the pipeline gives none there.
+        """
+        if door not in (TOKENS, *self.further_doors):
+            raise ValueError(
+                f"the pipeline gives no embedding at the door {door!r}; it has {[TOKENS, *self.further_doors]}"
+            )
+        there = copy.copy(self)
+        there.door = door
+        return there
 
     @property
     def device(self) -> torch.device:
@@ -54,33 +104,16 @@ class Encoded:
         return self._pipe._execution_device
 
     def anchors(self, concept: Concept) -> Tensor:
-        """The mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
+        """Return the mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
         return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            doors = encode_doors(self._pipe, new)
+            for index, prompt in enumerate(new):
+                self._known[prompt] = {door: embeddings[index] for door, embeddings in doors.items()}
 
 
 def rows(embeddings: Tensor) -> Tensor:
     """Embeddings (n_prompts, n_tokens, d) as token rows (n_prompts * n_tokens, d)."""
     return embeddings.flatten(0, -2)
-
-
-@torch.no_grad()
-def encode_doors(pipe: Any, prompts: Sequence[str], **settings: Any) -> dict[str, Tensor]:
-    """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
-
-    Draws no random numbers and leaves the pipeline as it is.
-
-    Args:
-        pipe: A pipeline with `encode_prompt`.
-        prompts: The prompts.
-        settings: Of `encode_prompt` (`clip_skip`, `lora_scale`).
-    """
-    device = pipe._execution_device
-    with device:  # tokenizers make tensors on torch's default device
-        found = pipe.encode_prompt(
-            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **settings
-        )
-    doors = {"tokens": found[0].float()}
-    # Stable Diffusion XL gives (tokens, negative tokens, pooled, negative pooled).
-    if len(found) == 4 and found[2] is not None:
-        doors["pooled"] = found[2].float()[:, None]
-    return doors

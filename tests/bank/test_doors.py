@@ -8,9 +8,15 @@ from safetensors.torch import load_file
 
 import hub
 from folders import reseal, same, tree
-from sepme_diffusers import BankError, ConceptBank, Increment
+from sepme_diffusers import BankError, ConceptBank, Increment, SepMETrainer
+from sepme_diffusers.bank.compatibility import refuse_other_text
 from sepme_diffusers.bank.verify import verify
-from tiny import RANK, tiny_bank
+from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.leakage import leakage
+from sepme_diffusers.increment.peft_form import to_lora
+from sepme_diffusers.text.encoding import encode_doors
+from small import CLOSED, CONCEPTS, random_xl_pipeline
+from tiny import PROJECTIONS, RANK, tiny_bank
 
 POOLED = 12
 
@@ -49,7 +55,19 @@ def test_disk_and_back_is_exact(compact, bank, tmp_path):
 
 def test_tensors_stand_where_the_format_says(saved):
     assert list(load_file(saved / "neon" / "text_increment.safetensors")) == ["A", "B", "pooled.A", "pooled.B"]
-    assert list(load_file(saved / "van-gogh" / "doors.safetensors")) == ["pooled.A", "pooled.B"]
+    names = list(load_file(saved / "van-gogh" / "module_increment.safetensors"))
+    assert names == ["A", *PROJECTIONS, "pooled.A", "pooled.B"]
+
+
+def test_a_part_of_an_increment_is_not_taken_for_the_whole(bank, saved):
+    """A per-module increment is a LoRA that any tool may load. What it does at a further door would be left out."""
+    assert [file.name for file in (saved / "van-gogh").iterdir()] == ["module_increment.safetensors"]
+    plain = replace(bank["Van Gogh"], increment=replace(bank["Van Gogh"].increment, doors={}))
+    bank.with_entries([plain]).save_pretrained(saved)
+    (folder,) = saved.glob("van-gogh-*")
+    assert {file.name for file in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    with pytest.raises(ValueError, match=r"acts at the further doors \['pooled'\] is not a LoRA"):
+        to_lora(bank["Van Gogh"].increment)
 
 
 def test_other_precision_is_for_further_doors_too(bank, tmp_path):
@@ -89,14 +107,14 @@ def test_manifests_that_contradict_the_tensors_are_refused(edit, message, saved)
 
 
 def test_damage_is_found(saved):
-    file = saved / "van-gogh" / "doors.safetensors"
+    file = saved / "van-gogh" / "module_increment.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(BankError, match=r"doors\.safetensors is damaged or was changed"):
+    with pytest.raises(BankError, match=r"module_increment\.safetensors is damaged or was changed"):
         ConceptBank.from_pretrained(saved)
-    assert any("doors.safetensors is damaged" in fault for fault in verify(saved).faults)
+    assert any("module_increment.safetensors is damaged" in fault for fault in verify(saved).faults)
     file.unlink()
-    with pytest.raises(BankError, match=r"doors\.safetensors is missing"):
+    with pytest.raises(BankError, match=r"module_increment\.safetensors is missing"):
         ConceptBank.from_pretrained(saved)
 
 
@@ -105,10 +123,64 @@ def test_the_hub_has_them_and_a_partial_pull_fetches_them(bank, tmp_path):
         bank.push_to_hub("me/bank", endpoint=server.endpoint, token=hub.WRITER)
         place = {"endpoint": server.endpoint, "token": False, "cache_dir": tmp_path}
         assert same(ConceptBank.from_pretrained("me/bank", **place), bank)
-        assert "van-gogh/doors.safetensors" in server.fetched
+        assert "van-gogh/module_increment.safetensors" in server.fetched
 
 
 def test_saving_again_changes_nothing(saved):
     before = tree(saved)
     ConceptBank.from_pretrained(saved).save_pretrained(saved)
     assert tree(saved) == before
+
+
+@pytest.fixture(scope="module")
+def xl():
+    """SDXL at small size, and a bank that acts at both of its doors."""
+    pipe = random_xl_pipeline()
+    return pipe, SepMETrainer(pipe, replace(CLOSED, reserve=0.1)).erase(CONCEPTS)
+
+
+def reading_a_guard(bank, pipe):
+    """The bank with an increment that reads the blank prompt at the pooled door; among the tokens it is sound."""
+    entry, blank = bank["neon"], encode_doors(pipe, [""])["pooled"][0]
+    pooled = entry.increment.doors["pooled"]
+    a = pooled.A + pooled.A.norm() * blank / blank.norm()
+    increment = replace(entry.increment, doors={"pooled": replace(pooled, A=a)})
+    return bank.with_entries([replace(entry, increment=increment)])
+
+
+def test_a_guard_that_is_moved_at_a_further_door_is_found(xl):
+    pipe, bank = xl
+    assert verify(bank, pipe).ok
+    report = verify(reading_a_guard(bank, pipe), pipe)
+    assert report.faults[0].startswith("concept 'neon': it moves the guarded prompt '' by")
+    assert all("concept 'neon': it moves the guarded" in fault for fault in report.faults)
+    assert report.concepts["neon"].leakage > 1e-2
+
+
+def test_another_encoder_of_a_further_door_is_refused(xl):
+    """The tokens do not pass through the second encoder's projection, so they cannot tell."""
+    pipe, bank = xl
+    refuse_other_text(pipe, [bank])
+    with pytest.raises(ValueError, match=r"another text encoder than this pipeline's.*'neon'"):
+        refuse_other_text(pipe, [reading_a_guard(bank, pipe)])
+    other = random_xl_pipeline()
+    with torch.no_grad():
+        other.text_encoder_2.text_projection.weight.normal_()
+    with pytest.raises(ValueError, match="another text encoder than this pipeline's"):
+        other.load_sepme(bank)
+
+
+def test_a_pipeline_without_the_door_is_refused(text_bank, pipe):
+    door = {"pooled": Increment(torch.ones(1, 64), torch.ones(64, 1))}
+    entries = [replace(entry, increment=replace(entry.increment, doors=door)) for entry in text_bank.values()]
+    bank = replace(text_bank, base=replace(text_bank.base, doors={"pooled": 64})).with_entries(entries)
+    for check in (lambda: refuse_other_text(pipe, [bank]), lambda: verify(bank, pipe)):
+        with pytest.raises(ValueError, match=r"doors \['pooled'\], for which th.* pipeline has no embedding"):
+            check()
+
+
+def test_leakage_needs_the_embeddings_of_every_door(xl):
+    pipe, bank = xl
+    tokens, weights = encode_doors(pipe, [""])["tokens"], projection_weights(pipe.unet)
+    with pytest.raises(ValueError, match=r"acts at the doors \['pooled'\], whose embeddings are needed"):
+        leakage(bank["neon"].increment, tokens, weights)

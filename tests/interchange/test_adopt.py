@@ -1,13 +1,16 @@
 """Erasers made elsewhere become increments: guarded exactly, restorable, and as close to the original as can be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMETrainer, export_lora, from_lora
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMETrainer, export_checkpoint, export_lora, from_lora
 from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.text.encoding import encode, rows
-from small import CLOSED, CONCEPTS, latents, random_pipeline
+from sepme_diffusers.doors.registry import door_linears
+from sepme_diffusers.text.encoding import encode, encode_doors, rows
+from small import CLOSED, CONCEPTS, latents, random_pipeline, random_xl_pipeline
 
 GUARDS = ["watermark", "a dog"]
 NEON = CONCEPTS[0]
@@ -159,3 +162,60 @@ def test_an_eraser_of_ours_can_be_guarded_afterwards(pipe):
     assert entry.metrics["guard_damage_before"] > 1e-4
     assert entry.metrics["guard_damage_after"] < 1e-6
     assert entry.metrics["effect_kept"] > 0.5
+
+
+@pytest.fixture(scope="module")
+def xl():
+    """SDXL at small size, and a bank that acts at both of its doors."""
+    pipe = random_xl_pipeline()
+    return pipe, SepMETrainer(pipe, replace(CLOSED, rank=3, reserve=0.1, gain=1.0), ["watermark"]).erase(CONCEPTS[:2])
+
+
+@pytest.mark.parametrize(
+    ("format", "method"), [("diffusers", "imitate"), ("kohya", "project"), ("single_file", "imitate")]
+)
+def test_an_sdxl_eraser_is_adopted_at_both_doors(format, method, xl, tmp_path):
+    """A separable one comes in unchanged, with what it does to the pooled embedding; guards stay to the bit."""
+    pipe, bank = xl
+    path = tmp_path / ("l" if format == "diffusers" else "l.safetensors")
+    export = export_checkpoint if format == "single_file" else export_lora
+    export(bank, pipe, ["neon"], path, format=format)
+    config = SepMEConfig(ridge=1e-9, reserve=0.1, rank=4)
+    adopted = from_lora(path, pipe, [NEON], bank["neon"].guards, method=method, config=config)
+    own, guards = "a cat in the style of neon", ["", "watermark", "cat"]
+    before = latents(pipe, guards)
+    made = {}
+    for name, loaded in (("ours", bank), ("adopted", adopted)):
+        pipe.load_sepme(loaded)
+        made[name] = latents(pipe, own, erased=["neon"])
+        assert torch.equal(latents(pipe, guards, erased=["neon"]), before)
+        pipe.unload_sepme()
+    torch.testing.assert_close(made["adopted"], made["ours"], rtol=0, atol=2e-3)
+    assert (made["adopted"] - latents(pipe, own)).abs().max() > 1
+    metrics = adopted["neon"].metrics
+    assert metrics["effect_kept"] == pytest.approx(1, abs=1e-3)
+    assert metrics["share_representable"] == 1
+    assert metrics["parts_outside"] == 0
+
+
+def test_an_eraser_of_the_pooled_embedding_is_not_lost_in_silence(xl):
+    """It moves the guards too, and the columns that read the picture's sizes, which cannot be kept: metrics say so."""
+    pipe, _ = xl
+    generator = torch.Generator().manual_seed(0)
+    weights = projection_weights(pipe.unet) | dict(door_linears(pipe.unet).values())
+    edited = {
+        f"{name}.weight": weight.detach() + 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in weights.items()
+    }
+    entry = from_lora(edited, pipe, [NEON], ["watermark"], config=SepMEConfig(reserve=0.1))["neon"]
+    assert entry.metrics["guard_damage_before"] > 0.05
+    assert entry.metrics["guard_damage_after"] < 1e-5
+    assert entry.metrics["leakage"] < 1e-5
+    assert entry.metrics["parts_outside"] == 1
+    assert 0.5 < entry.metrics["share_representable"] < 1
+    # What it does to the Linear's output on the concept's own prompts, by the definition.
+    e = encode_doors(pipe, NEON.prompts)["pooled"][:, 0]
+    pooled, weight = entry.increment.doors["pooled"], pipe.unet.add_embedding.linear_1.weight.detach()
+    wanted = e @ (edited["add_embedding.linear_1.weight"] - weight)[:, :64].T
+    done = ((e @ pooled.A.T) @ pooled.B.T) @ weight[:, :64].T
+    assert float((done * wanted).sum() / wanted.square().sum()) > entry.metrics["effect_kept"] - 1e-3 > 0.3

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sepme_diffusers import SepMETrainer
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.interchange import original_names
-from small import draw, random_pipeline
+from small import CLOSED, CONCEPTS, draw, random_pipeline, random_xl_pipeline
 
 FOLDER = Path(__file__).parents[2] / "examples" / "comfyui"
 
@@ -26,10 +28,9 @@ def nodes():
     del sys.modules["custom_node"], sys.modules["custom_node.nodes"]
 
 
-@pytest.fixture
-def handed_over(pipe):
-    """ComfyUI's {LoRA key: weight key} and {weight key: [weight, patches ...]} for the model's text projections."""
-    weights = projection_weights(pipe.unet)
+def hand_over(pipe):
+    """ComfyUI's {LoRA key: weight key} and {weight key: [weight, patches ...]} for the Linears that read the text."""
+    weights = projection_weights(pipe.unet) | dict(door_linears(pipe.unet).values())
     originals = original_names.unet_names(weights, pipe.unet.config.layers_per_block)
     keys = {
         f"lora_unet_{name.replace('.', '_')}": f"diffusion_model.{original}.weight"
@@ -40,6 +41,19 @@ def handed_over(pipe):
         for name, weight in weights.items()
     }
     return keys, patches
+
+
+@pytest.fixture
+def handed_over(pipe):
+    return hand_over(pipe)
+
+
+def apply(lora, keys, patches):
+    """What ComfyUI does with a LoRA; every tensor of it is used."""
+    for key, weight_key in keys.items():
+        up, down, alpha = (lora.pop(f"{key}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        patches[weight_key][0][0].add_(up @ down * (alpha.item() / len(down)))
+    assert not lora
 
 
 def test_the_node_is_found_under_its_name(nodes):
@@ -67,15 +81,27 @@ def test_the_lora_erases_as_our_pipeline_does(form, nodes, handed_over, pipe, te
     bank = text_bank if form == "text" else mixed_bank
     keys, patches = handed_over
     strengths = nodes.erased_set(bank, "\n".join(bank))
-    lora = nodes.erasing_lora(bank, strengths, nodes.base_weights(bank, keys, patches))
-    for key, weight_key in keys.items():
-        up, down, alpha = (lora.pop(f"{key}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-        patches[weight_key][0][0].add_(up @ down * (alpha.item() / len(down)))
-    assert not lora
+    apply(nodes.erasing_lora(bank, strengths, nodes.base_weights(bank, keys, patches), {}), keys, patches)
     ours = random_pipeline()
     ours.load_sepme(bank)
     ours.set_erased(list(bank))
     torch.testing.assert_close(draw(pipe), draw(ours), rtol=0, atol=1e-5)
+
+
+def test_the_lora_of_an_sdxl_bank_edits_both_doors(nodes):
+    pipe, ours = random_xl_pipeline(), random_xl_pipeline()
+    bank = SepMETrainer(ours, replace(CLOSED, rank=3)).erase(CONCEPTS[:2])
+    keys, patches = hand_over(pipe)
+    weights, linears = nodes.base_weights(bank, keys, patches), nodes.door_linears(bank, keys, patches)
+    strengths = {"neon": 20.0, "cat": 10.0}
+    apply(nodes.erasing_lora(bank, strengths, weights, linears), keys, patches)
+    ours.load_sepme(bank)
+    ours.set_erased(strengths)
+    torch.testing.assert_close(draw(pipe), draw(ours), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"this model has no \['add_embedding.linear_1'\]"):
+        nodes.door_linears(bank, {}, patches)
+    with pytest.raises(ValueError, match="act at the door 'pooled', and no Linear of this base"):
+        nodes.erasing_lora(bank, strengths, weights, {})
 
 
 def test_another_architecture_is_refused(nodes, handed_over, text_bank):
@@ -84,7 +110,7 @@ def test_another_architecture_is_refused(nodes, handed_over, text_bank):
         nodes.base_weights(text_bank, {}, patches)
     narrow = {key: [(weight[:, :8], None)] for key, ((weight, _), *_) in patches.items()}
     with pytest.raises(ValueError, match="another base: embeddings are 384 wide, not 8"):
-        nodes.erasing_lora(text_bank, {"neon": 1.0}, nodes.base_weights(text_bank, keys, narrow))
+        nodes.erasing_lora(text_bank, {"neon": 1.0}, nodes.base_weights(text_bank, keys, narrow), {})
 
 
 def test_a_bank_saved_again_is_read_again(nodes, text_bank, tmp_path):

@@ -19,6 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from folders import tree
 from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer, export_adapters, export_checkpoint, export_lora
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.doors.registry import register
+from sepme_diffusers.doors.unet import UNET
 from small import CLOSED, CONCEPTS, draw, random_pipeline, random_xl_pipeline
 
 ERASED = {"woodcut": 1.0, "neon": 1.5, "pencil": 0.5}
@@ -148,7 +150,7 @@ def test_a_kohya_file_follows_the_published_scheme(pipe, mixed_bank, expected, t
         assert json.loads(opened.metadata()["sepme_export"])["erased"] == {"neon": 1.5, "pencil": 0.5, "woodcut": 1.0}
 
 
-def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path):
+def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path, caplog):
     """At the true SDXL's layout the module sits where sd-scripts looks for it; diffusers reads the file back."""
     pipe, bank, erased, expected = xl
     file = export_lora(bank, pipe, erased, tmp_path / "erased.safetensors", format="kohya")
@@ -156,7 +158,9 @@ def test_an_sdxl_kohya_file_has_the_original_names(xl, tmp_path):
     assert "lora_unet_input_blocks_3_1_transformer_blocks_1_attn2_to_k" in keys
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v" in keys
     assert "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_v" in keys
-    assert len(keys) == len(projection_weights(pipe.unet))
+    assert "lora_unet_label_emb_0_0" in keys
+    assert "sd-scripts passes it over" in caplog.text
+    assert len(keys) == len(projection_weights(pipe.unet)) + 1
     theirs = plain(pipe, StableDiffusionXLPipeline)
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
     agree(theirs, expected)
@@ -167,6 +171,69 @@ def test_the_other_lora_formats_serve_sdxl(xl, tmp_path):
     theirs = plain(pipe, StableDiffusionXLPipeline)
     theirs.load_lora_weights(export_lora(bank, pipe, erased, tmp_path / "lora", format="diffusers"))
     agree(theirs, expected)
+    theirs.unload_lora_weights()
+    folder = export_lora(bank, pipe, erased, tmp_path / "peft")
+    theirs.unet.load_lora_adapter(folder, prefix="base_model.model", weight_name="adapter_model.safetensors")
+    agree(theirs, expected)
+    theirs = plain(pipe, StableDiffusionXLPipeline)
+    theirs.unet = PeftModel.from_pretrained(theirs.unet, folder).get_base_model()
+    agree(theirs, expected)
+
+
+def test_peft_combines_the_folders_of_sdxl_concepts(xl, tmp_path):
+    pipe, bank, erased, expected = xl
+    folders = export_adapters(bank, pipe, tmp_path / "adapters")
+    theirs = plain(pipe, StableDiffusionXLPipeline)
+    model = PeftModel.from_pretrained(theirs.unet, folders["neon"], adapter_name="neon")
+    model.load_adapter(folders["cat"], "cat")
+    model.add_weighted_adapter(list(erased), list(erased.values()), "erased", combination_type="cat")
+    model.set_adapter("erased")
+    theirs.unet = model.get_base_model()
+    agree(theirs, expected)
+
+
+def test_the_pooled_edit_is_a_change_of_the_columns_that_read_it(xl, tmp_path):
+    """[W B A, 0]: what reads the picture's sizes stays as it is. Without the change the latents are others."""
+    pipe, bank, erased, expected = xl
+    folder = export_lora(bank, pipe, erased, tmp_path / "whole")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.add_embedding.linear_1.lora_{part}.weight"] for part in "AB")
+    assert down[:, :64].any()
+    assert not down[:, 64:].any()
+    assert len({len(tensor) for name, tensor in tensors.items() if "lora_A" in name}) == 1  # one rank for every reader
+    pooled = [(strength, bank[name].increment.doors["pooled"]) for name, strength in erased.items()]
+    e = torch.randn(3, 64)
+    moved = sum(strength * (e @ part.A.T) @ part.B.T for strength, part in pooled)
+    weight = pipe.unet.add_embedding.linear_1.weight[:, :64]
+    torch.testing.assert_close(e @ (up @ down[:, :64]).T, moved @ weight.T, rtol=1e-4, atol=1e-4)
+    tokens = [replace(entry, increment=replace(entry.increment, doors={})) for entry in bank.values()]
+    half = export_lora(bank.with_entries(tokens), pipe, erased, tmp_path / "half")
+    theirs = plain(pipe, StableDiffusionXLPipeline)
+    theirs.unet = PeftModel.from_pretrained(theirs.unet, half).get_base_model()
+    assert (draw(theirs) - expected).abs().max() > 1e-2
+
+
+def test_an_sdxl_folder_needs_nothing_of_ours(xl, tmp_path):
+    pipe, bank, erased, expected = xl
+    folder = export_checkpoint(bank, pipe, erased, tmp_path / "model")
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    agree(theirs, expected)
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "checkpoint", "single_file"])
+def test_what_no_weight_can_hold_is_refused(format, xl, tmp_path):
+    """A family that names no Linear for a door, so that a part of the edit would be left out."""
+    pipe, bank, erased, _ = xl
+    without = replace(UNET, doors=tuple(replace(door, linear=None) for door in UNET.doors))
+    path = tmp_path / ("m.safetensors" if format in ("kohya", "single_file") else "m")
+    try:
+        register(without)
+        with pytest.raises(ValueError, match="act at the door 'pooled', and no Linear of this base"):
+            export(format, bank, pipe, erased, path)
+    finally:
+        register(UNET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fused_folder_needs_nothing_of_ours(pipe, mixed_bank, expected, tmp_path):
@@ -383,7 +450,17 @@ def test_an_export_says_that_it_has_no_gates_and_erases_without_them(pipe, mixed
     shut = mixed_bank.with_entries(gates.values())
     export_lora(shut, pipe, ERASED, tmp_path / "gated.safetensors", "kohya")
     assert "the gates of ['neon', 'pencil', 'woodcut'] are lost" in caplog.text
+    caplog.clear()
     export_lora(mixed_bank, pipe, ERASED, tmp_path / "plain.safetensors", "kohya")
+    assert "gates" not in caplog.text
     gated, plain_lora = (load_file(tmp_path / f"{name}.safetensors") for name in ("gated", "plain"))
     assert gated.keys() == plain_lora.keys()
     assert all(torch.equal(tensor, plain_lora[key]) for key, tensor in gated.items())
+
+
+def test_a_gate_at_a_further_door_is_lost_as_well(xl, tmp_path, caplog):
+    pipe, bank, _, _ = xl
+    pooled = replace(bank["neon"].increment.doors["pooled"], gate=1e6)
+    gated = replace(bank["neon"], increment=replace(bank["neon"].increment, doors={"pooled": pooled}))
+    export_lora(bank.with_entries([gated]), pipe, list(bank), tmp_path / "lora")
+    assert "the gates of ['neon'] are lost" in caplog.text

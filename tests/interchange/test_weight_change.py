@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sepme_diffusers import SepMETrainer, export_checkpoint, export_lora
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.interchange.merge import merged_increment
+from sepme_diffusers.interchange.merge import merged_changes
 from sepme_diffusers.interchange.weight_change import read_change
 from small import CLOSED, CONCEPTS, random_xl_pipeline
 
@@ -20,8 +20,7 @@ MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 @pytest.fixture
 def deltas(pipe, mixed_bank):
-    weights = projection_weights(pipe.unet)
-    return merged_increment(mixed_bank, weights, ERASED).delta_weights(weights)
+    return {name: c @ a for name, (a, c) in merged_changes(mixed_bank, pipe.unet, ERASED).items()}
 
 
 def matches(change, deltas, atol=1e-6):

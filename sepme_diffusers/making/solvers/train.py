@@ -33,6 +33,7 @@ class Train:
                 task.pictures(plan.concept),
                 task.config,
                 self.start(plan),
+                plan.doors,
             )
             for plan in task.plans
         ]
