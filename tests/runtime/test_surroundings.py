@@ -297,6 +297,19 @@ def test_modules_to_save_of_peft_hold_or_are_refused(pipe, mixed_bank, copied, b
     torch.testing.assert_close(latents(pipe, "a dog"), latents(random_pipeline(), "a dog"))
 
 
+def test_dynamic_quantisation_holds_for_text_side_increments_and_is_refused_for_per_module_ones(pipe, mixed_bank):
+    pipe.load_sepme(mixed_bank.subset(["neon"]), name="text")
+    plain, erased = (latents(pipe, "neon cat", erased=some) for some in ([], ["neon"]))
+    torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, inplace=True)
+    found = latents(pipe, "neon cat", erased=["neon"])
+    assert (found - erased).abs().mean() < 0.2 * (found - plain).abs().mean()
+    other = random_pipeline()
+    other.load_sepme(mixed_bank)
+    torch.ao.quantization.quantize_dynamic(other.unet, {torch.nn.Linear}, inplace=True)
+    with pytest.raises(ErasureNotInForce, match=r"\['woodcut'\] should be erased, but .*were replaced"):
+        latents(other, "woodcut cat", erased=["woodcut"])
+
+
 @pytest.mark.parametrize("grad_of", ["text", "weights"])
 def test_gradient_checkpointing_through_an_erased_unet_gives_the_same_gradient(pipe, mixed_bank, grad_of):
     """Someone trains on a pipeline while something is erased: a part of the pass runs again in the backward pass."""
