@@ -409,12 +409,14 @@ def test_a_hook_registered_after_the_edit_does_not_undo_it(pipe, text_bank):
     handle.remove()
 
 
-def test_a_hook_registered_in_the_middle_of_a_call_is_noticed_at_its_end(pipe, text_bank):
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_hook_registered_in_the_middle_of_a_call_is_noticed(pipe, text_bank, when):
+    """In the next pass, or after the last one."""
     pipe.load_sepme(text_bank)
     e = torch.cat(pipe.encode_prompt("neon cat", "cpu", 1, True)[::-1])
 
     def register(pipe, step, timestep, tensors):
-        if step == 0:
+        if step == when:
             pipe.unet.register_forward_pre_hook(PutsBack(e), with_kwargs=True)
         return tensors
 

@@ -457,11 +457,16 @@ def test_each_prompt_of_a_batch_has_its_own_erased_set(loaded):
     assert loaded.erased == ()
 
 
-def test_a_prompt_in_a_mixed_batch_is_what_it_is_alone(pocket_pipe):
+@pytest.mark.parametrize("form", ["text", "module"])
+def test_a_prompt_in_a_mixed_batch_is_what_it_is_alone(pocket_pipe, form):
     """On the trained model over twenty steps: to 1e-5, as close as a plain batch comes to its prompts."""
     prompts = ["a fox in the style of woodcut", "a neon owl", "a dog", "a neon pig"]
     sets = [["woodcut"], ["neon", "pencil"], [], {"mosaic": 0.5}]
-    pocket_pipe.load_sepme(pocket.bank("styles"))
+    bank = pocket.bank("styles").subset(["woodcut", "neon", "pencil", "mosaic"])
+    if form == "module":
+        weights = projection_weights(pocket_pipe.unet)
+        bank = bank.with_entries(replace(e, increment=e.increment.expand(weights)) for e in bank.values())
+    pocket_pipe.load_sepme(bank)
     settings = {"num_inference_steps": 20}
     together = mixed(pocket_pipe, prompts, range(4), erased=sets, **settings)
     for row, (prompt, concepts) in enumerate(zip(prompts, sets, strict=True)):

@@ -273,18 +273,41 @@ def test_projections_may_be_called_by_keyword(loaded):
     assert not torch.allclose(latents(loaded, "neon woodcut cat", erased=["neon"]), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("copied", ["to_k", "conv_in"])
-def test_modules_to_save_of_peft_hold_or_are_refused(loaded, copied):
-    """PEFT copies such a module, with its hooks, and runs the copy."""
-    both = ["neon", "woodcut"]
-    expected = latents(loaded, "neon woodcut cat", erased=both)
-    loaded.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=[copied]))
-    if copied == "conv_in":
-        torch.testing.assert_close(latents(loaded, "neon woodcut cat", erased=both), expected)
+@pytest.mark.parametrize(
+    ("copied", "both", "holds"),
+    [
+        ("to_k", ["neon", "cat"], True),
+        ("to_k", ["neon", "woodcut"], False),
+        ("conv_in", ["neon", "woodcut"], True),
+    ],
+    ids=["text-side", "per-module", "the entry"],
+)
+def test_modules_to_save_of_peft_hold_or_are_refused(pipe, mixed_bank, copied, both, holds):
+    """PEFT copies such a module, with its hooks, and runs the copy. Only per-module increments act behind to_k."""
+    pipe.load_sepme(mixed_bank.subset(both))
+    expected = latents(pipe, "neon woodcut cat", erased=both)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=[copied]))
+    if holds:
+        torch.testing.assert_close(latents(pipe, "neon woodcut cat", erased=both), expected)
     else:
         with pytest.raises(ErasureNotInForce, match=r"\['neon', 'woodcut'\] should be erased, but .*attn2.to_k"):
-            latents(loaded, "neon woodcut cat", erased=both)
-    torch.testing.assert_close(latents(loaded, "a dog", erased=[]), latents(random_pipeline(), "a dog"))
+            latents(pipe, "neon woodcut cat", erased=both)
+    torch.testing.assert_close(latents(pipe, "a dog", erased=[]), latents(random_pipeline(), "a dog"))
+    pipe.unload_sepme()
+    torch.testing.assert_close(latents(pipe, "a dog"), latents(random_pipeline(), "a dog"))
+
+
+def test_dynamic_quantisation_holds_for_text_side_increments_and_is_refused_for_per_module_ones(pipe, mixed_bank):
+    pipe.load_sepme(mixed_bank.subset(["neon"]), name="text")
+    plain, erased = (latents(pipe, "neon cat", erased=some) for some in ([], ["neon"]))
+    torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, inplace=True)
+    found = latents(pipe, "neon cat", erased=["neon"])
+    assert (found - erased).abs().mean() < 0.2 * (found - plain).abs().mean()
+    other = random_pipeline()
+    other.load_sepme(mixed_bank)
+    torch.ao.quantization.quantize_dynamic(other.unet, {torch.nn.Linear}, inplace=True)
+    with pytest.raises(ErasureNotInForce, match=r"\['woodcut'\] should be erased, but .*were replaced"):
+        latents(other, "woodcut cat", erased=["woodcut"])
 
 
 @pytest.mark.parametrize("grad_of", ["text", "weights"])
