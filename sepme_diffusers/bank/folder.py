@@ -389,12 +389,14 @@ def _increment(
     if unknown := sorted(gates.keys() - parts.keys()):
         raise ValueError(f"the manifest has gates for further doors {unknown}, which it lacks")
     doors = {door: _text_side(factors, gates[door]) for door, factors in parts.items()}
+    gate = record.get("gate")
     if record["form"] == "text":
-        return replace(_text_side(own, record.get("gate")), doors=doors)
+        return _text_side(own, gate, doors)
     if own:
         raise ValueError(f"{DOORS_FILE} has tensors of no door: {sorted(own)}")
-    increment = from_lora(tensors) if file == LORA_FILE else Increment(tensors.pop("A"), C=tensors)
-    return replace(increment, gate=record.get("gate"), doors=doors)
+    if file == LORA_FILE:
+        return from_lora(tensors, gate, doors)
+    return Increment(tensors.pop("A"), C=tensors, gate=gate, doors=doors)
 
 
 def _by_door(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -406,10 +408,12 @@ def _by_door(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _text_side(factors: Mapping[str, Tensor], gate: float | None) -> Increment:
+def _text_side(
+    factors: Mapping[str, Tensor], gate: float | None, doors: Mapping[str, Increment] | None = None
+) -> Increment:
     if factors.keys() != {"A", "B"}:
         raise ValueError(f"a text-side increment has the tensors A and B, not {sorted(factors)}")
-    return Increment(factors["A"], B=factors["B"], gate=gate)
+    return Increment(factors["A"], B=factors["B"], gate=gate, doors=doors or {})
 
 
 def sha256(data: bytes) -> str:

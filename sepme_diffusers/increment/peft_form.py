@@ -32,8 +32,15 @@ def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
     )
 
 
-def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
+def from_lora(
+    tensors: Mapping[str, Tensor], gate: float | None = None, doors: Mapping[str, Increment] | None = None
+) -> Increment:
     """Read the increment that `to_lora` wrote.
+
+    Args:
+        tensors: The state dict.
+        gate: What a LoRA cannot hold of an increment, see there.
+        doors: Likewise.
 
     Raises:
         ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
@@ -54,4 +61,4 @@ def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
     first = next(iter(down.values()))
     if different := [name for name, a in down.items() if not torch.equal(a, first)]:
         raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
-    return Increment(first, C=up)
+    return Increment(first, C=up, gate=gate, doors=doors or {})
