@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -37,23 +36,16 @@ def register(family: Family) -> Family:
             f"denoisers {list(family.denoisers)} and doors {names}"
         )
     _FAMILIES.update(dict.fromkeys(family.denoisers, family))
-    _family_of_class.cache_clear()
     return family
-
-
-def family_of(module: nn.Module) -> Family | None:
-    """The family of a denoiser, by its class or one that this is derived from; None for other modules."""
-    kind: Any = type(module)
-    return _family_of_class(kind)
-
-
-@cache
-def _family_of_class(kind: type) -> Family | None:
-    return next((_FAMILIES[base.__name__] for base in kind.__mro__ if base.__name__ in _FAMILIES), None)
 
 
 for _built_in in (UNET, CONTROLNET):
     register(_built_in)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of a denoiser, by its class or one that this is derived from; None for other modules."""
+    return next((_FAMILIES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _FAMILIES), None)
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -71,7 +63,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     for name, component in pipe.components.items():
         if not isinstance(component, nn.Module):
             continue
-        inside = _denoisers_in(component)
+        inside = {path: module for path, module in component.named_modules() if family_of(module) is not None}
         if not inside and _reads_text(component):
             raise TypeError(
                 f"{type(component).__name__} (component {name!r}) reads text by arguments that are not known: "
@@ -85,24 +77,6 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
             f"{type(pipe).__name__} has no denoiser that reads text; SepME erases with {sorted(_FAMILIES)}"
         )
     return main | {name: module for name, module in found.items() if name not in main}
-
-
-def _denoisers_in(component: nn.Module) -> dict[str, nn.Module]:
-    """The denoisers inside a component, by path. Their own parts are not looked at: every call asks, several times."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
-    waiting = [("", component)]
-    while waiting:
-        path, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if family_of(module) is not None:
-            found[path] = module
-        else:
-            parts = [(f"{path}.{name}" if path else name, part) for name, part in module.named_children()]
-            waiting.extend(reversed(parts))
-    return found
 
 
 def is_helper(module: nn.Module) -> bool:
