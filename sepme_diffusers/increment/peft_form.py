@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from sepme_diffusers.increment.increment import Increment
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _PREFIX = "base_model.model."
 
@@ -23,6 +26,8 @@ def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
     """
     if increment.C is None:
         raise ValueError("a text-side increment is not a LoRA; expand it with the base's weights first")
+    from peft import LoraConfig  # for seconds, with all of transformers: reading a bank needs none of it
+
     tensors = {}
     for name, c in increment.C.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = increment.A.clone()
