@@ -360,14 +360,13 @@ def _increment(file: str, tensors: dict[str, Tensor], record: Mapping[str, Any])
     gates = dict.fromkeys(further) | record.get("gates", {})
     if unknown := sorted(gates.keys() - further.keys()):
         raise ValueError(f"the manifest has gates for further doors {unknown}, which it lacks")
+    doors = {door: _text_side(factors, gates[door]) for door, factors in further.items()}
+    gate = record.get("gate")
     if file == LORA_FILE:
-        increment = from_lora(tensors)
-    elif record["form"] == "text":
-        increment = _text_side(tensors)
-    else:
-        increment = Increment(tensors.pop("A"), C=tensors)
-    doors = {door: replace(_text_side(factors), gate=gates[door]) for door, factors in further.items()}
-    return replace(increment, gate=record.get("gate"), doors=doors)
+        return from_lora(tensors, gate)
+    if record["form"] == "text":
+        return _text_side(tensors, gate, doors)
+    return Increment(tensors.pop("A"), C=tensors, gate=gate, doors=doors)
 
 
 def _taken_out(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -379,10 +378,12 @@ def _taken_out(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return further
 
 
-def _text_side(factors: Mapping[str, Tensor]) -> Increment:
+def _text_side(
+    factors: Mapping[str, Tensor], gate: float | None, doors: Mapping[str, Increment] | None = None
+) -> Increment:
     if factors.keys() != {"A", "B"}:
         raise ValueError(f"a text-side increment has the tensors A and B, not {sorted(factors)}")
-    return Increment(factors["A"], B=factors["B"])
+    return Increment(factors["A"], B=factors["B"], gate=gate, doors=doors or {})
 
 
 def sha256(data: bytes) -> str:

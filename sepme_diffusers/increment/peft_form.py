@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from sepme_diffusers.increment.increment import Increment
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _PREFIX = "base_model.model."
 
@@ -22,6 +25,8 @@ def lora(factors: Factors) -> tuple[dict[str, Tensor], LoraConfig]:
     Args:
         factors: What changes; all of one rank.
     """
+    from peft import LoraConfig  # takes seconds, with all of transformers; reading a bank needs none of it
+
     tensors = {}
     for name, (a, c) in factors.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone()
@@ -46,8 +51,12 @@ def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
     return lora({name: (increment.A, c) for name, c in increment.C.items()})
 
 
-def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
+def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Increment:
     """Read the increment that `to_lora` wrote.
+
+    Args:
+        tensors: The state dict.
+        gate: The increment's, which a LoRA cannot hold.
 
     Raises:
         ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
@@ -68,4 +77,4 @@ def from_lora(tensors: Mapping[str, Tensor]) -> Increment:
     first = next(iter(down.values()))
     if different := [name for name, a in down.items() if not torch.equal(a, first)]:
         raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
-    return Increment(first, C=up)
+    return Increment(first, C=up, gate=gate)

@@ -8,11 +8,12 @@ the guards read on this pipeline now says both whether a bank belongs to it and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sepme_diffusers.algebra.rounding import rounding_share
@@ -26,8 +27,11 @@ _EXPLAINED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _EXPLAINED_IN_FULL = 1e-4
 # Guards vary in how they round: what counts must exceed what these read by this factor.
 _MARGIN = 2.0
-_MOST_PROMPTS = 16
-_EVERY = 50
+MOST_PROMPTS = 16
+"""Guards that are encoded at most."""
+EVERY = 50
+"""They are encoded at the first call and every so many calls, also if nothing was seen to change."""
+# Numbers of each parameter that are compared in every call, at least.
 _SAMPLES = 64
 
 
@@ -62,7 +66,7 @@ class TextCheck:
                     self._bases.append(_Basis(name, door, rows, exact, increment.coarseness))
         guards = sorted(set().union(*(basis.guards for basis in self._bases))) if self._bases else []
         # Evenly among all, the blank prompt first.
-        self.prompts = guards[:: max(1, -(-len(guards) // _MOST_PROMPTS))]
+        self.prompts = guards[:: max(1, -(-len(guards) // MOST_PROMPTS))]
         self._lock = threading.Lock()
         self._calls = 0
         self._state: Any = None
@@ -90,7 +94,7 @@ class TextCheck:
             return 0.0
         with self._lock:
             state = (_state(pipe, self.prompts), sorted(settings.items(), key=str))
-            if state != self._state or self._calls % _EVERY == 0:
+            if state != self._state or self._calls % EVERY == 0:
                 self._least = self._measured(pipe, settings)
                 self._state = state
             self._calls += 1
@@ -166,19 +170,30 @@ def _ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 @torch.no_grad()
 def _encoder_state(encoder: nn.Module) -> Any:
-    parameters = list(encoder.parameters())
-    sums = [_sample(parameter) for parameter in parameters if parameter.numel() and not parameter.is_meta]
-    # One transfer for all of them, so that a GPU is waited for once.
-    values = torch.stack(sums).tolist() if sums else []
-    adapters = [_adapter_state(module) for module in encoder.modules() if hasattr(module, "scaling")]
-    return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], values, adapters
+    modules = list(encoder.modules())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    adapters = [_adapter_state(module) for module in modules if isinstance(module, BaseTunerLayer)]
+    return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], _samples(parameters), adapters
 
 
 def _adapter_state(layer: Any) -> Any:
     """Which adapters of a PEFT layer act, and how strongly."""
-    return layer.disable_adapters, sorted(layer.scaling.items()), list(layer.active_adapters), layer.merged
+    scaling = sorted(getattr(layer, "scaling", {}).items())
+    return layer.disable_adapters, scaling, list(layer.active_adapters), layer.merged
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)].float().sum()
+def _samples(parameters: Iterable[Tensor]) -> list[bytes]:
+    """Some numbers of every parameter, put together before they are transferred: a GPU is waited for once."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in (part for parameter in parameters for part in _parts(parameter)):
+        if tensor.numel() and not tensor.is_meta:
+            sample = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(sample)
+    return [torch.cat(samples).float().cpu().numpy().tobytes() for samples in kinds.values()]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: those of quantisers wrap several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]

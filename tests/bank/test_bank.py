@@ -1,7 +1,7 @@
+import itertools
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,30 +216,36 @@ def test_other_peoples_folders_are_not_overwritten(text_bank, tmp_path):
         ConceptBank.from_pretrained(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_killed_save_leaves_the_old_bank_or_the_new_one(text_bank, mixed_bank, tmp_path):
     """Saving stops dead before each of its file operations in turn; every time a whole bank is there."""
-    mixed_bank.save_pretrained(tmp_path / "new")
-    script = (
-        "import os, sys; stop = int(sys.argv[2]); count = 0\n"
-        "real = os.replace\n"
-        "def replace(*a):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    if count == stop: os.kill(os.getpid(), 9)\n"
-        "    return real(*a)\n"
-        "os.replace = replace\n"
-        "from sepme_diffusers import ConceptBank\n"
-        "ConceptBank.from_pretrained(sys.argv[1] + '/new').save_pretrained(sys.argv[1] + '/bank')\n"
-    )
     for stop, survivor in ((1, text_bank), (2, text_bank), (3, mixed_bank), (4, mixed_bank)):
         shutil.rmtree(tmp_path / "bank", ignore_errors=True)
         text_bank.save_pretrained(tmp_path / "bank")
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(stop)], check=False)
-        assert done.returncode == (0 if stop == 4 else -9)
+        assert code_of_a_save_that_dies(mixed_bank, tmp_path / "bank", stop) == (0 if stop == 4 else -signal.SIGKILL)
         assert same(ConceptBank.from_pretrained(tmp_path / "bank"), survivor)
         mixed_bank.save_pretrained(tmp_path / "bank")
         assert not list((tmp_path / "bank").glob(".*"))
         assert same(ConceptBank.from_pretrained(tmp_path / "bank"), mixed_bank)
+
+
+def code_of_a_save_that_dies(bank, folder, stop):
+    """Save in a forked process that is killed before it replaces a file for the `stop`-th time."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        replaced, real = itertools.count(1), os.replace
+
+        def replace_or_die(*paths):
+            if next(replaced) == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*paths)
+
+        os.replace = replace_or_die
+        bank.save_pretrained(folder)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def test_unknown_concept_is_named_with_what_there_is(text_bank):

@@ -37,6 +37,13 @@ def test_the_bare_import_is_light():
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+def test_a_bank_is_read_without_what_draws():
+    """These take seconds to import, which whoever verifies or pulls a bank need not wait for."""
+    heavy = "{'diffusers', 'peft', 'transformers', 'typer', 'rich'}"
+    check = f"import sys, sepme_diffusers; sepme_diffusers.ConceptBank; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 def test_only_the_command_line_imports_what_it_alone_needs():
     package = Path(pocket.__file__).parents[1]
     importing = {

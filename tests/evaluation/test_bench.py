@@ -1,6 +1,7 @@
 """The benchmarks' measures: those that are quick at small size, and what the slow ones are made of."""
 
 import copy
+import re
 import sys
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 
 from sepme_diffusers import SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.evaluation.bench import processes, registry, solving, training_step
+from sepme_diffusers.doors.linears import projection_shapes
+from sepme_diffusers.evaluation.bench import overhead, processes, registry, solving, training_step
+from sepme_diffusers.evaluation.bench.denoising import plain_twin
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.bench.paper import PaperStep, null_space_by_elimination
-from sepme_diffusers.evaluation.bench.runner import Runner
+from sepme_diffusers.evaluation.bench.runner import Runner, loaded
 from sepme_diffusers.evaluation.bench.shapes import random_module
+from sepme_diffusers.evaluation.bench.synthetic import synthetic_bank
 from sepme_diffusers.text.concept import BLANK
 from sepme_diffusers.text.encoding import encode, rows
 
@@ -52,6 +56,34 @@ def test_the_loop_is_timed_against_the_plain_pipeline(name, runner, pocket_pipe)
     assert what.startswith("denoising: ")
     assert (bar, baseline) == (registry.MEASURES[name].bar, "the plain pipeline with the same weights")
     assert value == results[0][1].value
+
+
+def test_hooks_are_timed_in_a_pass_and_left_as_they_were(runner):
+    """Text-side: the doors, the entry and two at the end; per module one more behind each Linear."""
+    with loaded(runner.large, synthetic_bank(runner.large, 3, "text"), plain_pipelines="standing"):
+        hooks = dict(runner.large.unet._forward_pre_hooks)
+        with overhead.timed_hooks(runner, runner.large) as seconds, torch.no_grad():
+            runner.large.set_erased(["c0", "c2"])
+            edited = overhead.one_pass(runner, runner.large, runner.large.unet)().sample
+        plain = overhead.one_pass(runner, runner.large, plain_twin(runner.large).unet)().sample
+        assert not torch.equal(edited, plain)
+        assert len(seconds) == 4
+        assert min(seconds) > 0
+        assert dict(runner.large.unet._forward_pre_hooks) == hooks
+    text, module = (figure for _, figure in registry.run(runner, ["hooks_50_of_50"]))
+    linears = len(projection_shapes(runner.large.unet))
+    for figure, calls in ((text, 4), (module, 4 + linears)):
+        assert 0 < number(figure.value, "") < 1
+        assert f"in {calls} calls of hooks" in figure.detail
+    assert runner.large.get_bank() is None
+
+
+def test_the_check_of_the_text_encoder_is_measured_with_as_many_guards_as_it_reads(runner):
+    ((_, figure),) = registry.run(runner, ["text_check"])
+    assert number(figure.value, " %") > 0
+    every, first = (float(found) for found in re.findall(r"([0-9.]+) ms in", figure.detail))
+    assert 0 < every < first
+    assert "(16 prompts encoded)" in figure.detail
 
 
 def test_unknown_measures_are_refused():

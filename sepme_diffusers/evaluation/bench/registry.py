@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
 from sepme_diffusers.evaluation.bench.holding import disk_module, disk_text, loading, memory
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
+from sepme_diffusers.evaluation.bench.overhead import hooks_50_of_50, text_check
 from sepme_diffusers.evaluation.bench.runner import Runner
 from sepme_diffusers.evaluation.bench.solving import guard_basis, hundred_concepts, steps_to_stop
 from sepme_diffusers.evaluation.bench.switching import compiling, switching
@@ -16,6 +17,8 @@ from sepme_diffusers.evaluation.report import Table
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
+        hooks_50_of_50,
+        text_check,
         loop_50_of_50,
         loop_20_of_1000,
         loop_built_in,

@@ -81,9 +81,9 @@ class Runner:
 
 
 @contextmanager
-def loaded(pipe: SepMEPipeline, bank: ConceptBank) -> Iterator[None]:
-    """Load a bank while the block runs."""
-    pipe.load_sepme(bank)
+def loaded(pipe: SepMEPipeline, bank: ConceptBank, **options: Any) -> Iterator[None]:
+    """Load a bank while the block runs, with options of `load_sepme`."""
+    pipe.load_sepme(bank, **options)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,18 +22,19 @@ from sepme_diffusers.text.encoding import encode, rows
 RANK = 8
 
 
-def synthetic_bank(pipe: SepMEPipeline, size: int, form: str) -> ConceptBank:
-    """Make a bank of small random increments in the blank prompt's null space, for concepts c0, c1, ...
+def synthetic_bank(pipe: SepMEPipeline, size: int, form: str, guards: Sequence[str] = ("",)) -> ConceptBank:
+    """Make a bank of small random increments in the guards' null space, for concepts c0, c1, ...
 
     Args:
         pipe: The base.
         size: How many.
         form: "text" for text-side increments, "module" for per-module ones.
+        guards: The guarded prompts.
     """
     weights = projection_weights(pipe.unet)
     d = next(iter(weights.values())).shape[1]
     shapes = {name: (len(weight), float(weight.float().norm())) for name, weight in weights.items()}
-    null = null_space(rows(encode(pipe, [""])).cpu()).float()
+    null = null_space(rows(encode(pipe, guards)).cpu()).float()
     draw = torch.Generator().manual_seed(0)
 
     def factor(*shape: int) -> Tensor:
@@ -44,9 +46,15 @@ def synthetic_bank(pipe: SepMEPipeline, size: int, form: str) -> ConceptBank:
             return Increment(a, B=factor(d, RANK))
         return Increment(a, C={name: factor(d_out, RANK) for name, (d_out, _) in shapes.items()})
 
-    entries = [Entry(Concept(f"c{index}"), increment(), SepMEConfig(), ("",)) for index in range(size)]
+    entries = [Entry(Concept(f"c{index}"), increment(), SepMEConfig(), tuple(guards)) for index in range(size)]
     base = BaseModel("random weights", d, pipe.tokenizer.model_max_length, shapes)
     return ConceptBank(base).with_entries(entries)
+
+
+def alike_prompts(pipe: SepMEPipeline, count: int) -> list[str]:
+    """Write different prompts as long as the text encoder takes, alike but for the end: they leave a null space."""
+    start = "a " * (pipe.tokenizer.model_max_length - 8)
+    return [f"{start}c{index}" for index in range(count)]
 
 
 def in_half_precision(bank: ConceptBank) -> ConceptBank:
