@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.text.encoding import encode
 
 # A bank made for this text encoder leaks no more than its precision allows; one made for another leaks everything.
-_FOREIGN_LEAKAGE = 1e-2
+_MOST_LEAKAGE = 1e-2
 
 
 def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> None:
@@ -55,12 +54,13 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
             "the pipeline has no text encoder, so it cannot be seen whether the bank was made for its embeddings; "
             "load the bank first, then drop the encoder"
         )
-    if unknown := [name for bank in banks for name, entry in bank.items() if entry.guards and not _exact(entry)]:
+    if unknown := [name for bank in banks for name, entry in bank.items() if not entry.exact_guards]:
         raise ValueError(
-            f"{unknown}: every guard is listed in metrics.leakage_of as not exact, so it cannot be seen whether the "
-            "bank was made for this pipeline's text encoder; make these concepts again with a guard that is exact"
+            f"{unknown}: no guard is exact (metrics.leakage_of lists those that are not), so it cannot be seen "
+            "whether the bank was made for this pipeline's text encoder; make these concepts again with a guard that "
+            "is exact"
         )
-    leaks = {name: leak for bank in banks for name, leak in _leaks(pipe, bank).items() if not leak <= _FOREIGN_LEAKAGE}
+    leaks = {name: leak for bank in banks for name, leak in _leaks(pipe, bank).items() if not leak <= _MOST_LEAKAGE}
     if leaks:
         raise ValueError(
             "the bank was made for another text encoder than this pipeline's: with this one its increments move "
@@ -69,33 +69,18 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
 
 
 def _leaks(pipe: Any, bank: ConceptBank) -> dict[str, float]:
-    """The largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
-    exact = {name: _exact(entry) for name, entry in bank.items()}
-    asked = {name: {guards[0], guards[-1]} for name, guards in exact.items() if guards}
-    if not asked:
+    """Measure the largest ‖e Aᵀ‖ / (‖e‖ ‖A‖) of a token e of two of its exact guards, for each concept."""
+    if not bank:
         return {}
-    prompts = sorted(set().union(*asked.values()))
+    guards = {name: {entry.exact_guards[0], entry.exact_guards[-1]} for name, entry in bank.items()}
+    prompts = sorted(set().union(*guards.values()))
     tokens = torch.nn.functional.normalize(encode(pipe, prompts).cpu(), dim=-1)
     bases = [entry.increment.A.float() for entry in bank.values()]
     read = (tokens @ torch.cat([a / a.norm() for a in bases]).T).split([len(a) for a in bases], dim=-1)
     shares = {name: part.norm(dim=-1).amax(dim=-1).tolist() for name, part in zip(bank, read, strict=True)}
-    return {name: max(shares[name][prompts.index(guard)] for guard in guards) for name, guards in asked.items()}
-
-
-def _exact(entry: Entry) -> list[str]:
-    """The guards that an entry leaves exactly alone."""
-    return [guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {})]
+    return {name: max(shares[name][prompts.index(guard)] for guard in own) for name, own in guards.items()}
 
 
 def _encoders(pipe: Any) -> list[Any]:
-    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-    return [encoder for encoder in found if encoder is not None]
-
-
-def text_state(pipe: Any) -> tuple[tuple[int, int, int], ...]:
-    """Describe the text encoders: another one, an adapter or other weights change it. Cheap enough for every call."""
-    return tuple(
-        (id(encoder), len(parameters), sum(0 if p.is_inference() else p._version for p in parameters))
-        for encoder in _encoders(pipe)
-        for parameters in [list(encoder.parameters())]
-    )
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return [encoder for encoder in encoders if encoder is not None]
