@@ -156,11 +156,11 @@ def _refuse_without_effect(
 
 
 def _norm(deltas: Mapping[str, Tensor], tokens: Tensor) -> float:
-    """‖E ΔWᵀ‖ over all modules side by side."""
+    """Compute ‖E ΔWᵀ‖ over all modules side by side."""
     return float(sum((tokens @ delta.double().T).square().sum() for delta in deltas.values())) ** 0.5
 
 
 def _kept(changes: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
-    """⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
+    """Compute ⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
     pairs = ((tokens @ changes[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
     return float(sum((kept * whole).sum() for kept, whole in pairs)) / _norm(wanted, tokens) ** 2

@@ -70,7 +70,7 @@ def gates_lost(bank: ConceptBank, names: Iterable[str]) -> str:
 
 
 def fitting_unet(bank: ConceptBank, pipe_or_unet: DiffusionPipeline | nn.Module) -> nn.Module:
-    """The UNet itself, whatever `torch.compile` has wrapped around it, if the bank was made for it.
+    """Return the UNet itself, whatever `torch.compile` has wrapped around it, if the bank was made for it.
 
     Args:
         bank: The bank.
