@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sepme_diffusers.bank import manifest as manifests
 from sepme_diffusers.bank.errors import BankError, PolicyError
-from sepme_diffusers.bank.files import persist, replace_file, write_file
+from sepme_diffusers.bank.files import persist, persist_tree, replace_file, write_file
 from sepme_diffusers.bank.layout import (
     ASSETS,
     CARD,
@@ -267,6 +267,7 @@ class BankFolder:
                 "beside": {file: sha256(concept.files[file]) for file in others},
                 **concept.record,
             }
+        persist_tree(self.folder / STAGING)
         return records, [target for target, there in taken.items() if not there]
 
     def _target(self, concept: ConceptFiles, taken: Mapping[str, bool]) -> tuple[str, bool]:
@@ -456,10 +457,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder; `persist_tree` makes it survive a loss of power."""
     folder.mkdir()
     for name, data in files.items():
-        write_file(folder / name, data)
-    persist(folder)
+        (folder / name).write_bytes(data)
 
 
 def _remove(folder: Path) -> None:

@@ -240,7 +240,8 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder ({options})"
             continue
         folder = path.split("/")[0]
-        if not re.fullmatch(rf"{re.escape(slug(name))}(-[0-9a-f]{{12}})*", folder):
+        own = slug(name)
+        if not folder.startswith(own) or not re.fullmatch(r"(-[0-9a-f]{12})*", folder[len(own) :]):
             yield f"concept {name!r}: the folder {folder!r} is not named after it"
         if folder in holders:
             yield f"concept {name!r}: its folder {folder!r} is that of {holders[folder]!r}"
