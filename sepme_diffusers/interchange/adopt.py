@@ -82,8 +82,9 @@ def from_lora(
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
     bank = bank if bank is not None else ConceptBank(base)
-    if bank.base.width != base.width:
-        raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {base.width}")
+    # What is adopted are per-module increments, which belong to these weights.
+    if reason := bank.base.fingerprint.differs(base.fingerprint):
+        raise ValueError(f"the bank was made on {bank.base.name!r}, and this is another base: {reason}")
     change = read_change(source, pipe.unet, difference)
     if not change.inside:
         raise ValueError(
