@@ -14,6 +14,19 @@ def test_a_shared_name_is_an_error_that_shows_how_to_say_it(names):
     assert names.keys(["styles/neon", "pencil"]) == [("styles", "neon"), ("styles", "pencil")]
 
 
+@pytest.mark.parametrize("twin", ["neon\ufe0f", "NEON", "n\u0435on"], ids=["invisible", "case", "Cyrillic"])
+def test_names_that_look_alike_in_two_banks_must_be_qualified(twin):
+    names = Names({"styles": ["neon", "pencil"], "mine": [twin]})
+    assert names.shown == {
+        ("styles", "neon"): "styles/neon",
+        ("styles", "pencil"): "pencil",
+        ("mine", twin): f"mine/{twin}",
+    }
+    for name in ("neon", twin):
+        with pytest.raises(UnknownConceptError, match="names like them; say which"):
+            names.strengths([name])
+
+
 def test_shown_names_are_accepted_back(names):
     assert names.keys(names.shown.values()) == list(names.shown)
     assert list(names.shown.values()) == ["mine/neon", "AC/DC", "styles/neon", "pencil"]
