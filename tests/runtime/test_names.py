@@ -1,6 +1,6 @@
 import pytest
 
-from sepme_diffusers.runtime.erased_sets import Names
+from sepme_diffusers.runtime.erased_sets import Names, UnknownConceptError
 
 
 @pytest.fixture
