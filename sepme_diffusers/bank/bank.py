@@ -5,32 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sepme_diffusers.bank import hub
 from sepme_diffusers.bank.card import Picture
-from sepme_diffusers.bank.contents import Contents, read, write
-from sepme_diffusers.bank.entry import Entry, Guarantee, Origin
+from sepme_diffusers.bank.contents import read, write
+from sepme_diffusers.bank.entry import Entry, Guarantee
 from sepme_diffusers.bank.errors import PolicyError
+from sepme_diffusers.bank.hub import HubBank, pull
 from sepme_diffusers.text.names import listed
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
 # How many concepts a line and a table show.
 _NAMED, _ROWS = 5, 20
 
 
 @dataclass(frozen=True, repr=False)
-class ConceptBank(Contents, Mapping[str, Entry]):
+class ConceptBank(HubBank, Mapping[str, Entry]):
     """Erasures by concept name, in the order in which they are always added up. Immutable.
 
     Args:
@@ -50,8 +47,6 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         >>> bank["woodcut"].increment.form
         'text'
     """
-
-    origin: Origin | None = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConceptBank:
         return self
@@ -77,7 +72,7 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         )
 
     def _repr_html_(self) -> str:
-        """A table of the first concepts, for notebooks."""
+        """Tabulate the first concepts, for notebooks."""
         heads = ("concept", "form", "rank", "guarded prompts", "always erased")
         cells = [
             (name, entry.increment.form, entry.increment.rank, len(entry.guards), "yes" if name in self.always else "")
@@ -95,15 +90,16 @@ class ConceptBank(Contents, Mapping[str, Entry]):
 
         It covers the concepts' names in their order, every tensor's bytes, type and shape, gates, guards and `always`.
         """
-        found = hashlib.sha256(json.dumps(["sepme", len(self), list(self.always)]).encode())
+        hashed = hashlib.sha256(json.dumps(["sepme", len(self), list(self.always)]).encode())
         for name, entry in self.items():
             gates = [entry.increment.gate, {door: part.gate for door, part in entry.increment.doors.items()}]
-            tensors = entry.increment.tensors()
+            # A file gives its tensors in no particular order.
+            tensors = dict(sorted(entry.increment.tensors().items()))
             shapes = {key: [str(tensor.dtype), list(tensor.shape)] for key, tensor in tensors.items()}
-            found.update(json.dumps([name, list(entry.guards), gates, shapes]).encode())
+            hashed.update(json.dumps([name, list(entry.guards), gates, shapes], sort_keys=True).encode())
             for tensor in tensors.values():
-                found.update(_bytes(tensor))
-        return found.hexdigest()
+                hashed.update(_bytes(tensor))
+        return hashed.hexdigest()
 
     def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
         """Add entries, or replace those of the same names; the others stay untouched."""
@@ -169,51 +165,6 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         """
         write(self, Path(folder), dtype, license, pictures)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        concepts: Iterable[str] | None = None,
-        remove: Iterable[str] = (),
-        **options: Any,
-    ) -> CommitInfo:
-        """Publish the bank on the Hugging Face Hub, in one commit that uploads only what is new there.
-
-        Concepts on the Hub that this bank lacks stay. What others pushed since this bank was pulled stays as well: the
-        push is made again on top of theirs, unless both changed the same concept. A bank that was pulled remembers
-        what it pushed (its `origin`), so that its next push is no conflict with this one. Banks that were derived from
-        it before know nothing of that.
-
-        Args:
-            repo_id: The repository; made if missing.
-            private: Whether a repository that is made is private. True refuses a public one that exists.
-            token: As for every function of huggingface_hub. Default: the one that was logged in with.
-            revision: The branch; made if missing. Default: "main".
-            create_pr: Open a pull request instead of committing to the branch.
-            commit_message: Default: it names the concepts.
-            concepts: Push these alone. Naming one that the Hub has allows a bank that was not pulled to replace it.
-            remove: Concepts to take off the Hub.
-            options: `license`, `pictures`, `dtype`, `signing_key`, `endpoint` of `sepme_diffusers.hub.push`.
-
-        Raises:
-            PushConflict: If the Hub holds another version of a concept than this bank knows. Nothing is published.
-            BankError: If the repository holds something else than a bank, or a bank for another base.
-            KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
-            PolicyError: If it would leave out or remove a concept that a policy always erases.
-            ValueError: If `private` is asked for and the repository is public.
-            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
-        """
-        info, origin = hub.push(
-            self, self.origin, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
-            commit_message=commit_message, concepts=concepts, remove=remove, **options,
-        )  # fmt: skip
-        object.__setattr__(self, "origin", origin)
-        return info
-
     @classmethod
     def from_pretrained(
         cls,
@@ -247,11 +198,11 @@ class ConceptBank(Contents, Mapping[str, Entry]):
         wanted = None if concepts is None else listed(concepts)
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            found, origin = read(folder / subfolder, wanted, require_signature), None
+            contents, origin = read(folder / subfolder, wanted, require_signature), None
         else:
             repository = str(pretrained_model_name_or_path)
-            found, origin = hub.pull(repository, wanted, subfolder, require_signature, options)
-        return cls(found.base, found.entries, found.always, origin)
+            contents, origin = pull(repository, wanted, subfolder, require_signature, options)
+        return cls(contents.base, contents.entries, contents.always, origin)
 
     @property
     def guarantees(self) -> dict[str, Guarantee]:

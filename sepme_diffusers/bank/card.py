@@ -102,7 +102,7 @@ class Picture:
         return f"{ASSETS}/{self.name}.png"
 
     def png(self) -> bytes:
-        """The content of that file."""
+        """Encode the picture as the content of that file."""
         stream = io.BytesIO()
         self.image.save(stream, "PNG")
         return stream.getvalue()
@@ -145,8 +145,8 @@ def model_card(
 
 def _metadata(base: str, license: str | None, pictures: Sequence[Picture], previous: str | None) -> ModelCardData:
     kept = _metadata_of(previous)
-    shown = {picture.path for picture in pictures}
-    widget = [entry for entry in kept.get("widget") or [] if entry["output"]["url"] not in shown]
+    new = {picture.path for picture in pictures}
+    widget = [entry for entry in kept.get("widget") or [] if entry["output"]["url"] not in new]
     widget += [{"text": picture.text, "output": {"url": picture.path}} for picture in pictures]
     data: dict[str, Any] = {
         "license": license or kept.get("license"),
@@ -159,7 +159,7 @@ def _metadata(base: str, license: str | None, pictures: Sequence[Picture], previ
 
 
 def _metadata_of(card: str | None) -> dict[str, Any]:
-    """What a card says of its licence and pictures; nothing, if somebody's edits made it unreadable."""
+    """Read what a card says of its licence and pictures; nothing, if somebody's edits made it unreadable."""
     if card is None:
         return {}
     try:
@@ -171,7 +171,7 @@ def _metadata_of(card: str | None) -> dict[str, Any]:
 
 
 def _is_repository(name: str) -> bool:
-    """The Hub refuses a card whose base model is a folder."""
+    """Tell whether a base model is named by a repository id: the Hub refuses a card that names a folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -181,16 +181,16 @@ def _is_repository(name: str) -> bool:
 
 def _row(name: str, record: Mapping[str, Any]) -> list[str]:
     figures = [f"{key} {value:.4g}" for key, value in record["metrics"].items() if isinstance(value, (int, float))]
-    made = (record["form"], record["rank"], record["config"]["solver"], len(record["guards"]))
-    return [_escaped(str(cell)) for cell in (name, *made, ", ".join(figures))]
+    cells = (name, record["form"], record["rank"], record["config"]["solver"], len(record["guards"]))
+    return [_escaped(str(cell)) for cell in (*cells, ", ".join(figures))]
 
 
 def _settings(concepts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each config that was used, with the concepts it made."""
-    made: dict[str, list[str]] = {}
+    """Pair each config that was used with the concepts that were made with it."""
+    names_of: dict[str, list[str]] = {}
     for name, record in concepts.items():
-        made.setdefault(json.dumps(record["config"]), []).append(name)
-    return [(_listed(names), config) for config, names in made.items()]
+        names_of.setdefault(json.dumps(record["config"]), []).append(name)
+    return [(_listed(names), config) for config, names in names_of.items()]
 
 
 def _listed(texts: Iterable[str]) -> str:
@@ -198,10 +198,10 @@ def _listed(texts: Iterable[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Python string: JSON's quoting is one, as long as nothing beyond its controls is escaped."""
+    """Quote text as a Python string: JSON's quoting is one, as long as nothing beyond its controls is escaped."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text so that Markdown shows it as it is, on one line."""
     return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -21,7 +21,7 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.spelling import look_alikes
 
 # How often a bank that others save meanwhile is read before that is given up.
-_ATTEMPTS = 3
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Contents:
         if misfits := [key for key, increment in increments.items() if not _fits(increment, heights)]:
             raise ValueError(f"these increments edit other modules than the base's, or of other heights: {misfits}")
         doors = {key: {n: part.A.shape[1] for n, part in i.doors.items()} for key, i in increments.items()}
-        if strange := {key: found for key, found in doors.items() if not found.items() <= self.base.doors.items()}:
+        if strange := {key: own for key, own in doors.items() if not own.items() <= self.base.doors.items()}:
             raise ValueError(f"the base has further doors {dict(self.base.doors)}; these increments differ: {strange}")
 
 
 def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Path | None = None) -> Contents:
-    """The bank in a folder, or the part of it with the wanted concepts, every hash checked.
+    """Read the bank in a folder, or the part of it with the wanted concepts, every hash checked.
 
     Another process may save there meanwhile: where the manifest was replaced while a file was missing or not what its
     hash says, the bank is read again.
@@ -85,9 +85,10 @@ def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Pa
     """
     bank = BankFolder(folder)
     for attempt in range(1, _ATTEMPTS + 1):
-        data = bank.manifest_bytes() if public_key is None else verify_signature(folder, public_key)
+        data = bank.manifest_bytes()
         try:
-            return _parsed(bank, data, wanted)
+            verified = data if public_key is None else verify_signature(folder, public_key)
+            return _parsed(bank, verified, wanted)
         except BankError:
             if attempt == _ATTEMPTS or bank.manifest_bytes() == data:
                 raise
@@ -141,7 +142,7 @@ def write(
 
 
 def libraries() -> dict[str, str]:
-    """Versions of what made a bank."""
+    """List the versions of what made a bank."""
     names = ("sepme_diffusers", "torch", "diffusers", "transformers", "peft", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 

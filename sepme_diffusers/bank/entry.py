@@ -33,6 +33,11 @@ class Entry:
     guards: tuple[str, ...]
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def exact_guards(self) -> tuple[str, ...]:
+        """The guards that it claims to leave exactly as they were."""
+        return tuple(guard for guard in self.guards if guard not in self.metrics.get("leakage_of", {}))
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -93,13 +98,13 @@ class Origin:
 
 
 def base_model(manifest: Mapping[str, Any]) -> BaseModel:
-    """What a manifest says of the base."""
+    """Read what a manifest says of the base."""
     projections = {name: (d_out, norm) for name, (d_out, norm) in manifest["base"]["projections"].items()}
     return BaseModel(**{**manifest["base"], "projections": projections})
 
 
 def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entry:
-    """A concept's entry, from its record in the manifest and its increment.
+    """Make a concept's entry, from its record in the manifest and its increment.
 
     Raises:
         ValueError: If the record's settings or prompts are not usable.

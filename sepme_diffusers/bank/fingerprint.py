@@ -34,7 +34,7 @@ class Fingerprint:
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Tensor]) -> Fingerprint:
-        """The fingerprint of text projections W_m (d_out, d) by module name, at least one."""
+        """Take the fingerprint of text projections W_m (d_out, d) by module name, at least one."""
         shapes = {name: (len(weight), float(weight.float().norm())) for name, weight in weights.items()}
         return cls(next(iter(weights.values())).shape[1], projections=shapes)
 
@@ -44,7 +44,7 @@ class Fingerprint:
         return replace(self, projections=None)
 
     def differs(self, other: Fingerprint) -> str:
-        """Why the other is another base; empty if it is not, as far as both tell."""
+        """Say why the other is another base; empty if it is not, as far as both tell."""
         if self.width != other.width:
             return f"embeddings are {self.width} wide, not {other.width}"
         both = sorted(self.doors.keys() & other.doors.keys())

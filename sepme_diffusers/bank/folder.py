@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sepme_diffusers.bank import manifest as manifests
 from sepme_diffusers.bank.errors import BankError, PolicyError
-from sepme_diffusers.bank.files import persist, replace_file, write_file
+from sepme_diffusers.bank.files import persist, persist_tree, replace_file, write_file
 from sepme_diffusers.bank.layout import (
     ASSETS,
     CARD,
@@ -168,7 +168,7 @@ class BankFolder:
             raise BankError(f"{file} cannot be read: {error}") from error
 
     def is_link(self, file: Path) -> bool:
-        """Whether the file or its folder is a link, other than those of huggingface_hub's cache to its own blobs."""
+        """Tell whether the file or its folder is a link, huggingface_hub's own to its blobs excepted."""
         steps = [file, *file.parents][: len(file.relative_to(self.folder).parts)]
         if not any(step.is_symlink() for step in steps):
             return False
@@ -213,7 +213,7 @@ class BankFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time; the lock dies with its holder."""
+        """Keep other processes from saving here while the block runs; the lock dies with its holder."""
         path = self.folder / LOCK
         lock = FileLock(path, timeout=0)
         try:
@@ -254,10 +254,11 @@ class BankFolder:
                 "beside": {file: sha256(concept.files[file]) for file in others},
                 **concept.record,
             }
+        persist_tree(self.folder / STAGING)
         return records, [target for target, there in taken.items() if not there]
 
     def _target(self, concept: ConceptFiles, taken: Mapping[str, bool]) -> tuple[str, bool]:
-        """The concept's folder, and whether it is there already: its slug, with a hash where that is other content."""
+        """Choose the concept's folder: its slug, with a hash where that is other content. And whether it is there."""
         other = sha256(b"\0".join([concept.name.encode(), *concept.files.values()]))[:12]
         for name in (concept.slug, f"{concept.slug}-{other}"):
             exists = os.path.lexists(self.folder / name)
@@ -303,7 +304,7 @@ class BankFolder:
         _remove(staging)
 
     def _folders(self, where: Path, file: str = MANIFEST) -> set[str]:
-        """The concepts' folders that a manifest names.
+        """List the concepts' folders that a manifest names.
 
         Raises:
             BankError: If the bank's own manifest is not valid. A staged one may be cut short: then it names none.
@@ -355,7 +356,7 @@ def _as_stored(increment: Increment, dtype: torch.dtype | None) -> Increment:
 
 
 def _increment(file: str, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> Increment:
-    """The increment in the tensors of a file of this name."""
+    """Make the increment that a file of this name holds."""
     further = {} if file == LORA_FILE else _taken_out(tensors)
     gates = dict.fromkeys(further) | record.get("gates", {})
     if unknown := sorted(gates.keys() - further.keys()):
@@ -387,12 +388,12 @@ def _text_side(
 
 
 def sha256(data: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
+    """Hash bytes: SHA-256, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
-    """The most bytes that an increment of this rank for this base can take, in float64."""
+    """Count the most bytes that an increment of this rank for this base can take, in float64."""
     rank, width = record["rank"], base["width"]
     heights = [width] if record["form"] == "text" else [d_out for d_out, _ in base["projections"].values()]
     numbers = sum(rank * (width + height) for height in heights)
@@ -402,20 +403,20 @@ def _largest(record: Mapping[str, Any], base: Mapping[str, Any]) -> int:
 
 
 def _misfit(increment: Increment, record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """What of an increment is not as the manifest says; empty if all is."""
-    found = []
+    """Say what of an increment is not as the manifest says; empty if all is."""
+    misfits = []
     if increment.rank != record["rank"]:
-        found.append(f"rank {increment.rank}, not {record['rank']}")
+        misfits.append(f"rank {increment.rank}, not {record['rank']}")
     if increment.A.shape[1] != base["width"]:
-        found.append(f"width {increment.A.shape[1]}, not {base['width']}")
+        misfits.append(f"width {increment.A.shape[1]}, not {base['width']}")
     if increment.C is not None:
         heights = {name: d_out for name, (d_out, _) in base["projections"].items()}
         wrong = {name for name, _ in {name: len(c) for name, c in increment.C.items()}.items() ^ heights.items()}
-        found += [f"other modules or heights than the base's: {sorted(wrong)}"] if wrong else []
+        misfits += [f"other modules or heights than the base's: {sorted(wrong)}"] if wrong else []
     doors, known = {name: part.A.shape[1] for name, part in increment.doors.items()}, base.get("doors", {})
     if other := sorted(name for name, width in doors.items() if known.get(name) != width):
-        found.append(f"further doors that the base lacks, or has of other widths: {other}")
-    return ", ".join(found)
+        misfits.append(f"further doors that the base lacks, or has of other widths: {other}")
+    return ", ".join(misfits)
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -425,10 +426,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder; `persist_tree` makes it survive a loss of power."""
     folder.mkdir()
     for name, data in files.items():
-        write_file(folder / name, data)
-    persist(folder)
+        (folder / name).write_bytes(data)
 
 
 def _remove(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,14 +75,14 @@ def pull(
     """
     download = _Download(repository, wanted, subfolder, public_key, options)
     try:
-        found, records = download.read()
+        contents, records = download.read()
     except DownloadError:
         raise
     except BankError:
         if options.get("local_files_only") or constants.is_offline_mode() or not download.repair():
             raise
-        found, records = download.read()
-    return found, None if subfolder else Origin(repository, found.always, dict(found.entries), records)
+        contents, records = download.read()
+    return contents, None if subfolder else Origin(repository, contents.always, dict(contents.entries), records)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class _Download:
     snapshot: Path | None = None
 
     def read(self) -> tuple[Contents, dict[str, Any]]:
-        """The wanted part of the bank, and every concept's record."""
+        """Read the wanted part of the bank, and every concept's record."""
         self.snapshot = self._fetch([MANIFEST] if self.public_key is None else [MANIFEST, SIGNATURE], self.options)
         bank = self.bank
         records = bank.manifest(self.wanted)["concepts"].values()
@@ -106,7 +106,7 @@ class _Download:
         return read(bank.folder, self.wanted, self.public_key), bank.manifest()["concepts"]
 
     def repair(self) -> bool:
-        """Download damaged files again, for the cache trusts what it once stored. Whether there were any."""
+        """Download damaged files again, for the cache trusts what it once stored; tell whether there were any."""
         if self.snapshot is None:
             return False
         damaged = self._repair_found()
@@ -149,85 +149,108 @@ def _snapshot(repository: str, patterns: list[str], hub: Mapping[str, Any]) -> P
         raise DownloadError(f"the download of {repository!r} broke off: {error}") from error
 
 
-def push(
-    bank: Contents,
-    origin: Origin | None,
-    repository: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    concepts: Iterable[str] | None = None,
-    remove: Iterable[str] = (),
-    license: str | None = None,
-    pictures: Iterable[Picture] = (),
-    dtype: torch.dtype | None = None,
-    signing_key: str | Path | None = None,
-    endpoint: str | None = None,
-) -> tuple[CommitInfo, Origin | None]:
-    """Publish a bank; see `ConceptBank.push_to_hub`.
+@dataclass(frozen=True)
+class HubBank(Contents):
+    """What a bank holds, and what it knows of the Hub repository that it came from. Immutable.
 
     Args:
-        bank: What to push.
-        origin: Where it was pulled from, if it was.
-        repository: Its id.
-        private: See there, as the others up to `remove`.
-        token: See there.
-        revision: See there.
-        create_pr: See there.
-        commit_message: See there.
-        concepts: See there.
-        remove: See there.
-        license: For the card. Default: what the card on the Hub says.
-        pictures: For the card, beside those it has.
-        dtype: Of B or C. Default: as they are.
-        signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed is
-            signed too. Without one, a signature on the Hub that is no longer true is removed.
-        endpoint: Of the Hub.
-
-    Returns:
-        The commit, and the origin of the bank from now on, which knows what was pushed.
-
-    Raises:
-        PushConflict: See there, as the others.
+        base: See `Contents`, as `entries` and `always`.
+        entries: See there.
+        always: See there.
+        origin: The repository as last seen; None for a bank that comes from elsewhere. No part of what the bank is.
     """
-    named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
-    if unknown := [name for name in named or () if name not in bank.entries]:
-        raise KeyError(f"cannot push {unknown}: the bank has {list(bank.entries)}")
-    api = HfApi(
-        endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
-    )
-    repository = _prepare(api, repository, private, None if create_pr else revision)
-    with TemporaryDirectory(prefix="sepme-push-") as scratch:
-        change = _Change.of(bank, origin, repository, named, tuple(remove), Path(scratch) / "bank", dtype)
-        dress = _Dress(repository, license, tuple(pictures), signing_key)
-        expected = None
-        for attempt in range(_ATTEMPTS):
-            head = _Head.of(api, repository, revision, Path(scratch) / "cache")
-            expected = change.expected(head) if expected is None else expected
-            manifest = _merged(head, change, expected)
-            files = dress.files(head, manifest, Path(scratch) / f"attempt-{attempt}")
-            try:
-                info = api.create_commit(
-                    repository,
-                    [*_operations(head, manifest, change), *files],
-                    commit_message=commit_message or change.message,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=head.commit,
-                )
-            except HfHubHTTPError as error:
-                if error.response.status_code != _MOVED_ON:
-                    raise
-                continue
-            return info, origin if create_pr else change.origin_after(manifest, origin)
-    raise PushConflict(f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published")
+
+    origin: Origin | None = field(default=None, compare=False)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        concepts: Iterable[str] | None = None,
+        remove: Iterable[str] = (),
+        license: str | None = None,
+        pictures: Iterable[Picture] = (),
+        dtype: torch.dtype | None = None,
+        signing_key: str | Path | None = None,
+        endpoint: str | None = None,
+    ) -> CommitInfo:
+        """Publish the bank on the Hugging Face Hub, in one commit that uploads only what is new there.
+
+        Concepts on the Hub that this bank lacks stay. What others pushed since this bank was pulled stays as well: the
+        push is made again on top of theirs, unless both changed the same concept. A bank that was pulled remembers
+        what it pushed (its `origin`), so that its next push is no conflict with this one. Banks that were derived from
+        it before know nothing of that.
+
+        Args:
+            repo_id: The repository; made if missing.
+            private: Whether a repository that is made is private. True refuses a public one that exists.
+            token: As for every function of huggingface_hub. Default: the one that was logged in with.
+            revision: The branch; made if missing. Default: "main".
+            create_pr: Open a pull request instead of committing to the branch.
+            commit_message: Default: it names the concepts.
+            concepts: Push these alone. Naming one that the Hub has allows a bank that was not pulled to replace it.
+            remove: Concepts to take off the Hub.
+            license: For the card. Default: what the card on the Hub says.
+            pictures: For the card, beside those it has.
+            dtype: Of B or C. Default: as they are.
+            signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed
+                is signed too. Without one, a signature on the Hub that is no longer true is removed.
+            endpoint: Of the Hub.
+
+        Raises:
+            PushConflict: If the Hub holds another version of a concept than this bank knows. Nothing is published.
+            BankError: If the repository holds something else than a bank, or a bank for another base.
+            KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
+            PolicyError: If it would leave out or remove a concept that a policy always erases.
+            TypeError: If `concepts` or `remove` is a single string.
+            ValueError: If `private` is asked for and the repository is public.
+            HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
+        """
+        named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
+        if unknown := [name for name in named or () if name not in self.entries]:
+            raise KeyError(f"cannot push {unknown}: the bank has {list(self.entries)}")
+        removed = tuple(listed(remove))
+        api = HfApi(
+            endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
+        )
+        repository = _prepare(api, repo_id, private, None if create_pr else revision)
+        with TemporaryDirectory(prefix="sepme-push-") as scratch:
+            change = _Change.of(self, self.origin, repository, named, removed, Path(scratch) / "bank", dtype)
+            dress = _Dress(repository, license, tuple(pictures), signing_key)
+            expected = None
+            for attempt in range(_ATTEMPTS):
+                head = _Head.of(api, repository, revision, Path(scratch) / "cache")
+                expected = change.expected(head) if expected is None else expected
+                manifest = _merged(head, change, expected)
+                files = dress.files(head, manifest, Path(scratch) / f"attempt-{attempt}")
+                try:
+                    info = api.create_commit(
+                        repository,
+                        [*_operations(head, manifest, change), *files],
+                        commit_message=commit_message or change.message,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=head.commit,
+                    )
+                except HfHubHTTPError as error:
+                    if error.response.status_code != _MOVED_ON:
+                        raise
+                    continue
+                if not create_pr:
+                    object.__setattr__(self, "origin", change.origin_after(manifest, self.origin))
+                return info
+        raise PushConflict(
+            f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published"
+        )
 
 
 def _prepare(api: HfApi, repository: str, private: bool | None, branch: str | None) -> str:
-    """The repository's whole id, once it is there, and the branch."""
+    """Make the repository and the branch where they are missing; return the repository's whole id."""
     if "/" not in repository:
         repository = f"{api.whoami()['name']}/{repository}"
     try:
@@ -324,7 +347,7 @@ class _Change:
         return set(self.origin.always) - set(self.bank.always) if self.origin and self.named is None else set()
 
     def expected(self, head: _Head) -> dict[str, Any]:
-        """The records that this change replaces or removes, as its maker last saw them: None where there was none.
+        """Return the records that this change replaces or removes, as its maker last saw them; None for no record.
 
         What is named is known by being named; for the rest, a bank only knows what it was pulled with.
         """
@@ -336,7 +359,7 @@ class _Change:
         return {name: seen.get(name) if name in known else None for name in (*self.records, *self.remove)}
 
     def origin_after(self, manifest: Mapping[str, Any], origin: Origin | None) -> Origin | None:
-        """What the bank knows once this is pushed, so that its next push is not taken for a conflict with this one."""
+        """Return what the bank knows once this is pushed: its next push is no conflict with this one."""
         if self.origin is None or origin is None:
             return origin
         records = {name: manifest["concepts"][name] for name in self.records}
@@ -350,7 +373,7 @@ def _shown(names: Iterable[str]) -> str:
 
 
 def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest that the Hub shall have; the present one itself, if nothing is different."""
+    """Return the manifest that the Hub shall have; the present one itself, if nothing is different."""
     _refuse_conflicts(head, change, expected)
     if head.manifest is not None:
         _refuse_other_base(head.manifest["base"], change.manifest["base"])
@@ -399,7 +422,7 @@ def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> No
 
 
 def _base(head: _Head, change: _Change) -> dict[str, Any]:
-    """The base as the bank on the Hub shall name it: as the push does, or as it is there if only some are pushed.
+    """Name the base for the bank on the Hub: as the push does, or as it is there if only some are pushed.
 
     The further doors are those of both.
     """
@@ -410,14 +433,14 @@ def _base(head: _Head, change: _Change) -> dict[str, Any]:
 
 
 def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether two records say the same, wherever their files are."""
+    """Tell whether two records say the same, wherever their files are."""
     if record is None or other is None:
         return record is other
     return {**record, "file": None} == {**other, "file": None}
 
 
 def _place(record: Mapping[str, Any], former: Mapping[str, Any] | None, taken: set[str]) -> str:
-    """Where a record's weights go: the concept's former folder, or one that nothing on the Hub has."""
+    """Choose where a record's weights go: the concept's former folder, or one that nothing on the Hub has."""
     folder, weights = record["file"].split("/")
     if former is not None:
         folder = _folder(former)
@@ -433,7 +456,7 @@ def _folder(record: Mapping[str, Any]) -> str:
 def _operations(
     head: _Head, manifest: Mapping[str, Any], change: _Change
 ) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
-    """The concepts' files that a commit adds, replaces and deletes."""
+    """List the concepts' files that a commit adds, replaces and deletes."""
     records = manifest["concepts"]
     added = set()
     for name, record in change.records.items():

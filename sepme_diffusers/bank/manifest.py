@@ -38,14 +38,14 @@ def parse(data: bytes, file: Path) -> dict[str, Any]:
     Raises:
         BankError: Naming the file and what is wrong with it.
     """
-    manifest, found = examine(data)
-    if manifest is None or found:
-        raise BankError(f"{file} is not a valid bank manifest: {listed(found)}")
+    manifest, faults = examine(data)
+    if manifest is None or faults:
+        raise BankError(f"{file} is not a valid bank manifest: {joined(faults)}")
     return manifest
 
 
 def is_damaged(data: bytes) -> bool:
-    """Whether a manifest's bytes cannot be those that were written: they are no JSON, or not what the digest says.
+    """Tell whether a manifest's bytes cannot be those that were written: no JSON, or not what the digest says.
 
     A manifest of another version, or one that the schema refuses, is not damaged if its digest is true.
     """
@@ -87,22 +87,22 @@ def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
         return None, ["it is not the manifest of a concept bank"]
     if fault := _newer(manifest.get("version")):
         return None, [fault]
-    if found := _schema_faults(manifest, all_of_them=size <= _MANY):
-        return None, found
+    if faults := _schema_faults(manifest, all_of_them=size <= _MANY):
+        return None, faults
     checks = (
         _digest_faults(manifest, data),
         _fraction_faults(manifest),
         _name_faults(manifest),
         _file_faults(manifest),
     )
-    return manifest, [fault for found in checks for fault in found]
+    return manifest, [fault for faults in checks for fault in faults]
 
 
-def listed(found: Iterable[str]) -> str:
+def joined(faults: Iterable[str]) -> str:
     """Join faults into one message; beyond the first twenty they are counted."""
-    found = list(found)
-    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "; ".join(found[:_SHOWN]) + more
+    faults = list(faults)
+    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return "; ".join(faults[:_SHOWN]) + more
 
 
 def _load(data: bytes) -> Any:
@@ -140,7 +140,7 @@ def _modest(text: str) -> int:
 
 
 def _size(manifest: Any) -> int:
-    """How many values there are. Refuses depth, and text that no file can hold (lone surrogates)."""
+    """Count the values. Refuse depth, and text that no file can hold (lone surrogates)."""
     size, level = 0, [manifest]
     for _ in range(_MAX_DEPTH):
         size += len(level)
@@ -180,15 +180,15 @@ def _validator() -> Draft202012Validator:
 
 def _schema_faults(manifest: Any, all_of_them: bool) -> list[str]:
     if all_of_them:
-        return [_said(error) for error in _validator().iter_errors(manifest)]
+        return [_schema_fault(error) for error in _validator().iter_errors(manifest)]
     try:
         _validator().validate(manifest)
     except ValidationError as error:
-        return [_said(error)]
+        return [_schema_fault(error)]
     return []
 
 
-def _said(error: ValidationError) -> str:
+def _schema_fault(error: ValidationError) -> str:
     return f"{_short('.'.join(map(str, ['$', *error.instance_path])))}: {_short(error.message)}"
 
 
@@ -210,7 +210,7 @@ def _is_digest(digest: str, data: bytes) -> bool:
 
 
 def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """JSON Schema takes 16.0 for an integer; Python does not."""
+    """List integers that are written as fractions: JSON Schema takes 16.0 for an integer, Python does not."""
     whole = {field.name for field in fields(SepMEConfig) if type(field.default) is int}
     base = manifest["base"]
     numbers = {"base.width": base["width"], "base.n_tokens": base["n_tokens"]}
@@ -231,7 +231,7 @@ def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Each concept has a folder of its own, named after it, and nothing outside."""
+    """Check that each concept has a folder of its own, named after it, and nothing outside."""
     holders: dict[str, str] = {}
     for name, record in manifest["concepts"].items():
         path, weights = record["file"], WEIGHTS[record["form"]]
@@ -240,7 +240,8 @@ def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder ({options})"
             continue
         folder = path.split("/")[0]
-        if not re.fullmatch(rf"{re.escape(slug(name))}(-[0-9a-f]{{12}})*", folder):
+        own = slug(name)
+        if not folder.startswith(own) or not re.fullmatch(r"(-[0-9a-f]{12})*", folder[len(own) :]):
             yield f"concept {name!r}: the folder {folder!r} is not named after it"
         if folder in holders:
             yield f"concept {name!r}: its folder {folder!r} is that of {holders[folder]!r}"

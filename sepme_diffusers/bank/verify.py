@@ -26,7 +26,7 @@ from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.text.encoding import TOKENS, encode_doors
 
 # The base (None where it cannot be read), entries, faults of the folder, faults by concept, and notes.
-_Found = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]
+_Parts = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]
 # Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
 _HUGE = 300.0
 # What a guarded prompt's projections may move by; and where the text encoder's weights were rounded to half precision,
@@ -76,8 +76,8 @@ class Report:
     @property
     def faults(self) -> tuple[str, ...]:
         """Every fault, with the concept that has it."""
-        each = (f"concept {name!r}: {fault}" for name, found in self.concepts.items() for fault in found.faults)
-        return (*self.folder, *each)
+        by_concept = (f"concept {name!r}: {fault}" for name, c in self.concepts.items() for fault in c.faults)
+        return (*self.folder, *by_concept)
 
     @property
     def ok(self) -> bool:
@@ -106,9 +106,9 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         >>> verify(pocket.bank("styles"), SepMEPipeline.from_pretrained(pocket.path())).ok
         True
     """
-    found: _Found
-    found = (bank.base, dict(bank), [], {}, []) if isinstance(bank, ConceptBank) else _read(BankFolder(Path(bank)))
-    base, entries, folder, faults, notes = found
+    parts: _Parts
+    parts = (bank.base, dict(bank), [], {}, []) if isinstance(bank, ConceptBank) else _read(BankFolder(Path(bank)))
+    base, entries, folder, faults, notes = parts
     leaks: dict[str, dict[str, float]] = {}
     if pipe is None:
         notes.append("guards and base were not checked: that takes a pipeline")
@@ -137,13 +137,13 @@ def _checked(
 # --- the folder
 
 
-def _read(folder: BankFolder) -> _Found:
-    """The base, the entries that can be read, faults of the folder, faults by concept, and notes."""
+def _read(folder: BankFolder) -> _Parts:
+    """Read the base, the entries that can be read, faults of the folder, faults by concept, and notes."""
     try:
-        manifest, found = examine(folder.manifest_bytes())
+        manifest, manifest_faults = examine(folder.manifest_bytes())
     except BankError as error:
         return None, {}, [str(error)], {}, []
-    faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in found]
+    faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in manifest_faults]
     if manifest is None:  # without one nothing says what belongs here, and the folder may be a whole disk
         return None, {}, faults, {}, []
     faults += _strays(folder, manifest["concepts"])
@@ -170,7 +170,7 @@ def _notes(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _strays(folder: BankFolder, concepts: Mapping[str, Any]) -> Iterator[str]:
-    """Links, special files, names that some systems cannot tell apart, and files that the manifest does not name."""
+    """List links, special files, names that some systems take for one, and files that the manifest does not name."""
     named = _HARMLESS | {record["file"] for record in concepts.values()}
     for record in concepts.values():
         named |= {_beside(record, name) for name in record.get("beside", _config_of(record))}
@@ -202,7 +202,7 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
 
 
 def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
-    """What is wrong with the files beside the weights that this package writes for other tools and never reads."""
+    """List what is wrong with the files beside the weights, which are for other tools and never read here."""
     wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
     for name, digest in wanted.items():
         path = _beside(record, name)
@@ -222,12 +222,12 @@ def _beside(record: Mapping[str, Any], name: str) -> str:
 
 
 def _config_of(record: Mapping[str, Any]) -> list[str]:
-    """The config that a record's weights need beside them: a LoRA's."""
+    """Name the config that a record's weights need beside them: a LoRA's."""
     return [LORA_CONFIG] if record["file"].endswith(f"/{LORA_FILE}") else []
 
 
 def _differing(data: bytes, increment: Increment) -> list[str]:
-    """The settings of a PEFT config that are not those of the increment's LoRA."""
+    """List the settings of a PEFT config that are not those of the increment's LoRA."""
     if increment.form == "text" or increment.is_compact or increment.doors:
         return ["an increment that is no LoRA has none"]
     ours = json.loads(increment_files(increment, torch.float32)[LORA_CONFIG])
@@ -251,6 +251,8 @@ def _entry_faults(entry: Entry, base: BaseModel) -> Iterator[str]:
         yield "its metrics do not say how far it moves its guards (metrics.leakage)"
     if not entry.guards:
         yield "it guards no prompt"
+    elif not entry.exact_guards:
+        yield "it guards no prompt exactly (metrics.leakage_of lists all of them), so no pipeline loads it"
 
 
 def _norm(increment: Increment, base: BaseModel) -> float:
@@ -278,7 +280,7 @@ def _base_fault(pipe: Any, base: BaseModel, entries: Mapping[str, Entry]) -> str
 
 
 def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
-    """The leakage of each guard of each concept, by the pipeline's text encoders and weights."""
+    """Measure the leakage of each guard of each concept, by the pipeline's text encoders and weights."""
     if getattr(pipe, "text_encoder", None) is None:
         raise ValueError("the pipeline has no text encoder, so its guards cannot be recomputed")
     prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
@@ -297,7 +299,7 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
 
 
 def _in_float32(pipe: Any) -> Any:
-    """The pipeline, or where it encodes text in half precision, a light copy that does so in float32."""
+    """Return the pipeline, or where it encodes text in half precision, a light copy that does so in float32."""
     if not _is_half(pipe):
         return pipe
     copied = copy.copy(pipe)
@@ -317,7 +319,7 @@ def _tolerance(pipe: Any) -> float:
 
 
 def _precision_notes(pipe: Any, leaks: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What half precision cannot tell: only where something moves by more than a float32 encoder would allow."""
+    """Say what half precision cannot tell, where something moves by more than a float32 encoder would allow."""
     largest = max((leak for of_concept in leaks.values() for leak in of_concept.values()), default=0.0)
     if not leaks or not _is_half(pipe) or largest <= _EXACT:
         return []

@@ -41,7 +41,7 @@ def scenes(
     steps: Steps = 20,
     gates: Annotated[bool, typer.Option(help="Erase with gates, or in proportion, as a LoRA does.")] = True,
 ) -> None:
-    """The paper's four scenes, for styles and for objects."""
+    """Play the paper's four scenes, for styles and for objects."""
     chosen = _chosen(only or [])
     settings = {"seed": seed, "pictures": pictures, "steps": steps, "gates": gates}
     bars: list[Bar] = []
@@ -92,7 +92,7 @@ def many(
     sixes: Annotated[int, typer.Option(min=1, help="Selections of six of each sort, from one bank of all.")] = 2,
     steps: Steps = 20,
 ) -> None:
-    """Half of all objects erased at once, beside UCE; and any six of one bank of all objects and styles."""
+    """Erase half of all objects at once, beside UCE; and any six of one bank of all objects and styles."""
     with _progress(5 + 3 * sixes) as advance:
         from sepme_diffusers.evaluation.baselines.registry import BASELINES
         from sepme_diffusers.evaluation.pictures import built_in
@@ -120,8 +120,9 @@ def many(
             sixes_erased.append(whole.measure(full, selection))
             advance(selection.kind, 1)
         bars = [*half_of_all.half_bars(separate, baseline, restored), *any_six.six_bars(sixes_erased)]
-        halves = half_of_all.half_table((original, separate, linear, baseline), tries)
-    _finish(output, "many", "Many concepts", bars_table("Bars", bars), halves, any_six.six_table(full, sixes_erased))
+        half_table = half_of_all.half_table((original, separate, linear, baseline), tries)
+    six_table = any_six.six_table(full, sixes_erased)
+    _finish(output, "many", "Many concepts", bars_table("Bars", bars), half_table, six_table)
 
 
 @app.command()
@@ -132,7 +133,7 @@ def variants(
     pictures: Annotated[int, typer.Option(min=1, help="Of each style.")] = 24,
     steps: Steps = 20,
 ) -> None:
-    """Every variant of the method and every baseline on the same two styles; and a bank on another UNet."""
+    """Compare every variant of the method and every baseline on the same two styles; and a bank on another UNet."""
     with _progress(len(only) if only else None) as advance:
         from sepme_diffusers.evaluation.pictures import built_in
         from sepme_diffusers.evaluation.protocols import variant_runner
@@ -167,7 +168,7 @@ def _page(title: str, *tables: Table) -> str:
 
 
 def _chosen(only: list[str]) -> dict[Kind, list[int]]:
-    """{kind: scene numbers} from names of kinds and scenes."""
+    """Read names of kinds and scenes as {kind: scene numbers}."""
     kinds: tuple[Kind, ...] = ("styles", "objects")
     all_scenes = {f"{kind}-{number}": (kind, number) for kind in kinds for number in range(1, 5)}
     wanted = [name for name in all_scenes if not only or name in only or all_scenes[name][0] in only]

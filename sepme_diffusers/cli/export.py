@@ -67,7 +67,7 @@ def export(
 
 
 def _strength(option: str) -> tuple[str, float]:
-    """A concept, or concept=strength, as name and strength."""
+    """Split a concept, or concept=strength, into name and strength."""
     name, sign, strength = option.rpartition("=")
     try:
         return (name, float(strength)) if sign else (option, 1.0)

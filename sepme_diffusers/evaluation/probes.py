@@ -91,5 +91,5 @@ def pairs_probe(styles: Sequence[str], objects: Sequence[str], templates: Sequen
 
 
 def _coprime(n: int, start: int) -> int:
-    """The first number from `start` on that shares no divisor with n: its multiples visit every remainder."""
+    """Find the first number from `start` on that shares no divisor with n: its multiples visit every remainder."""
     return next(candidate for candidate in range(max(start, 1), start + n + 2) if gcd(candidate, n) == 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,27 +110,31 @@ def html_page(
     title: str, summary: str, tables: Sequence[Table], picture: Image.Image, caption: str, footer: str
 ) -> str:
     """Write a page that needs no other file."""
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    encoded = base64.b64encode(stream.getvalue()).decode()
+    encoded = base64.b64encode(_png(picture)).decode()
     page = Environment(autoescape=True).from_string(_PAGE)
     return page.render(title=title, summary=summary, tables=tables, picture=encoded, caption=caption, footer=footer)
 
 
 def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | None = None) -> None:
     """Write name.md, name.json and name.png into a folder, which is made if missing. Each file appears complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {".md": page.encode(), ".json": json.dumps(data, indent=1, ensure_ascii=False).encode()}
+    files = {f"{name}.md": page.encode(), f"{name}.json": json.dumps(data, indent=1, ensure_ascii=False).encode()}
     if picture is not None:
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        files[".png"] = stream.getvalue()
-    for ending, content in files.items():
-        replace_file(folder / f"{name}{ending}", content)
+        files[f"{name}.png"] = _png(picture)
+    _write(folder, files)
 
 
 def write(folder: Path, picture: Image.Image, page: str) -> None:
-    """Write grid.png and report.html into a folder, which is made if missing."""
+    """Write grid.png and report.html into a folder, which is made if missing. Each file appears complete."""
+    _write(folder, {"grid.png": _png(picture), "report.html": page.encode()})
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / "grid.png")
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    for name, content in files.items():
+        replace_file(folder / name, content)
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

@@ -86,8 +86,9 @@ def from_lora(
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
     bank = bank if bank is not None else ConceptBank(base)
-    if bank.base.width != base.width:
-        raise ValueError(f"the bank is for embeddings of width {bank.base.width}, not {base.width}")
+    # What is adopted are per-module increments, which belong to these weights.
+    if reason := bank.base.fingerprint.differs(base.fingerprint):
+        raise ValueError(f"the bank was made on {bank.base.name!r}, and this is another base: {reason}")
     change = read_change(source, pipe.unet, difference, bank.base.doors)
     if not change.inside:
         raise ValueError(
@@ -229,11 +230,11 @@ def _refuse_without_effect(
 
 
 def _norm(deltas: Mapping[str, Tensor], tokens: Tensor) -> float:
-    """‖E ΔWᵀ‖ over all modules side by side."""
+    """Compute ‖E ΔWᵀ‖ over all modules side by side."""
     return float(sum((tokens @ delta.double().T).square().sum() for delta in deltas.values())) ** 0.5
 
 
 def _kept(changes: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tokens: Tensor) -> float:
-    """⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
+    """Compute ⟨E Dᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖²: the share of the wanted change that is made."""
     pairs = ((tokens @ changes[name].T, tokens @ delta.double().T) for name, delta in wanted.items())
     return float(sum((kept * whole).sum() for kept, whole in pairs)) / _norm(wanted, tokens) ** 2

@@ -105,7 +105,7 @@ def _refuse_unfusable(unet: nn.Module) -> None:
 
 
 def _fused_pipeline(pipe: DiffusionPipeline, changes: Factors, dtype: torch.dtype | None) -> DiffusionPipeline:
-    """A pipeline of the plain class in diffusers that shares with the given one what stays as it is."""
+    """Make a pipeline of the plain class in diffusers that shares with the given one what stays as it is."""
     fused = copy.copy(pipe)
     package = __name__.split(".")[0]
     fused.__class__ = next(kind for kind in type(pipe).__mro__ if kind.__module__.split(".")[0] != package)
@@ -119,7 +119,7 @@ def _fused_pipeline(pipe: DiffusionPipeline, changes: Factors, dtype: torch.dtyp
 
 
 def _fused_unet(unet: UNet2DConditionModel, changes: Factors, dtype: torch.dtype | None) -> UNet2DConditionModel:
-    """A UNet of its own modules, so that no hook and no failure can touch the given one; tensors are shared."""
+    """Make a UNet of its own modules, so that no hook and no failure can touch the given one; tensors are shared."""
     with torch.device("meta"):
         fused = type(unet).from_config(unet.config)
     modules = dict(unet.named_modules())

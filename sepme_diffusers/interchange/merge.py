@@ -128,7 +128,7 @@ def _is_gated(increment: Increment) -> bool:
 
 
 def fitting_unet(bank: ConceptBank, pipe_or_unet: DiffusionPipeline | nn.Module) -> nn.Module:
-    """The UNet itself, whatever `torch.compile` has wrapped around it, if the bank was made for it.
+    """Return the UNet itself, whatever `torch.compile` has wrapped around it, if the bank was made for it.
 
     Args:
         bank: The bank.

@@ -157,7 +157,7 @@ def _open_clip_name(name: str) -> str | None:
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """The name with its module renamed, None if the table does not have it; the parameter's own name stays."""
+    """Rename the module in a name, None if the table does not have it; the parameter's own name stays."""
     for old, new in table.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)

@@ -33,7 +33,7 @@ def note(bank: ConceptBank, format: str, strengths: Mapping[str, float]) -> dict
 
 
 def checked_path(path: str | Path, format: str, formats: tuple[str, ...]) -> Path:
-    """The path, if an export of this format may be written there.
+    """Return the path, if an export of this format may be written there.
 
     Args:
         path: A folder, or a file ending in .safetensors.
@@ -93,7 +93,7 @@ def _write_note(folder: Path, note: Mapping[str, str]) -> None:
 
 
 def _set_usual_permissions(place: Path, probe: Path) -> None:
-    """safetensors writes files for their owner alone; these are for others too, as far as the umask allows."""
+    """Let others read the files, as far as the umask allows: safetensors writes them for their owner alone."""
     probe.touch()
     mode = probe.stat().st_mode
     for file in [place] if place.is_file() else filter(Path.is_file, place.rglob("*")):
@@ -135,7 +135,7 @@ def _holds_note(file: Path) -> bool:
 
 
 def _content_of_others(folder: Path) -> set[Path]:
-    """What is in a folder beside the files that its note lists and the folders that these are in."""
+    """List what is in a folder beside the files that its note lists and the folders that these are in."""
     written = {folder / name for name in _listed_files(folder)}
     needed = {parent for file in written for parent in file.parents}
     return {
@@ -146,7 +146,7 @@ def _content_of_others(folder: Path) -> set[Path]:
 
 
 def _listed_files(folder: Path) -> set[str]:
-    """The files that the note in a folder lists, and the note itself; none if there is no note."""
+    """Name the files that the note in a folder lists, and the note itself; none if there is no note."""
     try:
         return {_NOTE_FILE, *json.loads((folder / _NOTE_FILE).read_text("utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):

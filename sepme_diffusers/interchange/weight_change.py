@@ -37,7 +37,7 @@ _IN_FOLDER = (
 
 @dataclass(frozen=True)
 class WeightChange:
-    """Hold what an eraser changes.
+    """What an eraser changes.
 
     Args:
         kind: What it was read from.
@@ -84,7 +84,7 @@ def read_change(
 
 
 def _load(source: Source) -> tuple[dict[str, Tensor], LoraConfig | None]:
-    """The tensors, and the LoRA's settings where they are kept beside or in the file."""
+    """Load the tensors, and the LoRA's settings where they are kept beside or in the file."""
     if isinstance(source, Mapping):
         return dict(source), None
     file = _file(Path(source))
@@ -209,7 +209,7 @@ def _sorted_out(
 
 
 def _own_names(names: Mapping[str, Tensor], unet: nn.Module) -> dict[str, str]:
-    """{a name as some tool writes it: the UNet's own name}."""
+    """Map each name as some tool writes it to the UNet's own."""
     own = {f"{prefix}{name}": name for name in names for prefix in _UNET_PREFIXES}
     own |= {re.sub(r"\.(to_[kv])$", r".processor.\1", written): name for written, name in own.items()}
     own |= {f"lora_unet_{name.replace('.', '_')}": name for name in names}

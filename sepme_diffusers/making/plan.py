@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,22 @@ from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import rows
 
-if TYPE_CHECKING:
-    from sepme_diffusers.making.solvers.solver import Solver
-
 # The width of the text embedding for which `SepMEConfig.beta` is given: that of Stable Diffusion 1.x.
 _WIDTH_OF_BETA = 768
 # Below this share of its embedding, the change that is wanted of a concept at a further door is rounding.
 _LEAST_CHANGE = 1e-4
+
+
+class Needs(Protocol):
+    """What a solver needs of its plans.
+
+    Attributes:
+        trains: Whether it takes training steps on noisy pictures.
+        starts_from_closed_form: Whether its plans need the closed form whatever the basis.
+    """
+
+    trains: bool
+    starts_from_closed_form: bool
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Plan:
     doors: Mapping[str, Increment]
 
     @classmethod
-    def of(cls, concept: Concept, problem: Problem, solver: Solver) -> Plan:
+    def of(cls, concept: Concept, problem: Problem, solver: Needs) -> Plan:
         """Check that the concept can be erased, and prepare what the solver needs.
 
         Raises:

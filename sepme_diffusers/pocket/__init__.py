@@ -30,7 +30,7 @@ _HERE = Path(__file__).parent
 
 
 def path(which: Literal["base", "variant"] = "base") -> Path:
-    """The folder of the base pipeline, or of a second UNet alone: "a fine-tune of the base", with its text encoder.
+    """Return the folder of the base pipeline, or of a second UNet alone: "a fine-tune of the base".
 
     Raises:
         ValueError: On any other name.
@@ -46,7 +46,7 @@ def path(which: Literal["base", "variant"] = "base") -> Path:
 
 
 def bank(name: Literal["styles", "objects"]) -> ConceptBank:
-    """The shipped bank that erases styles, or the one that erases objects.
+    """Load the shipped bank that erases styles, or the one that erases objects.
 
     Raises:
         ValueError: On any other name.
@@ -57,13 +57,13 @@ def bank(name: Literal["styles", "objects"]) -> ConceptBank:
 
 
 def soft_guards() -> SoftGuards:
-    """The shipped soft guards: every banked object, plain and in each banked style, for erasing any of them."""
+    """Load the shipped soft guards: every banked object, plain and in each banked style."""
     return SoftGuards.load(_HERE / "soft_guards.safetensors")
 
 
 @torch.no_grad()
 def classify(images: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of the style (n, len(style_classes)) and of the object (n, len(objects)).
+    """Judge pictures: probabilities of the style (n, len(style_classes)) and of the object (n, len(objects)).
 
     The judge was trained on real pictures alone, never on generated ones.
 
@@ -78,7 +78,7 @@ def classify(images: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_tensor(images: Sequence[Image.Image] | Tensor) -> Tensor:
-    """Pictures as the judge reads them: (n, 3, 64, 64) in [0, 1], float32 on the CPU.
+    """Turn pictures into what the judge reads: (n, 3, 64, 64) in [0, 1], float32 on the CPU.
 
     Raises:
         ValueError: If the pictures are not 64 x 64.
@@ -93,7 +93,7 @@ def as_tensor(images: Sequence[Image.Image] | Tensor) -> Tensor:
 
 @cache
 def load_judge() -> Judge:
-    """The judge, in evaluation mode; loaded once."""
+    """Load the judge, in evaluation mode, once."""
     judge = Judge(len(style_classes), len(objects)).eval()
     judge.load_state_dict(load_file(_HERE / "judge.safetensors"))
     return judge

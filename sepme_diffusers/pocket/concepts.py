@@ -16,7 +16,7 @@ BANKED_OBJECTS: tuple[str, ...] = tuple(name for name in words.OBJECTS if name n
 
 
 def style_concept(style: str, anchors: Sequence[str] = ()) -> Concept:
-    """A style, paired over the edit objects and the training templates with the same prompt without it.
+    """Describe a style, paired over the edit objects and the training templates with the same prompt without it.
 
     Args:
         style: Its name.
@@ -31,7 +31,7 @@ def style_concept(style: str, anchors: Sequence[str] = ()) -> Concept:
 
 
 def object_concept(object_: str) -> Concept:
-    """An object, plain and in each banked style, mapped to the mean of the same prompt with five other objects."""
+    """Describe an object, plain and in each banked style, mapped to the mean of five others in the same prompt."""
     others = [name for name in BANKED_OBJECTS if name != object_][:: len(BANKED_OBJECTS) // 5]
     templates = dict.fromkeys(words.OBJECT_TEMPLATES, BLANK) | {
         words.PAIR_TEMPLATES[turn % len(words.PAIR_TEMPLATES)].replace("{style}", style): f"{style} style"
@@ -45,7 +45,7 @@ def object_concept(object_: str) -> Concept:
 
 
 def regular_for_styles(erased: str) -> tuple[str, ...]:
-    """Prompts that erasing a style should leave alone: plain objects, and the other banked styles."""
+    """List prompts that erasing a style should leave alone: plain objects, and the other banked styles."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in EDIT_OBJECTS]
     styled = [
         words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
@@ -57,7 +57,7 @@ def regular_for_styles(erased: str) -> tuple[str, ...]:
 
 
 def regular_for_anything() -> tuple[str, ...]:
-    """Every banked object, plain and in each banked style in a wording that changes: the shipped soft guards."""
+    """List every banked object, plain and in each banked style in changing words: the shipped soft guards."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in BANKED_OBJECTS]
     styled = [
         words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
@@ -68,7 +68,7 @@ def regular_for_anything() -> tuple[str, ...]:
 
 
 def regular_prompts(object_: str) -> tuple[str, ...]:
-    """Prompts for an object, plain and in every banked style: regular wherever another object is erased."""
+    """List prompts for an object, plain and in every banked style: regular wherever another object is erased."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES]
     styled = [t.format(style=style, object=object_) for t in words.PAIR_TEMPLATES for style in BANKED_STYLES]
     return (*plain, *styled)

@@ -39,16 +39,16 @@ class Judge(nn.Module):
         self.object_head = nn.Linear(2 * widths[-1], n_objects)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Style logits (n, n_styles) and object logits (n, n_objects) of images (n, 3, 64, 64) in [0, 1]."""
+        """Compute style logits (n, n_styles) and object logits (n, n_objects) of images (n, 3, 64, 64) in [0, 1]."""
         texture, shape = self.pooled(images)
         return self.style_head(texture), self.object_head(shape)
 
     def pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the two heads read: texture (n, 2 * widths[-2]) and shape (n, 2 * widths[-1]) features."""
+        """Compute what the two heads read: texture (n, 2 * widths[-2]) and shape (n, 2 * widths[-1]) features."""
         texture = self.stages[:-1](self.stem(images * 2 - 1))
         return _means_and_maxima(texture), _means_and_maxima(self.stages[-1](texture))
 
 
 def _means_and_maxima(maps: Tensor) -> Tensor:
-    """Feature maps (n, d, height, width) as (n, 2 d)."""
+    """Pool feature maps (n, d, height, width) to (n, 2 d)."""
     return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)

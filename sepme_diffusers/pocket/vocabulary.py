@@ -68,5 +68,5 @@ WATERMARK = "watermark"
 
 
 def held_out_pair(style: str, object_: str) -> bool:
-    """Whether the denoiser never saw this (style, object) pair: one in ten, spread evenly over both."""
+    """Tell whether the denoiser never saw this (style, object) pair: one in ten, spread evenly over both."""
     return (list(OBJECTS).index(object_) + 3 * list(STYLES).index(style)) % 10 == 0

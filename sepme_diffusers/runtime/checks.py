@@ -18,7 +18,8 @@ from sepme_diffusers.runtime.calls import Call
 from sepme_diffusers.runtime.erased_sets import Key
 from sepme_diffusers.runtime.erasures import Erasures, follow, see_that_helpers_acted
 from sepme_diffusers.runtime.snapshot import Snapshot
-from sepme_diffusers.runtime.text_check import TextCheck, text_encoders
+from sepme_diffusers.runtime.text_check import TextCheck
+from sepme_diffusers.text.encoders import text_encoders
 
 logger = logging.get_logger(__name__)
 

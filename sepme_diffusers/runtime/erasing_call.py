@@ -19,7 +19,7 @@ from sepme_diffusers.runtime.erasures import Erasures
 from sepme_diffusers.runtime.host_rules import obey_hosts
 from sepme_diffusers.runtime.pipeline_state import PipelineState
 from sepme_diffusers.runtime.receipt import Receipt
-from sepme_diffusers.runtime.text_check import text_encoders
+from sepme_diffusers.text.encoders import text_encoders
 
 # Pipelines that show rows of one prompt to the denoiser beside rows of another, in an order of their own.
 _MIXING_ROWS = ("Panorama", "TextToVideoZero")

@@ -10,7 +10,7 @@ from typing import Any
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.runtime.call_arguments import CallArguments
 from sepme_diffusers.runtime.snapshot import Snapshot
-from sepme_diffusers.runtime.text_check import text_encoders
+from sepme_diffusers.text.encoders import text_encoders
 
 
 def obey_hosts(pipe: Any, snapshot: Snapshot, own_set: bool, erases: bool, arguments: CallArguments) -> None:

@@ -1,53 +1,34 @@
-"""Whether a pipeline's text encoders give the embeddings that the loaded banks were made for, seen by guard prompts.
+"""Whether a pipeline's text encoders still give the embeddings that the loaded banks were made for.
 
-A guarded prompt reads nothing of an increment: ‖e Aᵀ‖ = 0, up to rounding. Another text encoder, other weights in it,
-an adapter, another tokenizer or padding make it read something; a coarser precision makes it read a little. So what
-the guards read on this pipeline now says both whether a bank belongs to it and what a reading must exceed to count.
+Seen by what guarded prompts read on them, see `bank.guard_readings`, and before each call by a sample of what the
+embeddings depend on.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.guard_readings import GuardReadings
 from sepme_diffusers.doors.attachment import ErasureNotInForce
-from sepme_diffusers.text.encoding import encode_doors
+from sepme_diffusers.text.encoders import autocast_of, text_encoders
 
-# What precision explains of a reading that should be zero, as a share of ‖e‖ ‖a‖: encoders round at every layer.
-# Twelve layers in bfloat16 were seen to leave 2.4e-3, in float16 2.8e-4.
-_EXPLAINED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-_EXPLAINED_IN_FULL = 1e-4
 # Guards vary in how they round: what counts must exceed what these read by this factor.
 _MARGIN = 2.0
-MOST_PROMPTS = 16
-"""Guards that are encoded at most."""
 EVERY = 50
-"""They are encoded at the first call and every so many calls, also if nothing was seen to change."""
+"""Guards are encoded at the first call and every so many calls, also if nothing was seen to change."""
 # Numbers of each parameter that are compared in every call, at least.
 _SAMPLES = 64
 
 
-@dataclass(frozen=True)
-class _Basis:
-    """The A of an increment at a door, as unit rows, with the prompts that must read nothing of it."""
-
-    concept: str
-    door: str
-    rows: Tensor
-    guards: frozenset[str]
-    coarseness: float
-
-
 class TextCheck:
-    """What guards of some banks read on a pipeline.
+    """What guards of some banks read on a pipeline, measured when it may have changed.
 
     Args:
         banks: {name: bank}.
@@ -55,22 +36,16 @@ class TextCheck:
 
     def __init__(self, banks: Mapping[str, ConceptBank]) -> None:
         self.banks = banks
-        self._bases: list[_Basis] = []
-        for bank in banks.values():
-            for name, entry in bank.items():
-                exact = frozenset(guard for guard in entry.guards if guard not in entry.metrics.get("leakage_of", {}))
-                doors = {"tokens": entry.increment, **entry.increment.doors}
-                for door, increment in doors.items():
-                    a = increment.A.detach().float().cpu()
-                    rows = a / a.norm(dim=1, keepdim=True).clamp(min=1e-12)
-                    self._bases.append(_Basis(name, door, rows, exact, increment.coarseness))
-        guards = sorted(set().union(*(basis.guards for basis in self._bases))) if self._bases else []
-        # Evenly among all, the blank prompt first.
-        self.prompts = guards[:: max(1, -(-len(guards) // MOST_PROMPTS))]
+        self._readings = GuardReadings(banks.values())
         self._lock = threading.Lock()
         self._calls = 0
         self._state: Any = None
         self._least = 0.0
+
+    @property
+    def prompts(self) -> list[str]:
+        """The guards that are encoded."""
+        return self._readings.prompts
 
     def least(self, pipe: Any, **settings: Any) -> float:
         """Return what a reading must exceed to count on this pipeline, as a share of ‖e‖ ‖a‖.
@@ -101,31 +76,18 @@ class TextCheck:
             return self._least
 
     def _measured(self, pipe: Any, settings: Mapping[str, Any]) -> float:
-        embeddings = encode_doors(pipe, self.prompts, **settings)
-        normed = {door: torch.nn.functional.normalize(rows.float().cpu(), dim=-1) for door, rows in embeddings.items()}
-        largest, foreign = 0.0, {}
-        explained = _explained(pipe)
-        for basis in self._bases:
-            chosen = [index for index, prompt in enumerate(self.prompts) if prompt in basis.guards]
-            if basis.door not in normed or not chosen:
-                continue
-            if normed[basis.door].shape[-1] != basis.rows.shape[-1]:
-                raise ErasureNotInForce(
-                    f"the text encoder has changed: its embeddings are {normed[basis.door].shape[-1]} wide, and the "
-                    f"increment of {basis.concept!r} is for {basis.rows.shape[-1]}"
-                )
-            read = float((normed[basis.door][chosen] @ basis.rows.T).abs().max())
-            stored = rounding_share(basis.rows.shape[-1], basis.coarseness)
-            if not read <= explained + stored:
-                foreign[basis.concept] = round(read, 4)
-            largest = max(largest, read)
-        if foreign:
+        try:
+            reading = self._readings.measure(pipe, **settings)
+        except ValueError as error:
+            raise ErasureNotInForce(f"the text encoder has changed: {error}") from error
+        if reading.foreign:
             raise ErasureNotInForce(
                 "the text encoder has changed since the bank was loaded, or is not the one that it was made for: "
-                f"prompts that the increments guard are read by them (share of the embedding: {foreign}). Undo what "
-                "changed the text encoder or tokenizer, or load a bank that was made with them"
+                "prompts that the increments guard are read by them (share of the embedding: "
+                f"{dict(reading.foreign)}). Undo what changed the text encoder or tokenizer, or load a bank that was "
+                "made with them"
             )
-        return _MARGIN * largest
+        return _MARGIN * reading.largest
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
@@ -135,32 +97,12 @@ class TextCheck:
         self._lock = threading.Lock()
 
 
-def _explained(pipe: Any) -> float:
-    """What the precision of a pipeline's text encoders explains of a reading that should be zero."""
-    dtypes = {parameter.dtype for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
-    dtypes |= {dtype for _, enabled, dtype in _autocast(pipe) if enabled}
-    return max((_EXPLAINED.get(dtype, _EXPLAINED_IN_FULL) for dtype in dtypes), default=_EXPLAINED_IN_FULL)
-
-
-def text_encoders(pipe: Any) -> list[nn.Module]:
-    """The text encoders of a pipeline, in the order of its components."""
-    found = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
-    return [part for part in found.values() if isinstance(part, nn.Module)]
-
-
 def _state(pipe: Any, prompts: list[str]) -> Any:
     """What embeddings depend on, by samples: cheap enough for every call."""
     tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
     ids = [_ids(tokenizer, prompts[:2]) for tokenizer in tokenizers]
     encoders = [_encoder_state(encoder) for encoder in text_encoders(pipe)]
-    return ids, encoders, _autocast(pipe)
-
-
-def _autocast(pipe: Any) -> list[tuple[str, bool, torch.dtype]]:
-    """For each kind of device that holds a text encoder, whether autocast is on, and its precision."""
-    kinds = {parameter.device.type for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
-    known = [kind for kind in sorted(kinds) if kind != "meta"]
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in known]
+    return ids, encoders, autocast_of(pipe)
 
 
 def _ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sepme_diffusers.text.names import listed
 from sepme_diffusers.text.spelling import is_visible, slug
 
 BLANK = ""
@@ -103,7 +104,7 @@ class Concept:
         return slug(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of plain values that `from_dict` reads back; anchors only where they are not the pairs' own."""
+        """Give a dict of plain values that `from_dict` reads back; anchors only where they are not the pairs' own."""
         values: dict[str, Any] = {"name": self.name, "pairs": [list(pair) for pair in self.pairs]}
         if self.anchors != tuple((without,) for _, without in self.pairs):
             values["anchors"] = [list(prompts) for prompts in self.anchors]
@@ -111,24 +112,22 @@ class Concept:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Concept:
-        """The concept that `to_dict` wrote."""
+        """Read the concept that `to_dict` wrote."""
         anchors = tuple(map(tuple, values.get("anchors", ())))
         return cls(values["name"], tuple(map(tuple, values["pairs"])), anchors)
 
 
 def as_concepts(concepts: Iterable[Concept | str]) -> list[Concept]:
-    """Concepts from concepts and bare names.
+    """Make concepts of concepts and bare names.
 
     Raises:
         ValueError: If there are none, or two share a name.
         TypeError: If a string is given where a list of them is meant.
     """
-    if isinstance(concepts, str):
-        raise TypeError(f"give a list of concepts: [{concepts!r}], not {concepts!r}")
-    found = [concept if isinstance(concept, Concept) else Concept(concept) for concept in concepts]
-    names = [concept.name for concept in found]
-    if not found:
+    wanted = [concept if isinstance(concept, Concept) else Concept(concept) for concept in listed(concepts)]
+    names = [concept.name for concept in wanted]
+    if not wanted:
         raise ValueError("no concept given")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"concepts given twice: {twice}")
-    return found
+    return wanted

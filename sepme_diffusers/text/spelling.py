@@ -21,24 +21,24 @@ _BLANK_BRAILLE = "\u2800"
 
 
 def slug(name: str) -> str:
-    """A name as a folder that every system takes: at most 100 lower-case ASCII letters, digits and hyphens.
+    """Spell a name as a folder that every system takes: at most 100 lower-case ASCII letters, digits and hyphens.
 
     Example:
         >>> slug("Van Gogh"), slug("CON")
         ('van-gogh', 'con-concept')
     """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    found = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")[:_LONGEST_SLUG].strip("-")
-    return f"{found}-concept" if found in _DEVICES else found or "concept"
+    folder = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")[:_LONGEST_SLUG].strip("-")
+    return f"{folder}-concept" if folder in _DEVICES else folder or "concept"
 
 
 def is_visible(name: str) -> bool:
-    """Whether there is anything to see of a name."""
+    """Tell whether there is anything to see of a name."""
     return bool(_without_invisible(unicodedata.normalize("NFKC", name)))
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of names that a reader would take for one.
+    """Find groups of names that a reader would take for one.
 
     Two names look alike if they are equal but for case, width, spacing, invisible characters, the encoding of accents,
     and letters that Unicode lists as confusable (UTS 39). A name may be in two groups.
@@ -55,26 +55,32 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """What is seen of a name. Cyrillic КАТЕ looks like KATE in capitals alone, and Ice like ice in small letters."""
+    """Reduce a name to what is seen of it, with the case folded before letters and after.
+
+    Cyrillic КАТЕ looks like KATE in capitals alone, and Ice like ice in small letters.
+    """
     text = unicodedata.normalize("NFKC", name)
     return _skeleton(text.casefold()), _skeleton(text).casefold()
 
 
 def _skeleton(text: str) -> str:
-    """The text with every letter as the one that stands for all that are drawn like it (UTS 39)."""
+    """Put for every letter of a text the one that stands for all that are drawn like it (UTS 39)."""
     prototypes = _prototypes()
     letters = unicodedata.normalize("NFD", _without_invisible(text))
     return unicodedata.normalize("NFD", "".join(prototypes.get(letter, letter) for letter in letters))
 
 
 def _without_invisible(text: str) -> str:
-    """The text without what is drawn as nothing, and single spaces between its words."""
+    """Strip a text of what is drawn as nothing, and put single spaces between its words."""
     return " ".join(_INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ").split())
 
 
 @cache
 def _prototypes() -> dict[str, str]:
-    """{letter: the one that stands for it}. The data lists it alone for the letter, and all its letters for it."""
+    """Map each letter to the one that stands for it.
+
+    The data lists it alone for the letter, and all its letters for it.
+    """
     prototypes = {}
     for letter, twins in confusables_data.items():
         if len(letter) == len(twins) == 1:

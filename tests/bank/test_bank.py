@@ -15,7 +15,18 @@ from PIL import Image
 
 from folders import reseal, same, tree
 from hub import serving
-from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PolicyError, SepMETrainer
+from sepme_diffusers import (
+    BankError,
+    BaseModel,
+    Concept,
+    ConceptBank,
+    Entry,
+    Increment,
+    Picture,
+    PolicyError,
+    SepMEConfig,
+    SepMETrainer,
+)
 from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.bank.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.verify import verify
@@ -367,6 +378,22 @@ def test_the_digest_changes_with_all_that_a_bank_does_and_with_nothing_else(text
     text_bank.save_pretrained(tmp_path)
     assert ConceptBank.from_pretrained(tmp_path).digest == text_bank.digest
     assert changed(text_bank, metrics={}).digest == text_bank.digest
+
+
+def test_the_digest_does_not_depend_on_the_order_of_modules_and_doors(tmp_path):
+    """Files of tensors have none: two loads of one file may give them in two orders."""
+    torch.manual_seed(0)
+    modules = {f"mid.attn2.to_{kind}": torch.randn(4, 2) for kind in "kv"}
+    doors = {name: Increment(torch.randn(2, 6), B=torch.randn(6, 2), gate=0.5) for name in ("pooled", "second")}
+    base = BaseModel("tiny", 8, 4, dict.fromkeys(modules, (4, 1.0)), dict.fromkeys(doors, 6))
+    a, digests = torch.randn(2, 8), set()
+    for turn in (list, reversed):
+        c, beside = (dict(turn(factors.items())) for factors in (modules, doors))
+        entry = Entry(Concept("neon"), Increment(a, C=c, doors=beside), SepMEConfig(), ("",), {"leakage": 0.0})
+        bank = ConceptBank(base, {"neon": entry})
+        bank.save_pretrained(tmp_path)
+        digests |= {bank.digest, *(ConceptBank.from_pretrained(tmp_path).digest for _ in range(10))}
+    assert len(digests) == 1
 
 
 def test_a_bank_prints_on_one_line(text_bank):

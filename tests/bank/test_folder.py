@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from folders import reseal, same, tree
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, pocket
 from sepme_diffusers.bank.folder import BankFolder, sha256
-from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.manifest import FORMAT_VERSION
 from tiny import tiny_bank
 
@@ -235,6 +235,28 @@ def test_damaged_files_are_mended_by_saving_again(saved):
         assert same(ConceptBank.from_pretrained(saved), bank)
         assert b"damaged" not in tree(saved).values()
         assert len(tree(saved)) == 5
+
+
+def test_every_file_is_on_the_disk_before_the_manifest_refers_to_it(tmp_path, monkeypatch):
+    """A loss of power after the save leaves no manifest without its files; the folders' names are written out too."""
+    synced, fsync, move = set(), os.fsync, os.replace
+
+    def note(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def look(source, target):
+        if Path(target) == tmp_path / MANIFEST:
+            files = {file: file.stat().st_ino in synced for file in tmp_path.rglob("*") if file.name != LOCK}
+            assert len(files) >= 8
+            assert not [file for file, written in files.items() if not written]
+            synced.clear()
+        move(source, target)
+
+    monkeypatch.setattr("os.fsync", note)
+    monkeypatch.setattr("os.replace", look)
+    tiny_bank().save_pretrained(tmp_path)
+    assert tmp_path.stat().st_ino in synced
 
 
 def test_reading_while_another_process_saves_gives_the_new_bank(tmp_path, monkeypatch):

@@ -146,6 +146,15 @@ def test_removal_is_said(mixed_bank, push, pull, server):
         push(mixed_bank, remove=["ghost"])
 
 
+@pytest.mark.parametrize("option", ["remove", "concepts"])
+def test_one_string_is_not_a_list_of_letters(option, text_bank, push, server):
+    push(text_bank)
+    before = server.files(REPOSITORY)
+    with pytest.raises(TypeError, match=r"list of concepts: \['cat'\]"):
+        push(text_bank, **{option: "cat"})
+    assert server.files(REPOSITORY) == before
+
+
 def test_another_form_replaces_the_former_files(text_bank, mixed_bank, push, pull, server):
     push(text_bank)
     module = renamed(mixed_bank["woodcut"], "cat")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import hub
 from folders import same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment
+from sepme_diffusers.bank.folder import BankFolder
 from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
 from sepme_diffusers.bank.signing import sign, verify_signature
 from sepme_diffusers.cli.app import app
@@ -101,6 +102,22 @@ def test_what_is_verified_is_what_is_loaded(moment, mixed_bank, signed, keys, tm
 
     monkeypatch.setattr(verifying.Config, "verify", swap_and_verify)
     assert same(mixed_bank, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
+
+
+def test_a_bank_signed_anew_while_it_is_read_is_read_again(mixed_bank, signed, keys, monkeypatch):
+    """The manifest of the old bank was read, and the signature found is that of the new one."""
+    new, file = mixed_bank.subset(["neon"]), BankFolder.file
+    owners = iter([new])
+
+    def replaced_meanwhile(folder, path, most):
+        if path == SIGNATURE:
+            for bank in owners:
+                bank.save_pretrained(signed)
+                sign(signed, keys[0])
+        return file(folder, path, most)
+
+    monkeypatch.setattr(BankFolder, "file", replaced_meanwhile)
+    assert same(new, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", b"[" * 100_000])

@@ -174,9 +174,23 @@ def test_a_leak_that_the_bank_owns_up_to_is_no_fault(mixed_bank, pipe):
     leaky = replace(entry, increment=Increment(shaken(entry.increment.A), B=entry.increment.B))
     measured = verify(mixed_bank.with_entries([leaky]), pipe).concepts["neon"].leakage
     owned = replace(leaky, metrics={"leakage": measured, "leakage_of": dict.fromkeys(entry.guards, measured)})
-    assert verify(mixed_bank.with_entries([owned]), pipe).ok
+    # No pipeline loads it all the same: none of its guards is exact.
+    (fault,) = verify(mixed_bank.with_entries([owned]), pipe).faults
+    assert "it guards no prompt exactly" in fault
     meek = replace(leaky, metrics={"leakage": measured, "leakage_of": dict.fromkeys(entry.guards, measured / 10)})
-    assert not verify(mixed_bank.with_entries([meek]), pipe).ok
+    assert any(
+        "it moves the guarded prompt" in fault for fault in verify(mixed_bank.with_entries([meek]), pipe).faults
+    )
+
+
+def test_a_bank_that_no_pipeline_would_load_is_not_ok(text_bank, pipe):
+    """Verified alone or with its own base: every guard is excused from the check of the text encoder."""
+    entry = text_bank["neon"]
+    excused = replace(entry, metrics={"leakage": 0.0, "leakage_of": dict.fromkeys(entry.guards, 0.0)})
+    for base in (None, pipe):
+        (fault,) = verify(text_bank.with_entries([excused]), base).faults
+        assert "'neon'" in fault
+        assert "it guards no prompt exactly" in fault
 
 
 def test_another_base_is_found(mixed_bank, text_bank, pocket_pipe):

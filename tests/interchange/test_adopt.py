@@ -147,6 +147,14 @@ def test_bad_requests_are_refused(edited, pipe, text_bank):
         from_lora(edited, pipe, [NEON], guards=NEON.prompts)
 
 
+def test_a_bank_of_another_unet_takes_no_increment_for_this_one(edited, pipe, text_bank):
+    """Its text-side increments would serve; what is adopted belongs to the weights that the bank does not name."""
+    norms = {name: (d_out, 1.1 * norm) for name, (d_out, norm) in text_bank.base.projections.items()}
+    other = replace(text_bank, base=replace(text_bank.base, name="other", projections=norms))
+    with pytest.raises(ValueError, match=r"made on 'other', and this is another base: text projections have other"):
+        from_lora(edited, pipe, [Concept("edited elsewhere", NEON.pairs)], bank=other)
+
+
 def test_the_pipeline_is_only_read(edited, pipe):
     before = latents(random_pipeline(), "neon dog")
     from_lora(edited, pipe, [NEON])

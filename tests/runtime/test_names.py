@@ -1,6 +1,6 @@
 import pytest
 
-from sepme_diffusers.runtime.erased_sets import Names
+from sepme_diffusers.runtime.erased_sets import Names, UnknownConceptError
 
 
 @pytest.fixture
@@ -12,6 +12,19 @@ def test_a_shared_name_is_an_error_that_shows_how_to_say_it(names):
     with pytest.raises(ValueError, match=r"say which: \{'neon': \['mine/neon', 'styles/neon'\]\}"):
         names.keys(["pencil", "neon"])
     assert names.keys(["styles/neon", "pencil"]) == [("styles", "neon"), ("styles", "pencil")]
+
+
+@pytest.mark.parametrize("twin", ["neon\ufe0f", "NEON", "n\u0435on"], ids=["invisible", "case", "Cyrillic"])
+def test_names_that_look_alike_in_two_banks_must_be_qualified(twin):
+    names = Names({"styles": ["neon", "pencil"], "mine": [twin]})
+    assert names.shown == {
+        ("styles", "neon"): "styles/neon",
+        ("styles", "pencil"): "pencil",
+        ("mine", twin): f"mine/{twin}",
+    }
+    for name in ("neon", twin):
+        with pytest.raises(UnknownConceptError, match="names like them; say which"):
+            names.strengths([name])
 
 
 def test_shown_names_are_accepted_back(names):

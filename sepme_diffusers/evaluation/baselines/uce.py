@@ -44,7 +44,7 @@ def uce(
 
 
 def _anchors(pipe: Any, concepts: Sequence[Concept]) -> Tensor:
-    """The mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
+    """Average the embeddings of each pair's anchors, (n_pairs, n_tokens, d)."""
     groups = [prompts for concept in concepts for prompts in concept.anchors]
     unique = list(dict.fromkeys(prompt for prompts in groups for prompt in prompts))
     encoded = dict(zip(unique, encode(pipe, unique), strict=True))

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.guard_readings import MOST_PROMPTS
 from sepme_diffusers.evaluation.bench.denoising import plain_twin
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.runner import Runner, loaded
 from sepme_diffusers.evaluation.bench.synthetic import alike_prompts, synthetic_bank
 from sepme_diffusers.runtime.erasures import Erasures, erasures_of
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
-from sepme_diffusers.runtime.text_check import EVERY, MOST_PROMPTS, TextCheck
+from sepme_diffusers.runtime.text_check import EVERY, TextCheck
 from sepme_diffusers.text.encoding import encode
 
 _CALL = 20

@@ -114,7 +114,7 @@ def random_module(build: Callable[[], Module], dtype: torch.dtype = torch.float3
 
 
 def _empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
-    """The module in its precision, without values."""
+    """Make the module in its precision, without values."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

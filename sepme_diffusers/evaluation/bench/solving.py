@@ -94,5 +94,5 @@ def _metrics_of(runner: Runner, style: str, config: SepMEConfig) -> Mapping[str,
 
 
 def _steps(metrics: Mapping[str, Any]) -> str:
-    """Steps as text, with what stopped them where it was not the rule."""
+    """Write steps as text, with what stopped them where it was not the rule."""
     return str(metrics["steps"]) + ("" if metrics["stopped_by_rule"] else " (not stopped by the rule)")

@@ -152,7 +152,7 @@ def _restored(moment: str) -> tuple[str, ...]:
 def _select(
     pictures: list[Image.Image], probe: Probe, styles: tuple[str, ...]
 ) -> tuple[list[Image.Image], list[str], list[str]]:
-    """The pictures of some styles, with what they should show."""
+    """Pick the pictures of some styles, with what they should show."""
     chosen = [index for index, style in enumerate(probe.styles) if style in styles]
     return [pictures[i] for i in chosen], [probe.styles[i] for i in chosen], [probe.objects[i] for i in chosen]
 

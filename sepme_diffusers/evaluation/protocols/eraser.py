@@ -78,7 +78,7 @@ class Eraser:
         return own | anchors | self._regular(kind)
 
     def _regular(self, kind: Kind) -> set[str]:
-        """The soft guards' prompts; those that name the concept are passed over by the trainer."""
+        """Choose the soft guards' prompts; the trainer passes over those that name the concept."""
         if kind == "styles":
             return {prompt for name in BANKED_STYLES for prompt in regular_for_styles(name)}
         return {prompt for name in self.objects for prompt in regular_prompts(name)}

@@ -89,7 +89,7 @@ def cells(kind: Kind, n: int, seed: int) -> list[Cell]:
 
 
 def _in_turn(parts: Sequence[Probe], n: int) -> Probe:
-    """The first n cases of probes of one length, taken in turn."""
+    """Take the first n cases of probes of one length, in turn."""
     cases = [zip(part.prompts, part.styles, part.objects, part.seeds, strict=True) for part in parts]
     turns = [case for turn in zip(*cases, strict=True) for case in turn][:n]
     return Probe(*zip(*turns, strict=True))

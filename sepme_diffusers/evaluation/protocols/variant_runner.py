@@ -52,7 +52,7 @@ class Row:
     kilobytes: float = 0.0
 
     def shown(self, group: str, measure: str) -> str:
-        """A figure as reports show it."""
+        """Write a figure as reports show it."""
         return f"{self.figures[group][measure]:.{MEASURES[measure].digits}f}"
 
 

@@ -100,7 +100,7 @@ class VariantMaker:
 
 
 def _against_blank(concept: Concept) -> Concept:
-    """The paper's representation: each prompt against the blank prompt. Anchors stay, so the basis is the same."""
+    """Pair prompts as the paper does, with the blank prompt. Anchors stay, so the basis is the same."""
     return replace(concept, pairs=tuple((prompt, BLANK) for prompt in concept.prompts), anchors=concept.anchors)
 
 

@@ -12,7 +12,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.noise import NoisyPictures
-from sepme_diffusers.making.plan import Plan
+from sepme_diffusers.making.plan import Needs, Plan
 from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.text.concept import Concept
 
@@ -48,20 +48,16 @@ class Solution:
     metrics: Mapping[str, Any]
 
 
-class Solver(Protocol):
+class Solver(Needs, Protocol):
     """A way to find increments.
 
     Attributes:
         name: The name in `SepMEConfig.solver`.
         reference: Where the method is described.
-        trains: Whether it takes training steps on noisy pictures.
-        starts_from_closed_form: Whether its plans need the closed form whatever the basis.
     """
 
     name: str
     reference: str
-    trains: bool
-    starts_from_closed_form: bool
 
     def solve(self, task: Task) -> list[Solution]:
         """Find one increment per plan, in the plans' order."""
