@@ -195,6 +195,16 @@ def test_a_split_batch_with_a_set_for_each_picture_raises(loaded, slices):
         latents(through(loaded, split(*slices)), PAIR, erased=SETS)
 
 
+def test_a_batch_that_is_split_in_the_calls_own_thread_is_right_or_raises(loaded):
+    """Parts in the batch's order that each hold every picture begin with the first; others are no multiple."""
+    whole = latents(loaded, PAIR, erased=SETS)
+    halves = latents(through(loaded, split_here(*HALVES)), PAIR, erased=SETS)
+    torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-4)
+    for first in (1, 3):
+        with pytest.raises(ValueError, match="which is no multiple of the 2 erased sets"):
+            latents(through(loaded, split_here(slice(0, first), slice(first, 4))), PAIR, erased=SETS)
+
+
 def split_by_rows(*parts):
     """Each thread says which picture each of its rows is of."""
 
