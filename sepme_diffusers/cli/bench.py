@@ -18,6 +18,7 @@ def bench(
     device: Annotated[str, typer.Option(help="Where: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of timings for each ratio.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per timing; 20 on a GPU, as calls have.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="One measure; may be given several times.")] = None,
 ) -> None:
     """Measure speed and memory, as ratios against a stated baseline. On two cores all of it takes about an hour."""
@@ -29,7 +30,7 @@ def bench(
 
     if dtype not in _PRECISIONS:
         raise typer.BadParameter(f"no precision {dtype!r}; choose one of {', '.join(_PRECISIONS)}")
-    runner = Runner(device, getattr(torch, dtype), repeats)
+    runner = Runner(device, getattr(torch, dtype), repeats, steps)
     rows: list[Row] = []
     with console.status("...") as status:
         with refusals():

@@ -108,7 +108,7 @@ def test_pictures_show_a_concept_before_erased_and_restored(pocket_pipe):
     """By the built-in model and bank; a policy does not keep its concept from being shown."""
     bank = replace(pocket.bank("styles"), always=("woodcut",))
     prompts = {"woodcut": "a fox in the style of woodcut", "neon": "a neon cat"}
-    pictures = card_pictures(pocket_pipe, bank, prompts, num_inference_steps=20, guidance_scale=4)
+    pictures = card_pictures(pocket_pipe, bank, prompts, num_inference_steps=10, guidance_scale=4)
     assert [picture.name for picture in pictures[:3]] == ["woodcut-before", "woodcut-erased", "woodcut-restored"]
     before, erased, restored = (picture.image for picture in pictures[:3])
     styles, _ = pocket.classify([before, erased])

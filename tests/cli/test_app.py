@@ -70,6 +70,17 @@ def test_bench_names_what_is_valid(option, value, valid):
     assert valid in shown.output
 
 
+def test_bench_hands_its_options_to_the_measures(monkeypatch):
+    def measured(runner):
+        yield Figure("options", f"{runner.device} {runner.dtype} {runner.repeats} {runner.steps}", "")
+
+    monkeypatch.setitem(registry.MEASURES, "switching", Measure("switching", "", "", measured))
+    options = ["--dtype", "float16", "--repeats", "3", "--steps", "20", "--only", "switching"]
+    shown = CliRunner().invoke(app, ["bench", *options])
+    assert shown.exit_code == 0, shown.output
+    assert "cpu torch.float16 3 20" in " ".join(shown.output.replace("│", " ").split())
+
+
 def test_bench_shows_what_it_measured_before_a_measure_that_fails(monkeypatch):
     """Whoever waited an hour keeps the figures, and the failure is told."""
 

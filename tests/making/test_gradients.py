@@ -53,20 +53,28 @@ def test_gradient_checkpointing_changes_no_permanently_changed_weight(pipe):
     assert difference.norm() < 1e-2 * change.norm()
 
 
-@pytest.mark.parametrize("form", ["module", "text"])
-def test_float16_takes_the_gradient_of_float32(form):
-    """A batch of as many numbers as eight latents of Stable Diffusion 1.x: unscaled, the gradient underflows."""
-    config = replace(TRAIN, parametrisation=form, batch_size=512)
-    slopes = {}
+@pytest.fixture(scope="module")
+def references():
+    """By precision a pipeline, a learner's pictures and a batch of as many numbers as eight latents of SD 1.x."""
+    found = {}
     for dtype in (torch.float32, torch.float16):
         pipe = random_pipeline()
         with torch.no_grad():
-            pictures = learner(pipe, replace(config, batch_size=2)).pictures
-        pictures.config = config
+            pictures = learner(pipe, replace(TRAIN, batch_size=2)).pictures
+        pictures.config = replace(TRAIN, batch_size=512)
         batch = pictures.next()
         assert batch.noisy.numel() == 8 * 4 * 64 * 64
         pipe.unet.to(dtype)
-        reference = Reference.of(pipe.unet, batch)
+        found[dtype] = pipe, pictures, Reference.of(pipe.unet, batch)
+    return found
+
+
+@pytest.mark.parametrize("form", ["module", "text"])
+def test_float16_takes_the_gradient_of_float32(form, references):
+    """Unscaled, the gradient underflows."""
+    config = replace(TRAIN, parametrisation=form, batch_size=512)
+    slopes = {}
+    for dtype, (pipe, pictures, reference) in references.items():
         one = Learner("woodcut", rows(encode(pipe, ["a fox"]))[:8], projection_weights(pipe.unet), pictures, config)
         factors = list(one.factors.values())
         with frozen(pipe.unet), attached(pipe.unet, [one]):
