@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.interchange import original_names
@@ -28,7 +29,7 @@ _DOWN = ("A", "down")
 _UNET_PREFIXES = ("", "unet.", "base_model.model.", "unet.base_model.model.")
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _IN_FOLDER = (
-    "adapter_model.safetensors",
+    LORA_FILE,
     "pytorch_lora_weights.safetensors",
     "diffusion_pytorch_model.safetensors",
     "unet/diffusion_pytorch_model.safetensors",
@@ -91,7 +92,7 @@ def _load(source: Source) -> tuple[dict[str, Tensor], LoraConfig | None]:
     with safe_open(file, "pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no iterator)
         header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    if (file.parent / "adapter_config.json").is_file():
+    if (file.parent / LORA_CONFIG).is_file():
         return tensors, LoraConfig.from_pretrained(file.parent)
     settings = {key.removeprefix("unet."): value for key, value in header.items() if key.startswith("unet.")}
     return tensors, LoraConfig(**settings) if settings else None

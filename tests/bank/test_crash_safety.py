@@ -145,21 +145,22 @@ def test_of_two_savers_one_wins_whole(rounds, tmp_path):
     assert rounds < 100 or refused
 
 
-@pytest.mark.parametrize("loads", [pytest.param(100, id="100"), pytest.param(2000, id="2000", marks=pytest.mark.slow)])
-def test_reading_while_another_process_saves_gives_a_whole_bank_every_time(loads, tmp_path):
+def test_reading_while_another_process_saves_gives_a_whole_bank_every_time(tmp_path):
     """Each read is of a bank that was saved, however often its files went away under the reader."""
     banks = [tiny_bank(seed) for seed in range(40)]
-    digests, read = {bank.digest for bank in banks}, set()
+    digests = {bank.digest for bank in banks}
     banks[0].save_pretrained(tmp_path)
     writer = forked(lambda: [bank.save_pretrained(tmp_path) for bank in itertools.cycle(banks)])
+    last, changes = banks[0].digest, 0
     try:
-        for _ in range(loads):
-            read.add(ConceptBank.from_pretrained(tmp_path).digest)
+        while changes < 100:
+            assert os.waitpid(writer, os.WNOHANG) == (0, 0), "the writer died"
+            digest = ConceptBank.from_pretrained(tmp_path).digest
+            assert digest in digests
+            last, changes = digest, changes + (digest != last)
     finally:
         os.kill(writer, signal.SIGKILL)
         code_of(writer)
-    assert len(read) > 1
-    assert read <= digests
 
 
 def test_a_lock_that_is_held_refuses_and_a_dead_holder_does_not(tmp_path):
