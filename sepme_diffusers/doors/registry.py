@@ -75,7 +75,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
             _refuse_unknown_reader(component, name)
             # Not looked through again: a pipeline asks before every call.
             _without_denoiser.add(component)
-        found |= inside
+        known = {id(module) for module in found.values()}
+        found |= {path: module for path, module in inside.items() if id(module) not in known}
     main = {name: module for name, module in found.items() if not is_helper(module)}
     if not main:
         raise TypeError(

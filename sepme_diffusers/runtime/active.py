@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.runtime.erased_sets import Key
+from sepme_diffusers.runtime.remembered import Edited, Reading, Remembered
 from sepme_diffusers.runtime.stack import ActiveStack
 
 
@@ -29,13 +31,14 @@ class ActiveSet:
     doors: Mapping[str, ActiveStack]
     module: ActiveStack | None = None
     rows: int | None = None
+    remembered: Remembered = field(default_factory=Remembered, init=False)
 
     @property
     def at_linears(self) -> bool:
         """Whether there are per-module increments."""
         return self.module is not None
 
-    def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> Edited:
         """The edited embeddings by door, and what per-module increments read.
 
         Raises:
@@ -49,14 +52,45 @@ class ActiveSet:
             )
         if missing := [door for door in self.doors if door not in embeddings]:
             raise ErasureNotInForce(f"the pass brought no embedding for the doors {missing}, where increments act")
-        edited = {door: stack.edited(embeddings[door], pictures) for door, stack in self.doors.items()}
-        return edited, None if self.module is None else self.module.read(embeddings[TOKENS], pictures)
+        if not self.remembered.applies(embeddings):
+            return self._edited(embeddings, pictures, None)
+        known = self.remembered.recall(embeddings, pictures)
+        if known is None:
+            known = self._edited(embeddings, pictures, {})
+            self.remembered.keep(embeddings, pictures, known)
+        return known
 
-    def change(self, name: str, reading: Any) -> Tensor:
+    def _edited(self, embeddings: Mapping[str, Tensor], pictures: int, changes: dict[str, Tensor] | None) -> Edited:
+        edited = {door: stack.edited(embeddings[door], pictures) for door, stack in self.doors.items()}
+        if self.module is None:
+            return edited, None
+        return edited, Reading(self.module.read(embeddings[TOKENS], pictures), changes)
+
+    def change(self, name: str, reading: Reading) -> Tensor:
         """What the per-module increments add to the output of a Linear."""
         if self.module is None:
             raise ErasureNotInForce(f"no per-module increment is active, but one was asked for behind {name}")
-        return self.module.change(reading, name)
+        if reading.changes is not None and name in reading.changes:
+            return reading.changes[name]
+        change = self.module.change(reading.values, name)
+        reading.remember(name, change)
+        return change
+
+    @cached_property
+    def at_doors(self) -> ActiveSet | None:
+        """What of it acts on a denoiser that helps: it has no text Linears to which per-module increments belong."""
+        return ActiveSet(self.doors, rows=self.rows) if self.doors else None
+
+    def copy_to(self, device: torch.device) -> None:
+        """Copy everything to a device, so that no pass has to."""
+        for stack in self.stacks():
+            stack.copy_to(device)
+
+    def forget(self) -> None:
+        """Forget the edits that are remembered, here and for helpers."""
+        self.remembered.forget()
+        if self.at_doors is not None:
+            self.at_doors.remembered.forget()
 
     def note_opened(self, other: ActiveSet, row: int, picture: int, keys: Iterable[Key]) -> None:
         """Note the gates that opened for a row of another set as those of a picture of this one."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sepme_diffusers.doors.attachment import ErasureNotInForce
+from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
 from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.erased_sets import Strengths
 from sepme_diffusers.runtime.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from sepme_diffusers.runtime.erasures import Erasures
-
 
 # What a thread runs at the moment: `record`, and the records `before` it. torch.compile traces a `threading.local`,
 # and no ContextVar.
@@ -30,7 +25,7 @@ class Call:
     sets, a worker names the rows of its batch instead, see `mixed_calls`.
 
     Args:
-        erasures: Of the pipeline's denoisers.
+        attachments: Of the pipeline's denoisers that draw.
         snapshot: What was loaded when the call began.
         sets: The erased set of each picture, or one for all of them; floors are in it.
         active: What acts.
@@ -43,7 +38,7 @@ class Call:
 
     def __init__(
         self,
-        erasures: Erasures,
+        attachments: tuple[Attachment, ...],
         snapshot: Snapshot,
         sets: Sequence[Strengths],
         active: ActiveSet | None,
@@ -53,7 +48,7 @@ class Call:
         least: float = 0.0,
         fixed_shape: bool = False,
     ) -> None:
-        self.erasures, self.snapshot, self.sets, self.active = erasures, snapshot, tuple(sets), active
+        self.attachments, self.snapshot, self.sets, self.active = attachments, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
         self.least, self.fixed_shape = least, fixed_shape
         self.alive, self.ran, self.helped = True, False, False
@@ -110,7 +105,7 @@ class Call:
         self.refuse_unclear()
         _thread.before = [*getattr(_thread, "before", []), now]
         _thread.record = self
-        for attachment in self.erasures.attachments:
+        for attachment in self.attachments:
             attachment.prepare_thread()
         return self
 
@@ -127,7 +122,8 @@ class _Mixed(Call):
             raise ValueError(f"calls have fewer pictures than these rows say (concepts, picture): {beyond}")
         first = calls[0]
         if any(
-            call.snapshot.stacks is not first.snapshot.stacks or call.erasures is not first.erasures for call in calls
+            call.snapshot.stacks is not first.snapshot.stacks or call.attachments is not first.attachments
+            for call in calls
         ):
             raise ErasureNotInForce(
                 "calls that began before and after a change of the loaded banks cannot share a batch"
@@ -135,8 +131,8 @@ class _Mixed(Call):
         sets = [call.set_of(picture) for call, picture in parts]
         least, fixed_shape = max(call.least for call in calls), any(call.fixed_shape for call in calls)
         active = first.snapshot.active(sets, len(sets), fixed_shape, least)
-        active = None if active is None else replace(active, rows=len(sets))
-        super().__init__(first.erasures, first.snapshot, sets, active, True, len(sets))
+        active = None if active is None else ActiveSet(active.doors, active.module, len(sets))
+        super().__init__(first.attachments, first.snapshot, sets, active, True, len(sets))
         self._calls, self._rows = calls, list(parts)
 
     def parts(self) -> list[Call]:

@@ -12,11 +12,12 @@ from torch import nn
 from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.doors.attachment import ErasureNotInForce
-from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.doors.linears import linear_of, projection_weights, text_projections
 from sepme_diffusers.doors.registry import denoisers_of, drawing_denoisers, is_helper
 from sepme_diffusers.runtime.calls import Call
 from sepme_diffusers.runtime.erased_sets import Key
 from sepme_diffusers.runtime.erasures import Erasures, follow, see_that_helpers_acted
+from sepme_diffusers.runtime.samples import samples
 from sepme_diffusers.runtime.snapshot import Snapshot
 from sepme_diffusers.runtime.text_check import TextCheck
 from sepme_diffusers.text.encoders import text_encoders
@@ -53,7 +54,7 @@ def check_before(
     erasures.check(drawing)
     per_module = [key for key in keys if snapshot.increment(key).form == "module"]
     if per_module:
-        _refuse_changed_weights(snapshot, per_module, drawing)
+        _refuse_changed_weights(erasures, snapshot, frozenset(bank for bank, _ in per_module))
     follow(erasures, helpers)
     if helpers and per_module:
         logger.warning(
@@ -89,14 +90,22 @@ def _helpers(pipe: Any) -> list[nn.Module]:
     return [module for module in denoisers_of(pipe).values() if is_helper(module)]
 
 
-def _refuse_changed_weights(snapshot: Snapshot, per_module: Iterable[Key], denoisers: Iterable[nn.Module]) -> None:
+def _refuse_changed_weights(erasures: Erasures, snapshot: Snapshot, banks: frozenset[str]) -> None:
+    """Check that per-module increments of these banks fit the weights; weights that were checked are known again."""
+    denoisers = [attachment.denoiser for attachment in erasures.attachments]
+    linears = [linear_of(module) for denoiser in denoisers for module in text_projections(denoiser).values()]
+    state = snapshot.stacks, banks, samples(linear.weight for linear in linears)
+    offloaded = any(linear.weight.is_meta for linear in linears)
+    if state == erasures.checked_weights and not offloaded:
+        return
     for denoiser in denoisers:
         weights = projection_weights(denoiser)
-        for bank in {bank for bank, _ in per_module}:
+        for bank in banks:
             try:
                 refuse_other_weights(snapshot.banks[bank], weights)
             except ValueError as error:
                 raise ErasureNotInForce(f"the weights are no longer those that it was loaded on: {error}") from error
+    erasures.checked_weights = state
 
 
 def _refuse_rounded_away(pipe: Any, snapshot: Snapshot, keys: Iterable[Key], least: float) -> None:

@@ -125,7 +125,7 @@ def naming(concepts: Iterable[str]) -> Iterator[None]:
 def _works_on_the_original(erasures: Erasures) -> bool:
     """Whether this thread makes or measures increments, see `erasures.unedited`."""
     record = record_of_thread()
-    return record is not None and record.alive and record.unedited and record.erasures is erasures
+    return record is not None and record.alive and record.unedited and record.attachments is erasures.attachments
 
 
 def _call(pipe: Any, state: PipelineState, erasures: Erasures, arguments: CallArguments, erased: Any) -> Call:
@@ -138,7 +138,7 @@ def _call(pipe: Any, state: PipelineState, erasures: Erasures, arguments: CallAr
             f"{type(pipe).__name__} mixes the rows of several prompts, so one erased set per prompt cannot be kept "
             "apart; call once for each set"
         )
-    return Call(erasures, snapshot, sets, None, own, max(arguments.prompts * each, 1))
+    return Call(erasures.attachments, snapshot, sets, None, own, max(arguments.prompts * each, 1))
 
 
 def _prepare(pipe: Any, state: PipelineState, erasures: Erasures, call: Call, arguments: CallArguments) -> None:
@@ -150,6 +150,7 @@ def _prepare(pipe: Any, state: PipelineState, erasures: Erasures, call: Call, ar
     call.least = check_before(pipe, erasures, call.snapshot, keys, text_check, settings)
     call.fixed_shape = any(is_compiled(component) for component in denoising_components(pipe))
     call.active = call.snapshot.active(call.sets, call.pictures, call.fixed_shape, call.least)
+    erasures.copy_to_devices(call.active)
 
 
 def _receipt(pipe: Any, call: Call, arguments: CallArguments) -> Receipt:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -45,6 +44,8 @@ class Erasures:
         self.standing: ActiveSet | None = None
         self.attachments = tuple(Attachment(denoiser, self.acting) for denoiser in denoisers)
         self.requests: WeakSet[Request] = WeakSet()
+        # The factors, banks and samples of weights that were found to fit each other, see `checks`.
+        self.checked_weights: Any = None
         self.lock = threading.RLock()
         self.helpers: WeakSet[nn.Module] = WeakSet()
         self._running: WeakSet[Call] = WeakSet()
@@ -141,6 +142,7 @@ class Erasures:
             standing = None
             if snapshot.banks and snapshot.plain_pipelines:
                 standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
+            self.copy_to_devices(standing)
             self._tidy()  # what an interrupt left
             try:
                 for attachment in self.attachments if snapshot.banks else ():
@@ -148,6 +150,14 @@ class Erasures:
                 self.standing, self.snapshot = standing, snapshot
             finally:
                 self._tidy()
+
+    def copy_to_devices(self, active: ActiveSet | None) -> None:
+        """Copy what acts to the devices of the denoisers, so that no pass has to; a compiled graph would notice."""
+        if active is None:
+            return
+        for device in {next(attachment.denoiser.parameters()).device for attachment in self.attachments}:
+            if device.type != "meta":
+                active.copy_to(device)
 
     def _tidy(self) -> None:
         """Remove the hooks once nothing is loaded and no call runs."""
@@ -166,7 +176,7 @@ class Erasures:
             ErasureNotInForce: If the pass belongs to no call that is known, and something is loaded.
         """
         record = record_of_thread()
-        if record is None or record.erasures is not self or record.was_left():
+        if record is None or record.attachments is not self.attachments or record.was_left():
             return self._outside()
         if not record.alive:
             raise ErasureNotInForce(
@@ -219,6 +229,8 @@ class Erasures:
         """Count a call as ended; hooks that nothing needs any more go."""
         with self.lock:
             call.alive = False
+            if call.active is not None:
+                call.active.forget()
             self._running.discard(call)
             self._own_running = self._some_own_runs()
             for attachment in self.attachments:
@@ -255,6 +267,7 @@ class Erasures:
             "lock": None,
             "requests": None,
             "helpers": None,
+            "checked_weights": None,
             "_running": None,
             "_own_running": False,
         }
@@ -349,8 +362,7 @@ class _Following:
 
     def __call__(self) -> Any:
         active = following()
-        # A helper has no text Linears of its own to which per-module increments belong.
-        return None if active is None or not active.doors else replace(active, module=None)
+        return None if active is None else active.at_doors
 
 
 @contextmanager
@@ -363,7 +375,7 @@ def unedited(pipe: Any) -> Iterator[None]:
         pipe: The pipeline.
     """
     erasures = erasures_on(drawing_denoisers(pipe))
-    call = Call(erasures, Snapshot(), [{}], None, own=True, unedited=True)
+    call = Call(erasures.attachments, Snapshot(), [{}], None, own=True, unedited=True)
     try:
         erasures.begin(call)
         with opened(call):

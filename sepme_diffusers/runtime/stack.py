@@ -37,9 +37,8 @@ class DeviceTensor:
         if str(device) not in self._copies:
             tensor = next(iter(self._copies.values()))
             narrow = device.type == "mps" and tensor.dtype == torch.float64
-            copy = tensor.to(device, torch.float32 if narrow else tensor.dtype)
-            # A new dictionary: another thread may be looking through the old one.
-            self._copies = {**self._copies, str(device): copy}
+            # Of two threads that copy at once, both go on with the first one's copy.
+            self._copies.setdefault(str(device), tensor.to(device, torch.float32 if narrow else tensor.dtype))
         return self._copies[str(device)]
 
     def copies(self) -> list[Tensor]:
@@ -76,14 +75,14 @@ class Stack:
             for name in outputs[0]
         }
 
+    def parts(self) -> list[DeviceTensor]:
+        """Everything that is stacked."""
+        gates = () if self.gates is None else (self.gates.members, self.gates.squares)
+        return [self.A, self.norms, self.coarseness, *gates, *self.outputs.values()]
+
     def tensors(self) -> list[Tensor]:
         """Every copy of every factor."""
-        gates = () if self.gates is None else (self.gates.members, self.gates.squares)
-        return [
-            copy
-            for tensor in (self.A, self.norms, self.coarseness, *gates, *self.outputs.values())
-            for copy in tensor.copies()
-        ]
+        return [copy for part in self.parts() for copy in part.copies()]
 
     def mask(self, rows: Sequence[Mapping[Any, float]]) -> Tensor:
         """The strengths as a mask, (len(rows), 1, R).
@@ -150,6 +149,11 @@ class ActiveStack:
         self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64, device="cpu"))
         members = 0 if stack.gates is None else len(stack.gates.squares.copies()[0])
         self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool, device="cpu"))
+
+    def copy_to(self, device: torch.device) -> None:
+        """Copy everything to a device, so that no pass has to."""
+        for part in (*self.stack.parts(), self.mask, self.least, self.opened):
+            part.on(device)
 
     def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
         """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.

@@ -7,24 +7,23 @@ embeddings depend on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.guard_readings import GuardReadings
 from sepme_diffusers.doors.attachment import ErasureNotInForce
+from sepme_diffusers.runtime.samples import samples
 from sepme_diffusers.text.encoders import autocast_of, text_encoders
 
 # Guards vary in how they round: what counts must exceed what these read by this factor.
 _MARGIN = 2.0
 EVERY = 50
 """Guards are encoded at the first call and every so many calls, also if nothing was seen to change."""
-# Numbers of each parameter that are compared in every call, at least.
-_SAMPLES = 64
 
 
 class TextCheck:
@@ -39,8 +38,8 @@ class TextCheck:
         self._readings = GuardReadings(banks.values())
         self._lock = threading.Lock()
         self._calls = 0
-        self._state: Any = None
-        self._least = 0.0
+        # By the settings of `encode_prompt`: the state that was measured, and what a reading must exceed there.
+        self._known: dict[str, tuple[Any, float]] = {}
 
     @property
     def prompts(self) -> list[str]:
@@ -68,12 +67,13 @@ class TextCheck:
         if not self.prompts:
             return 0.0
         with self._lock:
-            state = (_state(pipe, self.prompts), sorted(settings.items(), key=str))
-            if state != self._state or self._calls % EVERY == 0:
-                self._least = self._measured(pipe, settings)
-                self._state = state
+            state, chosen = _state(pipe, self.prompts), str(sorted(settings.items()))
+            known, least = self._known.get(chosen, (None, 0.0))
+            if state != known or self._calls % EVERY == 0:
+                least = self._measured(pipe, settings)
+                self._known = {**dict(list(self._known.items())[-7:]), chosen: (state, least)}
             self._calls += 1
-            return self._least
+            return least
 
     def _measured(self, pipe: Any, settings: Mapping[str, Any]) -> float:
         try:
@@ -115,27 +115,10 @@ def _encoder_state(encoder: nn.Module) -> Any:
     modules = list(encoder.modules())
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     adapters = [_adapter_state(module) for module in modules if isinstance(module, BaseTunerLayer)]
-    return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], _samples(parameters), adapters
+    return id(encoder), encoder.training, [(p.dtype, p.shape) for p in parameters], samples(parameters), adapters
 
 
 def _adapter_state(layer: Any) -> Any:
     """Which adapters of a PEFT layer act, and how strongly."""
     scaling = sorted(getattr(layer, "scaling", {}).items())
     return layer.disable_adapters, scaling, list(layer.active_adapters), layer.merged
-
-
-def _samples(parameters: Iterable[Tensor]) -> list[bytes]:
-    """Some numbers of every parameter, put together before they are transferred: a GPU is waited for once."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for tensor in (part for parameter in parameters for part in _parts(parameter)):
-        if tensor.numel() and not tensor.is_meta:
-            sample = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(sample)
-    return [torch.cat(samples).float().cpu().numpy().tobytes() for samples in kinds.values()]
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of: those of quantisers wrap several."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]

@@ -73,5 +73,7 @@ def _vocabulary(encoder: nn.Module, tokenizer: Any) -> Vocabulary:
 @torch.no_grad()
 def _checksum(weight: Tensor) -> str:
     """Of every row: an overwritten vector bumps no version where it is written through `.data`."""
-    rows = torch.stack([weight.detach().float().sum(dim=1), weight.detach().float().square().sum(dim=1)])
+    rows = torch.stack(
+        [weight.sum(dim=1, dtype=torch.float32), torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)]
+    )
     return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()

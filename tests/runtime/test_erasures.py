@@ -70,7 +70,7 @@ def erase(erasures, strengths):
 def call_of(erasures, *sets):
     """A call whose passes are made by hand, one set per picture."""
     rows, snapshot = [keyed(strengths) for strengths in sets], erasures.snapshot
-    call = Call(erasures, snapshot, rows, snapshot.active(rows, len(rows)), own=True, pictures=len(rows))
+    call = Call(erasures.attachments, snapshot, rows, snapshot.active(rows, len(rows)), own=True, pictures=len(rows))
     erasures.begin(call)
     try:
         with call:
