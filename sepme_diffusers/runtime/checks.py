@@ -16,7 +16,8 @@ from sepme_diffusers.doors.linears import linear_of, projection_weights, text_pr
 from sepme_diffusers.doors.registry import denoisers_of, drawing_denoisers, is_helper
 from sepme_diffusers.runtime.calls import Call
 from sepme_diffusers.runtime.erased_sets import Key
-from sepme_diffusers.runtime.erasures import Erasures, follow, see_that_helpers_acted
+from sepme_diffusers.runtime.erasures import Erasures
+from sepme_diffusers.runtime.helpers import check_helpers
 from sepme_diffusers.runtime.samples import samples
 from sepme_diffusers.runtime.snapshot import Snapshot
 from sepme_diffusers.runtime.text_check import TextCheck
@@ -55,7 +56,7 @@ def check_before(
     per_module = [key for key in keys if snapshot.increment(key).form == "module"]
     if per_module:
         _refuse_changed_weights(erasures, snapshot, frozenset(bank for bank, _ in per_module))
-    follow(erasures, helpers)
+    erasures.helpers.follow(helpers)
     if helpers and per_module:
         logger.warning(
             "per-module increments act on the UNet alone: %s go on reading the unedited prompt. Text-side increments "
@@ -82,7 +83,7 @@ def check_after(pipe: Any, erasures: Erasures, call: Call) -> None:
         )
     erasures.check(drawing_denoisers(pipe).values())
     if call.active is not None and call.active.doors:
-        see_that_helpers_acted(call, _helpers(pipe))
+        check_helpers(call, _helpers(pipe))
 
 
 def _helpers(pipe: Any) -> list[nn.Module]:

@@ -20,13 +20,12 @@ from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
 from sepme_diffusers.doors.registry import drawing_denoisers
 from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.call_sets import ErasedSet, Request, strengths_of
-from sepme_diffusers.runtime.calls import Call, following, opened, record_of_thread
+from sepme_diffusers.runtime.calls import Call, opened, record_of_thread
 from sepme_diffusers.runtime.erased_sets import Strengths, with_floors
+from sepme_diffusers.runtime.helpers import Helpers
 from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot
 
 _ATTRIBUTE = "_sepme_erasures"
-_FOLLOWER = "_sepme_follower"
-_followers_lock = threading.Lock()
 
 
 class Erasures:
@@ -47,7 +46,7 @@ class Erasures:
         # The factors, banks and samples of weights that were found to fit each other, see `checks`.
         self.checked_weights: Any = None
         self.lock = threading.RLock()
-        self.helpers: WeakSet[nn.Module] = WeakSet()
+        self.helpers = Helpers()
         self._running: WeakSet[Call] = WeakSet()
         self._own_running = False
         for attachment in self.attachments:
@@ -165,7 +164,7 @@ class Erasures:
             return
         for attachment in self.attachments:
             attachment.detach()
-        unfollow(self)
+        self.helpers.leave()
 
     # --- what acts
 
@@ -266,7 +265,6 @@ class Erasures:
             **self.__dict__,
             "lock": None,
             "requests": None,
-            "helpers": None,
             "checked_weights": None,
             "_running": None,
             "_own_running": False,
@@ -275,7 +273,7 @@ class Erasures:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.RLock()
-        self.requests, self.helpers, self._running = WeakSet(), WeakSet(), WeakSet()
+        self.requests, self._running = WeakSet(), WeakSet()
 
 
 def erasures_of(denoiser: nn.Module) -> Erasures | None:
@@ -299,70 +297,6 @@ def erasures_on(denoisers: Mapping[str, nn.Module]) -> Erasures:
             "were loaded, and load the banks on this pipeline"
         )
     return erasures
-
-
-def follow(erasures: Erasures, helpers: Iterable[nn.Module]) -> None:
-    """Let helping denoisers (ControlNets) read the edited text within calls; outside of calls they stay plain."""
-    with _followers_lock:
-        for helper in helpers:
-            following = getattr(helper, _FOLLOWER, None)
-            if following is None or following.attachment.denoiser is not helper:
-                following = _Following(helper)
-                setattr(helper, _FOLLOWER, following)
-            erasures.helpers.add(helper)
-            following.users.add(erasures)
-            following.attachment.attach()
-            following.attachment.renew()
-
-
-def see_that_helpers_acted(call: Call, helpers: Iterable[nn.Module]) -> None:
-    """See, after the last step of a call, that what helped it read the edited text.
-
-    Raises:
-        ErasureNotInForce: If no helper ran for the call, or one does not follow what acts.
-    """
-    for helper in helpers:
-        following = getattr(helper, _FOLLOWER, None)
-        if following is None or following.attachment.denoiser is not helper:
-            raise ErasureNotInForce(f"the pipeline's {type(helper).__name__} was replaced in the middle of the call")
-        if fault := following.attachment.fault():
-            raise ErasureNotInForce(fault)
-        if not call.helped:
-            raise ErasureNotInForce(
-                f"no pass of {type(helper).__name__} was seen in this call: a thread that runs it for a call must "
-                "open its record: call = current_call(), `with call:` there"
-            )
-
-
-def unfollow(erasures: Erasures) -> None:
-    """Take the hooks off the helpers that nothing else that is loaded needs."""
-    with _followers_lock:
-        for helper in list(erasures.helpers):
-            following = getattr(helper, _FOLLOWER, None)
-            if following is not None:
-                following.users.discard(erasures)
-                if not following.users:
-                    following.attachment.detach()
-        erasures.helpers.clear()
-
-
-class _Following:
-    """Asks what acts on a helper's pass; an object, so that it is copied and pickled with the helper."""
-
-    def __init__(self, helper: nn.Module) -> None:
-        self.attachment = Attachment(helper, self)
-        self.users: WeakSet[Erasures] = WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "users": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.users = WeakSet()
-
-    def __call__(self) -> Any:
-        active = following()
-        return None if active is None else active.at_doors
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from peft import LoraConfig
 
 from sepme_diffusers import ErasureNotInForce, attach
 from sepme_diffusers.doors.linears import text_projections
-from sepme_diffusers.runtime.erasures import erasures_of, follow
+from sepme_diffusers.runtime.erasures import erasures_of
 from sepme_diffusers.text.encoding import encode
 from small import latents, random_pipeline
 
@@ -129,7 +129,7 @@ def test_threads_that_use_a_controlnet_first_register_its_edit_once(loaded):
 
     def use(_):
         start.wait(30)
-        follow(erasures, [net])
+        erasures.helpers.follow([net])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(use, range(8)))
