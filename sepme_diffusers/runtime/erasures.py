@@ -175,7 +175,8 @@ class Erasures:
             ErasureNotInForce: If the pass belongs to no call that is known, and something is loaded.
         """
         record = record_of_thread()
-        if record is None or record.attachments is not self.attachments or record.was_left():
+        # torch.compile does not trace whether two tuples are one.
+        if record is None or record.attachments[0] is not self.attachments[0] or record.was_left():
             return self._outside()
         if not record.alive:
             raise ErasureNotInForce(

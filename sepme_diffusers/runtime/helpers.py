@@ -1,7 +1,7 @@
 """Helpers: denoisers that help those that draw (ControlNets), and read the edited text with them.
 
-They do so within calls; outside of calls they are plain. A helper may be shared by pipelines around several denoisers; it
-keeps its hooks as long as one of them needs them.
+They do so within calls; outside of calls they are plain. A helper may be shared by pipelines around several
+denoisers; it keeps its hooks as long as one of them needs them.
 """
 
 from __future__ import annotations
