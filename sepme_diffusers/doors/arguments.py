@@ -40,8 +40,8 @@ class DoorArguments:
 
     def embeddings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """The text embeddings that a pass brings, by door."""
-        found = {door.name: self._embedding(door, args, kwargs) for door in self._family.doors}
-        return {name: embedding for name, embedding in found.items() if embedding is not None}
+        embeddings = {door.name: self._embedding(door, args, kwargs) for door in self._family.doors}
+        return {name: embedding for name, embedding in embeddings.items() if embedding is not None}
 
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], edited: dict[str, Tensor]) -> Arguments:
         """The arguments with other embeddings at these doors; dictionaries inside are copied, not changed."""

@@ -98,7 +98,7 @@ class Attachment:
         if self._handles and not wanted:
             return
         handles: _Handles = {}
-        found: _Handles = {}
+        behind_linears: _Handles = {}
         try:
             if not self._handles:
                 handles["doors"] = denoiser, denoiser.register_forward_pre_hook(_Doors(self), with_kwargs=True)
@@ -107,11 +107,11 @@ class Attachment:
                 handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
             for index, (name, module) in enumerate(wanted.items()):
                 hook = _Linear(self, name, f"linear{index}")
-                found[name] = linear_of(module), linear_of(module).register_forward_hook(hook)
+                behind_linears[name] = linear_of(module), linear_of(module).register_forward_hook(hook)
             forget_graphs()
-            self._handles, self._linears = self._handles or handles, self._linears or found
+            self._handles, self._linears = self._handles or handles, self._linears or behind_linears
         except BaseException:
-            _remove([*handles.values(), *found.values()])
+            _remove([*handles.values(), *behind_linears.values()])
             raise
 
     def detach(self) -> None:

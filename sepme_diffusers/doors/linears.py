@@ -17,17 +17,17 @@ def cross_attentions(denoiser: nn.Module) -> dict[str, Attention]:
     Raises:
         ValueError: If the denoiser has none, so that nothing could be erased.
     """
-    found = {
+    attentions = {
         name: module
         for name, module in plain(denoiser).named_modules()
         if isinstance(module, Attention) and name.endswith("attn2") and module.is_cross_attention
     }
-    if not found:
+    if not attentions:
         raise ValueError(
             f"{type(denoiser).__name__} has no attn2.to_k / attn2.to_v that read the text embedding; "
             "SepME erases on UNets with text cross-attention"
         )
-    return found
+    return attentions
 
 
 def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -106,16 +106,16 @@ def other_text_readers(denoiser: nn.Module) -> list[str]:
     """Modules beside attn2.to_k and attn2.to_v that read the text: per-module increments do not reach them."""
     denoiser = plain(denoiser)
     config = getattr(denoiser, "config", {})
-    found = [f"{key}={config[key]!r}" for key in ("encoder_hid_dim_type", "encoder_hid_dim") if config.get(key)]
+    readers = [f"{key}={config[key]!r}" for key in ("encoder_hid_dim_type", "encoder_hid_dim") if config.get(key)]
     if config.get("addition_embed_type") in ("text", "text_image"):
-        found.append(f"addition_embed_type={config['addition_embed_type']!r}")
+        readers.append(f"addition_embed_type={config['addition_embed_type']!r}")
     for name, module in denoiser.named_modules():
         if not isinstance(module, Attention):
             continue
         if getattr(module, "add_k_proj", None) is not None:
-            found.append(f"{name}.add_k_proj")
+            readers.append(f"{name}.add_k_proj")
         elif module.is_cross_attention and not name.endswith("attn2"):
-            found.append(name)
+            readers.append(name)
         elif getattr(module, "norm_cross", None) is not None:
-            found.append(f"{name}.norm_cross")
-    return found
+            readers.append(f"{name}.norm_cross")
+    return readers

@@ -65,7 +65,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         TypeError: If it has no denoiser that reads text, or one of which it is not known how.
     """
-    found: dict[str, nn.Module] = {}
+    denoisers: dict[str, nn.Module] = {}
     # Not `pipe.components`, which reads the signature of the class anew each time, and only knows registered ones.
     for name, component in vars(pipe).items():
         if not isinstance(component, nn.Module) or component in _without_denoiser:
@@ -75,14 +75,14 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
             _refuse_unknown_reader(component, name)
             # Not looked through again: a pipeline asks before every call.
             _without_denoiser.add(component)
-        known = {id(module) for module in found.values()}
-        found |= {path: module for path, module in inside.items() if id(module) not in known}
-    main = {name: module for name, module in found.items() if not is_helper(module)}
+        known = {id(module) for module in denoisers.values()}
+        denoisers |= {path: module for path, module in inside.items() if id(module) not in known}
+    main = {name: module for name, module in denoisers.items() if not is_helper(module)}
     if not main:
         raise TypeError(
             f"{type(pipe).__name__} has no denoiser that reads text; SepME erases with {sorted(_FAMILIES)}"
         )
-    return main | {name: module for name, module in found.items() if name not in main}
+    return main | {name: module for name, module in denoisers.items() if name not in main}
 
 
 def denoising_components(pipe: Any) -> list[nn.Module]:

@@ -288,7 +288,8 @@ def erasures_on(denoisers: Mapping[str, nn.Module]) -> Erasures:
     Raises:
         ErasureNotInForce: If they belong to different sets of denoisers.
     """
-    known = {id(found): found for module in denoisers.values() if (found := erasures_of(module)) is not None}
+    loaded = [erasures for module in denoisers.values() if (erasures := erasures_of(module)) is not None]
+    known = {id(erasures): erasures for erasures in loaded}
     if not known:
         return Erasures(denoisers.values())
     erasures = next(iter(known.values()))

@@ -134,7 +134,8 @@ class SepMELoaderMixin:
             PolicyError: If its policy always erases something; `replace_bank` lifts that. Nothing changes then.
         """
         state, denoisers = self._sepme, drawing_denoisers(self).values()
-        here = next((found for denoiser in denoisers if (found := erasures_of(denoiser)) is not None), None)
+        loaded = [erasures for denoiser in denoisers if (erasures := erasures_of(denoiser)) is not None]
+        here = loaded[0] if loaded else None
         if bank is None and state.erasures not in (None, here):
             # The denoiser was replaced by one without the banks: nothing is to be taken away, only forgotten.
             state.erasures, state.banks = None, frozenset()

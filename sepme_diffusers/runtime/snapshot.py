@@ -221,17 +221,17 @@ class Snapshot:
             least: See `ActiveStack`.
         """
         asked = {key for strengths in rows for key in strengths}
-        found: dict[str, ActiveStack] = {}
+        active: dict[str, ActiveStack] = {}
         for group in self.stacks.groups:
             stack = self.stacks.get(group, asked, fixed_shape)
             if stack is not None:
                 own = [{key: s for key, s in strengths.items() if key in stack.slices} for strengths in rows]
-                found[group] = ActiveStack(stack, stack.mask(own), pictures, least)
-        held = {key for active in found.values() for key in active.stack.slices}
+                active[group] = ActiveStack(stack, stack.mask(own), pictures, least)
+        held = {key for part in active.values() for key in part.stack.slices}
         if unheld := sorted(asked - held):
             raise KeyError(f"not loaded: {unheld}; loaded: {list(self.names.shown)}")
-        module = found.pop(MODULE, None)
-        return ActiveSet(found, module) if found or module is not None else None
+        module = active.pop(MODULE, None)
+        return ActiveSet(active, module) if active or module is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
         return self
