@@ -35,16 +35,16 @@ class DoorArguments:
         self._places = {name: index for index, name in enumerate(names)}
 
     def pictures(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """How many pictures the pass works on: the rows of the sample."""
+        """Return how many pictures the pass works on: the rows of the sample."""
         return len(self._get(self._family.sample, args, kwargs))
 
     def embeddings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """The text embeddings that a pass brings, by door."""
+        """Return the text embeddings that a pass brings, by door."""
         embeddings = {door.name: self._embedding(door, args, kwargs) for door in self._family.doors}
         return {name: embedding for name, embedding in embeddings.items() if embedding is not None}
 
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], edited: dict[str, Tensor]) -> Arguments:
-        """The arguments with other embeddings at these doors; dictionaries inside are copied, not changed."""
+        """Return the arguments with other embeddings at these doors; dictionaries inside are copied, not changed."""
         kwargs = dict(kwargs)
         for door in self._family.doors:
             if door.name not in edited:

@@ -51,11 +51,11 @@ class Edit(Protocol):
         ...
 
     def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> tuple[dict[str, Tensor], Any]:
-        """The embeddings that change, by door, and what `change` needs; `pictures` is the rows of the sample."""
+        """Return the embeddings that change, by door, and what `change` needs; the sample has `pictures` rows."""
         ...
 
     def change(self, name: str, reading: Any) -> Tensor:
-        """What is added to the output of the Linear of this name."""
+        """Return what is added to the output of the Linear of this name."""
         ...
 
 
@@ -148,7 +148,7 @@ class Attachment:
             self._handles["entry"] = entry, entry.register_forward_pre_hook(_Entry(self))
 
     def fault(self) -> str:
-        """Why edits would not act on the denoiser as it is now; empty if they would."""
+        """Return why edits would not act on the denoiser as it is now; empty if they would."""
         if not self._handles:
             return f"the hooks on {type(self.denoiser).__name__} were removed"
         for module, handle in (*self._handles.values(), *self._linears.values()):
@@ -167,7 +167,7 @@ class Attachment:
         return ""
 
     def comes_before_others(self) -> bool:
-        """Whether a hook on the denoiser comes after the one that edits the doors."""
+        """Return whether a hook on the denoiser comes after the one that edits the doors."""
         own = self._handles.get("doors")
         return own is not None and next(reversed(self.denoiser._forward_pre_hooks), own[1].id) != own[1].id
 
@@ -192,7 +192,7 @@ def _remove(handles: list[tuple[nn.Module, RemovableHandle]]) -> None:
 
 
 def text_linears(denoiser: nn.Module, family: Family) -> Mapping[str, nn.Module]:
-    """The Linears that read the text and nothing else, by module name.
+    """Return the Linears that read the text and nothing else, by module name.
 
     Raises:
         ValueError: If the family names none, or the denoiser has none.

@@ -12,7 +12,7 @@ PROJECTIONS = ("to_k", "to_v")
 
 
 def cross_attentions(denoiser: nn.Module) -> dict[str, Attention]:
-    """The attentions that read the text embedding, by module name, in the order of the denoiser.
+    """Return the attentions that read the text embedding, by module name, in the order of the denoiser.
 
     Raises:
         ValueError: If the denoiser has none, so that nothing could be erased.
@@ -31,7 +31,7 @@ def cross_attentions(denoiser: nn.Module) -> dict[str, Attention]:
 
 
 def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The cross-attention key and value projections by module name, in the order of the denoiser.
+    """Return the cross-attention key and value projections by module name, in the order of the denoiser.
 
     Names are those of the plain denoiser, whatever PEFT has wrapped around the modules.
 
@@ -46,17 +46,17 @@ def text_projections(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_of(module: nn.Module) -> nn.Linear:
-    """The Linear itself, whatever PEFT has wrapped around it."""
+    """Return the Linear itself, whatever PEFT has wrapped around it."""
     return cast(nn.Linear, getattr(module, "base_layer", module))
 
 
 def plain(denoiser: nn.Module) -> nn.Module:
-    """The denoiser itself, whatever `torch.compile` has wrapped around it."""
+    """Return the denoiser itself, whatever `torch.compile` has wrapped around it."""
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def is_compiled(denoiser: nn.Module) -> bool:
-    """Whether `torch.compile` has been asked to trace the denoiser or a part of it."""
+    """Return whether `torch.compile` has been asked to trace the denoiser or a part of it."""
     return plain(denoiser) is not denoiser or any(
         module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
         for module in denoiser.modules()
@@ -64,7 +64,7 @@ def is_compiled(denoiser: nn.Module) -> bool:
 
 
 def projection_weights(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The weights W_m (d_out, d) of the text projections by module name, without any adapter on top.
+    """Return the weights W_m (d_out, d) of the text projections by module name, without any adapter on top.
 
     Quantised or offloaded weights are read through what the module computes, in float32 on the CPU.
     """
@@ -79,7 +79,7 @@ def projection_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def apply_linear(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """e W_mᵀ for rows e (n, d), past every hook and adapter, float32 on the CPU; offloaded and quantised ones too."""
+    """Compute e W_mᵀ for rows e (n, d), past every hook and adapter, float32 on the CPU; also offloaded or quantised."""
     weight = linear.weight
     if _is_dense(linear):
         return (rows.to(weight.device) @ weight.float().T).cpu()
@@ -97,7 +97,7 @@ def _is_dense(linear: nn.Linear) -> bool:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight (d_out, d_in) of a Linear, without any adapter on top; see `projection_weights`."""
+    """Return the weight (d_out, d_in) of a Linear, without any adapter on top; see `projection_weights`."""
     linear = linear_of(module)
     return linear.weight.detach() if _is_dense(linear) else apply_linear(linear, torch.eye(linear.in_features)).T
 

@@ -50,12 +50,12 @@ for _built_in in (UNET, CONTROLNET):
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a denoiser, by its class or one that this is derived from; None for other modules."""
+    """Return the family of a denoiser, by its class or one that this is derived from; None for other modules."""
     return next((_FAMILIES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _FAMILIES), None)
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Every denoiser of a pipeline, by the name of its component: those that draw, then those that help them.
+    """Return every denoiser of a pipeline, by the name of its component: those that draw, then those that help them.
 
     A denoiser is found inside whatever wraps it (`torch.compile`, PEFT, a multi-ControlNet).
 
@@ -86,22 +86,22 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def denoising_components(pipe: Any) -> list[nn.Module]:
-    """The components of a pipeline that are denoisers or wrap one."""
+    """Return the components of a pipeline that are denoisers or wrap one."""
     return [vars(pipe)[name] for name in dict.fromkeys(path.split(".")[0] for path in denoisers_of(pipe))]
 
 
 def is_helper(module: nn.Module) -> bool:
-    """Whether a denoiser helps another one (a ControlNet) and draws nothing by itself."""
+    """Return whether a denoiser helps another one (a ControlNet) and draws nothing by itself."""
     return _family(module).auxiliary
 
 
 def drawing_denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline that draw, by the name of their component; see `denoisers_of`."""
+    """Return the denoisers of a pipeline that draw, by the name of their component; see `denoisers_of`."""
     return {name: module for name, module in denoisers_of(pipe).items() if not is_helper(module)}
 
 
 def door_linears(denoiser: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """The Linears that read the embeddings of further doors, by door: the name and the weight (d_out, d_in).
+    """Return the Linears that read the embeddings of further doors, by door: the name and the weight (d_out, d_in).
 
     The embedding stands in the weight's first columns. Doors that no Linear of the denoiser reads are left out.
     """

@@ -39,7 +39,7 @@ class ActiveSet:
         return self.module is not None
 
     def edit(self, embeddings: Mapping[str, Tensor], pictures: int) -> Edited:
-        """The edited embeddings by door, and what per-module increments read.
+        """Return the edited embeddings by door, and what per-module increments read.
 
         Raises:
             ErasureNotInForce: If the pass does not bring an embedding that an active increment edits, or another
@@ -67,7 +67,7 @@ class ActiveSet:
         return edited, Reading(self.module.read(embeddings[TOKENS], pictures), changes)
 
     def change(self, name: str, reading: Reading) -> Tensor:
-        """What the per-module increments add to the output of a Linear."""
+        """Return what the per-module increments add to the output of a Linear."""
         if self.module is None:
             raise ErasureNotInForce(f"no per-module increment is active, but one was asked for behind {name}")
         if reading.changes is not None and name in reading.changes:
@@ -99,5 +99,5 @@ class ActiveSet:
                 mine.note_opened(theirs, row, picture, keys)
 
     def stacks(self) -> list[ActiveStack]:
-        """Every stack with its mask."""
+        """Return every stack with its mask."""
         return [*self.doors.values(), *([] if self.module is None else [self.module])]

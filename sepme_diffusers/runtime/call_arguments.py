@@ -69,7 +69,7 @@ class CallArguments:
         return [name for name in self._given() if name.startswith("ip_adapter_image")]
 
     def encode_settings(self, pipe: Any) -> dict[str, Any]:
-        """What of the arguments the pipeline's `encode_prompt` depends on."""
+        """Return what of the arguments the pipeline's `encode_prompt` depends on."""
         known = inspect.signature(pipe.encode_prompt).parameters
         scale = (self.values.get("cross_attention_kwargs") or {}).get("scale")
         settings = {"clip_skip": self.values.get("clip_skip"), "lora_scale": scale}

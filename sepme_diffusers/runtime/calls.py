@@ -55,16 +55,16 @@ class Call:
         self.thread = threading.get_ident()
 
     def set_of(self, picture: int) -> Strengths:
-        """The erased set of one picture."""
+        """Return the erased set of one picture."""
         return self.sets[picture if len(self.sets) > 1 else 0]
 
     def names(self) -> list[str]:
-        """What should be erased, for messages."""
+        """Return what should be erased, for messages."""
         shown = self.snapshot.names.shown
         return list(dict.fromkeys(shown[key] for strengths in self.sets for key in strengths))
 
     def was_left(self) -> bool:
-        """Whether an interrupt left this record open in its call's own thread when the call had ended."""
+        """Return whether an interrupt left this record open in its call's own thread when the call had ended."""
         return not self.alive and self.thread == threading.get_ident()
 
     def note_pass(self) -> None:
@@ -76,7 +76,7 @@ class Call:
         self.helped = True
 
     def parts(self) -> list[Call]:
-        """The calls that a pass under this record belongs to."""
+        """Return the calls that a pass under this record belongs to."""
         return [self]
 
     def refuse_unclear(self) -> None:
@@ -139,7 +139,7 @@ class _Mixed(Call):
         return self._calls
 
     def refuse_unclear(self) -> None:
-        """Every row was named."""
+        """Accept any batch: every row was named."""
 
     def note_pass(self) -> None:
         if dead := [call.names() for call in self._calls if not call.alive]:
@@ -215,7 +215,7 @@ def mixed_calls(rows: Sequence[tuple[Call, int]]) -> Call:
 
 
 def record_of_thread() -> Call | None:
-    """The record that is open in this thread."""
+    """Return the record that is open in this thread."""
     return getattr(_thread, "record", None)
 
 
@@ -232,7 +232,7 @@ def opened(call: Call) -> Iterator[Call]:
 
 
 def following() -> Any:
-    """What acts on a pass of a ControlNet: what acts on the call that it is part of; outside a call nothing."""
+    """Return what acts on a pass of a ControlNet: what acts on the call that it is part of; outside a call nothing."""
     record = record_of_thread()
     if record is None or not record.alive:
         return None

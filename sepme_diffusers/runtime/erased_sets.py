@@ -62,7 +62,7 @@ class Names:
                     )
 
     def keys(self, names: Iterable[str]) -> list[Key]:
-        """The concepts of these names.
+        """Return the concepts of these names.
 
         Raises:
             TypeError: If a name is no string.
@@ -92,7 +92,7 @@ class Names:
         return "".join(f" Did you mean {match[0]!r} for {name!r}?" for name, match in near.items() if match)
 
     def strengths(self, concepts: Iterable[str] | Mapping[str, float]) -> dict[Key, float]:
-        """An erased set as {concept: strength}.
+        """Return an erased set as {concept: strength}.
 
         Args:
             concepts: Names, or {name: strength}.
@@ -122,7 +122,7 @@ def _is_strength(value: Any) -> bool:
 
 
 def with_floors(strengths: Strengths, *floors: Strengths) -> dict[Key, float]:
-    """A set with everything that is always erased added; of two strengths the larger."""
+    """Return a set with everything that is always erased added; of two strengths the larger."""
     together = dict(strengths)
     for floor in floors:
         together |= {key: max(strength, together.get(key, 0.0)) for key, strength in floor.items()}

@@ -169,7 +169,7 @@ class Erasures:
     # --- what acts
 
     def acting(self) -> ActiveSet | None:
-        """What acts on the pass that begins in this thread.
+        """Return what acts on the pass that begins in this thread.
 
         Raises:
             ErasureNotInForce: If the pass belongs to no call that is known, and something is loaded.
@@ -257,7 +257,7 @@ class Erasures:
             attachment.renew()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is held beside the banks' own."""
+        """Return every tensor that is held beside the banks' own."""
         return self.snapshot.stacks.tensors()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,12 +278,12 @@ class Erasures:
 
 
 def erasures_of(denoiser: nn.Module) -> Erasures | None:
-    """What is loaded on a denoiser, or None."""
+    """Return what is loaded on a denoiser, or None."""
     return getattr(denoiser, _ATTRIBUTE, None)
 
 
 def erasures_on(denoisers: Mapping[str, nn.Module]) -> Erasures:
-    """What is loaded on a pipeline's denoisers that draw; made if nothing was.
+    """Return what is loaded on a pipeline's denoisers that draw; made if nothing was.
 
     Raises:
         ErasureNotInForce: If they belong to different sets of denoisers.

@@ -153,7 +153,7 @@ class SepMELoaderMixin:
                 raise
 
     def get_bank(self, name: str | None = None) -> ConceptBank | None:
-        """A loaded bank: the only one, or the one of that name; None if nothing is loaded.
+        """Return a loaded bank: the only one, or the one of that name; None if nothing is loaded.
 
         Raises:
             ValueError: If no bank has that name, or several are loaded and no name is given.

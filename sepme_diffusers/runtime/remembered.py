@@ -53,7 +53,7 @@ class _Entry:
     versions: tuple[int, ...]
 
     def is_of(self, embeddings: Mapping[str, Tensor], pictures: int) -> bool:
-        """Whether it was made of these tensors as they are now, and is as it was then."""
+        """Return whether it was made of these tensors as they are now, and is as it was then."""
         if pictures != self.pictures or embeddings.keys() != self.sources.keys():
             return False
         same = (

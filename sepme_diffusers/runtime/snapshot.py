@@ -64,7 +64,7 @@ class Stacks:
         return list(self._groups)
 
     def get(self, group: str, asked: Iterable[Key], fixed_shape: bool) -> Stack | None:
-        """The stack of a group: all of its increments while they are few, else those that are asked for.
+        """Return the stack of a group: all of its increments while they are few, else those that are asked for.
 
         Args:
             group: A door, or `MODULE`.
@@ -101,7 +101,7 @@ class Stacks:
             )
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is held beside the banks' own, on every device."""
+        """Return every tensor that is held beside the banks' own, on every device."""
         return [tensor for stack in self._known.values() for tensor in stack.tensors()]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, banks: Mapping[str, ConceptBank], options: Mapping[str, LoadOptions], standing: Strengths) -> Snapshot:
-        """The snapshot of some banks, added up in the order of their names, whichever was loaded first.
+        """Return the snapshot of some banks, added up in the order of their names, whichever was loaded first.
 
         Raises:
             ValueError: If one spelling would stand for two concepts.
@@ -163,7 +163,7 @@ class Snapshot:
         return cls(banks, options, standing, Names(banks), Stacks(increments))
 
     def erasing(self, standing: Strengths) -> Snapshot:
-        """The same banks with another standing set."""
+        """Return the same banks with another standing set."""
         return replace(self, standing=dict(standing))
 
     @cached_property
@@ -202,17 +202,17 @@ class Snapshot:
         return MODULE in self.stacks.groups
 
     def increment(self, key: Key) -> Increment:
-        """The increment of a concept."""
+        """Return the increment of a concept."""
         return self.banks[key[0]][key[1]].increment
 
     def ordered(self, strengths: Strengths) -> dict[Key, float]:
-        """A set in the order in which increments are added up."""
+        """Return a set in the order in which increments are added up."""
         return {key: strengths[key] for key in self.names.shown if key in strengths}
 
     def active(
         self, rows: Sequence[Strengths], pictures: int = 1, fixed_shape: bool = False, least: float = 0.0
     ) -> ActiveSet | None:
-        """What acts on a batch with these sets, one for the whole batch or one per picture; None for nothing.
+        """Return what acts on a batch with these sets, one for the whole batch or one per picture; None for nothing.
 
         Args:
             rows: The sets.

@@ -33,7 +33,7 @@ class DeviceTensor:
         self._copies = {str(tensor.device): tensor}
 
     def on(self, device: torch.device) -> Tensor:
-        """The tensor on a device."""
+        """Return the tensor on a device."""
         if str(device) not in self._copies:
             tensor = next(iter(self._copies.values()))
             narrow = device.type == "mps" and tensor.dtype == torch.float64
@@ -42,7 +42,7 @@ class DeviceTensor:
         return self._copies[str(device)]
 
     def copies(self) -> list[Tensor]:
-        """The tensor on every device where it was used."""
+        """Return the tensor on every device where it was used."""
         return list(self._copies.values())
 
 
@@ -81,11 +81,11 @@ class Stack:
         return [self.A, self.norms, self.coarseness, *gates, *self.outputs.values()]
 
     def tensors(self) -> list[Tensor]:
-        """Every copy of every factor."""
+        """Return every copy of every factor."""
         return [copy for part in self.parts() for copy in part.copies()]
 
     def mask(self, rows: Sequence[Mapping[Any, float]]) -> Tensor:
-        """The strengths as a mask, (len(rows), 1, R).
+        """Return the strengths as a mask, (len(rows), 1, R).
 
         Raises:
             KeyError: If an increment is not in the stack: it would be passed over.
@@ -117,7 +117,7 @@ class _Gates:
     def of(
         cls, slices: Mapping[Any, slice], increments: Mapping[Any, Increment], width: int, most: int
     ) -> _Gates | None:
-        """The gates of increments, filled up to `most` of them; None if none has one."""
+        """Return the gates of increments, filled up to `most` of them; None if none has one."""
         if all(increment.gate is None for increment in increments.values()):
             return None
         members = torch.zeros(width, most, dtype=torch.float64, device="cpu")
@@ -128,7 +128,7 @@ class _Gates:
         return cls(DeviceTensor(members), DeviceTensor(padded))
 
     def open(self, seen: Tensor) -> Tensor:
-        """Whether each increment's gate opens, for what the tokens read (batch, n_tokens, R): (batch, 1, K)."""
+        """Return whether each increment's gate opens, for what the tokens read (batch, n_tokens, R): (batch, 1, K)."""
         members, squares = self.members.on(seen.device), self.squares.on(seen.device)
         return (seen.square() @ members).amax(dim=1, keepdim=True) >= squares
 
@@ -156,7 +156,7 @@ class ActiveStack:
             part.on(device)
 
     def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
-        """(e Aᵀ) ⊙ mask ⊙ open(e) for token rows e of shape (batch, n_tokens, d): (batch, n_tokens, R), float64.
+        """Compute (e Aᵀ) ⊙ mask ⊙ open(e), (batch, n_tokens, R) in float64, for token rows e (batch, n_tokens, d).
 
         In float64 whatever the model's precision: a guarded token must meet A at full precision. What rounding leaves
         of e · a = 0 is set to zero, so that a guarded token is not changed by a single bit.
@@ -209,7 +209,7 @@ class ActiveStack:
                 opened[picture, index].logical_or_(copy[row, there])
 
     def change(self, read: Tensor, name: str = SHARED) -> Tensor:
-        """((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
+        """Compute ((e Aᵀ) ⊙ mask ⊙ open(e)) Fᵀ, float32, of what `read` gave."""
         with torch.autocast(read.device.type, enabled=False):
             factor = self.stack.outputs[name].on(read.device)
             if name == SHARED:
@@ -217,7 +217,7 @@ class ActiveStack:
             return read.float() @ factor.float().T
 
     def edited(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
-        """e + change(e) in e's precision, for an embedding (batch, n_tokens, d) or a pooled one (batch, d)."""
+        """Compute e + change(e) in e's precision, for an embedding (batch, n_tokens, d) or a pooled one (batch, d)."""
         tokens = embedding if embedding.ndim == 3 else embedding[:, None]
         return embedding + self.change(self.read(tokens, pictures)).to(embedding.dtype).view_as(embedding)
 
