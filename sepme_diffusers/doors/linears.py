@@ -79,7 +79,7 @@ def projection_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def apply_linear(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """Compute e W_mᵀ for rows e (n, d), past every hook and adapter, float32 on the CPU; also offloaded or quantised."""
+    """Compute e W_mᵀ for rows e (n, d), past hooks and adapters, float32 on the CPU; also offloaded or quantised."""
     weight = linear.weight
     if _is_dense(linear):
         return (rows.to(weight.device) @ weight.float().T).cpu()

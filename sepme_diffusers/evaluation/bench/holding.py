@@ -27,6 +27,8 @@ def memory(runner: Runner) -> Iterator[Figure]:
         with loaded(runner.large, bank):
             idle = held(bank, runner.large)
             runner.large.set_erased(list(bank)[:20])
+            snapshot = cast(Erasures, erasures_of(runner.large.unet)).snapshot
+            snapshot.active([snapshot.standing])  # what the first call stacks
             active = held(bank, runner.large)
         detail = f"with 20 of them active {active / 1e6:.1f} MB"
         yield Figure(f"memory of 100 concepts, {form} form", f"{idle / 1e6:.1f} MB", detail)
