@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import output_factor
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.compatibility import refuse_other_base, refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
@@ -96,16 +96,17 @@ class SepMETrainer:
 
         Args:
             concepts: Concepts, or names for the paper's choice of prompt (the name against the blank prompt).
-            bank: The bank to add to; made on the same base.
+            bank: The bank to add to; made on the same base, or for text-side increments with the same text encoder.
             pictures: {concept name: pictures x_0 to train on}, picture i showing pair i in turns. Default: the
                 original model draws them.
 
         Raises:
-            ValueError: If the concepts are not usable, the bank is of another base,
-                or the guards leave no room.
+            ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
             FloatingPointError: If training diverges.
         """
         concepts, problem, bank = self._prepared(concepts, bank)
+        if self._solver.trains and self.config.parametrisation == "module":
+            refuse_other_base(bank, self.base())
         pictures = self._checked(pictures or {}, concepts)
         plans = [Plan.of(concept, problem, self._solver) for concept in concepts]
         joint = self.config.coupling == "joint" and self._solver.trains
