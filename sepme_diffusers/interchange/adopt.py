@@ -188,10 +188,7 @@ def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str,
     tokens, null = part.tokens(concept.prompts), part.room.null(concept).cpu()
     _refuse_without_effect(concept, part.room.prompts(concept), part.deltas, tokens, null)
     if method == "imitate":
-        penalties = [
-            penalty.cpu() for penalty in (part.room.penalty(concept), part.soft(concept)) if penalty is not None
-        ]
-        penalty = torch.stack(penalties).sum(dim=0) if penalties else None
+        penalty = part.room.penalty(concept, null, part.soft(concept))
         inside = imitated(part.deltas, tokens, null, penalty, config.ridge)
     else:
         inside = {name: delta.double() @ null.T @ null for name, delta in part.deltas.items()}
