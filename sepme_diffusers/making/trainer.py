@@ -15,6 +15,7 @@ from sepme_diffusers.algebra.closed_form import output_factor
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_base, refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.fingerprint import heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
@@ -154,10 +155,9 @@ class SepMETrainer:
         name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
         if Path(name).is_dir():  # whoever gets the bank has no use for a path of this machine
             name = Path(name).name
-        shapes = {name: (w.shape[0], float(w.float().norm())) for name, w in self._weights.items()}
         width = next(iter(self._weights.values())).shape[1]
         doors = {door: self._encoded.at(door)([BLANK]).shape[-1] for door in self._encoded.further_doors}
-        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes, doors)
+        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, heights_and_norms(self._weights), doors)
 
     def _prepared(
         self, concepts: Iterable[Concept | str], bank: ConceptBank | None
