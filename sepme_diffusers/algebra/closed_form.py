@@ -28,7 +28,6 @@ def reduced_rank_edit(
     penalty: Tensor | None = None,
     ridge: float = 1e-5,
     output_factor: Tensor | None = None,
-    penalty_inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return A (r, d) and B (d, r), float64, of the operator e <- e + (e Aᵀ) Bᵀ that edits the concept's tokens.
 
@@ -44,11 +43,10 @@ def reduced_rank_edit(
         change: T, the change of each of these rows that is wanted, (n, d): e(anchor) − e(c).
         null: N, orthonormal rows of the guard's null space, (k, d).
         rank: r; fewer where fewer directions have an effect on the concept.
-        penalty: P, what moving other tokens costs: the weighted sum of their mean outer products, (d, d), see
-            `covariance`.
+        penalty: N P Nᵀ (k, k), what moving other tokens costs: P is the weighted sum of their mean outer products,
+            see `covariance`.
         ridge: ε, what the norm of the increment costs.
         output_factor: Fₒ (d, p), of Ω = Σ_m W_mᵀ W_m over the edited modules. Default: the identity.
-        penalty_inside: More of P, in the null space's coordinates already, N P Nᵀ (k, k): what many concepts share.
 
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
@@ -64,8 +62,7 @@ def reduced_rank_edit(
     # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ. Division
     # by √n makes means of sums over the tokens.
     inside, change = concept.double() @ null.T, change.double() / n**0.5
-    metric = regression_metric(inside, null, penalty, ridge)
-    root = torch.linalg.cholesky(metric if penalty_inside is None else metric + penalty_inside)
+    root = torch.linalg.cholesky(regression_metric(inside, penalty, ridge))
     # With M = R Rᵀ and Y = Rᵀ D the objective is ‖(Y − R⁻¹ XᵀT / n) Fₒ‖² plus a constant: a plain norm, in which the
     # best Y is Y* = R⁻¹ XᵀT / n. By R⁻¹ Xᵀ = Q F it is Q F T, so with fewer rows than directions all of it happens in
     # the span Q of the rows, and F T is all there is to cut.
@@ -110,18 +107,17 @@ def with_gain(
     return a, b * (gain / share)
 
 
-def regression_metric(inside: Tensor, null: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
+def regression_metric(inside: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
     """Return M = XᵀX / n + N P Nᵀ + ε s I, (k, k), float64: what an edit costs, in the null space's coordinates.
 
     Args:
         inside: X = E Nᵀ, the concept's token rows in these coordinates, (n, k), float64.
-        null: N, orthonormal rows of the guard's null space, (k, d), float64.
-        penalty: P, what moving other tokens costs, (d, d); or None.
+        penalty: N P Nᵀ (k, k), what moving other tokens costs; or None.
         ridge: ε, what the edit's norm costs, relative to s = ‖X‖² / (n k).
     """
     metric = inside.T @ inside / len(inside)
-    metric.diagonal().add_(ridge * float(metric.trace()) / len(null))
-    return metric if penalty is None else metric + null @ penalty.double() @ null.T
+    metric.diagonal().add_(ridge * float(metric.trace()) / len(metric))
+    return metric if penalty is None else metric + penalty.double()
 
 
 def output_factor(weights: Iterable[Tensor]) -> Tensor:

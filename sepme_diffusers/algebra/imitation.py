@@ -23,14 +23,14 @@ def imitation(concept: Tensor, null: Tensor, penalty: Tensor | None = None, ridg
     Args:
         concept: E, the concept's token rows, (n, d).
         null: N, orthonormal rows of the guard's null space, (k, d).
-        penalty: P, what moving other tokens costs, (d, d).
+        penalty: N P Nᵀ (k, k), what moving other tokens costs.
         ridge: ε.
     """
     # Of a token e, a change with rows in the null space reads only x = N e. So predict e from x: the Z (k, d) that
     # minimises ‖X Z − E‖² / n + tr(Zᵀ (N P Nᵀ + ε s I) Z) solves the normal equations M Z = Xᵀ E / n.
     null, concept = null.double(), concept.double()
     inside = concept @ null.T
-    metric = regression_metric(inside, null, penalty, ridge)
+    metric = regression_metric(inside, penalty, ridge)
     predicted = torch.linalg.solve(metric, inside.T @ concept / len(inside))
     # The prediction is Zᵀ x = Zᵀ N e, so K = Zᵀ N.
     return predicted.T @ null
@@ -51,7 +51,7 @@ def imitated(
         deltas: ΔW_m (d_out, d) by module name.
         concept: E, the concept's token rows, (n, d).
         null: N, orthonormal rows of the guard's null space, (k, d).
-        penalty: P, what moving other tokens costs, (d, d).
+        penalty: N P Nᵀ (k, k), what moving other tokens costs.
         ridge: ε, relative to the mean square of X.
     """
     operator = imitation(concept, null, penalty, ridge)

@@ -81,7 +81,7 @@ def damped(null: Tensor, penalty: Tensor, concept: Tensor) -> Tensor:
 
     Args:
         null: N, orthonormal rows, (k, d).
-        penalty: P, what moving other tokens costs, (d, d).
+        penalty: N P Nᵀ (k, k), what moving other tokens costs.
         concept: E, the concept's token rows, (n, d); s is the largest eigenvalue of N EᵀE Nᵀ / n.
     """
     # A direction v costs vᵀ N P Nᵀ v on the tokens that must move little, and carries at most s of the concept. Its
@@ -90,7 +90,7 @@ def damped(null: Tensor, penalty: Tensor, concept: Tensor) -> Tensor:
     inside = concept.double() @ null.T
     scale = torch.linalg.matrix_norm(inside, 2) ** 2 / len(inside)
     # The inverse root is taken on the eigenvalues of the cost, which rounding may leave a little below zero.
-    values, vectors = torch.linalg.eigh(null @ penalty.double() @ null.T / scale)
+    values, vectors = torch.linalg.eigh(penalty.double() / scale)
     return (vectors * (1 + values.clamp(min=0)).rsqrt()) @ vectors.T @ null
 
 

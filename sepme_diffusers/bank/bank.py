@@ -102,7 +102,15 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         return hashed.hexdigest()
 
     def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
-        """Add entries, or replace those of the same names; the others stay untouched."""
+        """Add entries, or replace those of the same names; the others stay untouched.
+
+        Args:
+            entries: Made on this bank's base, or text-side ones made with the same text encoder. An entry does not
+                say what it was made on, so of another base only other modules, heights and widths are noticed.
+
+        Raises:
+            ValueError: If an entry does not fit the bank, see the class.
+        """
         return replace(self, entries={**self.entries, **{entry.concept.name: entry for entry in entries}})
 
     def subset(self, names: Iterable[str]) -> ConceptBank:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import BaseModel
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.bank.guard_readings import GuardReadings
 from sepme_diffusers.text.encoders import text_encoders
@@ -36,6 +37,24 @@ def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> No
             entry.increment.refuse_other_modules(weights)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
+
+
+def refuse_other_base(bank: ConceptBank, base: BaseModel) -> None:
+    """Check that per-module increments made on a base may join a bank, which would call them its own base's.
+
+    Args:
+        bank: The bank that they would join; it may hold text-side increments alone.
+        base: What the increments are made on.
+
+    Raises:
+        ValueError: If the bank was made on another base.
+    """
+    if reason := bank.base.fingerprint.differs(base.fingerprint):
+        raise ValueError(
+            f"the bank was made on {bank.base.name!r}, and per-module increments of another base, {base.name!r}, "
+            f"cannot join it: {reason}. Text-side increments (SepMETrainer with solver='closed_form' or "
+            "parametrisation='text') may join a bank of any base with the same text encoder"
+        )
 
 
 def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:

@@ -35,8 +35,7 @@ class Fingerprint:
     @classmethod
     def of_weights(cls, weights: Mapping[str, Tensor]) -> Fingerprint:
         """Take the fingerprint of text projections W_m (d_out, d) by module name, at least one."""
-        shapes = {name: (len(weight), float(weight.float().norm())) for name, weight in weights.items()}
-        return cls(next(iter(weights.values())).shape[1], projections=shapes)
+        return cls(next(iter(weights.values())).shape[1], projections=heights_and_norms(weights))
 
     @property
     def text_side(self) -> Fingerprint:
@@ -55,6 +54,11 @@ class Fingerprint:
         if self.projections is None or other.projections is None:
             return ""
         return _differing(self.projections, other.projections)
+
+
+def heights_and_norms(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Return {module name: (d_out, Frobenius norm)} of weights W_m (d_out, d)."""
+    return {name: (len(weight), float(weight.float().norm())) for name, weight in weights.items()}
 
 
 def _differing(mine: Mapping[str, tuple[int, float]], theirs: Mapping[str, tuple[int, float]]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.imitation import imitated, separable_factors
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.compatibility import refuse_other_base, refuse_other_text
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import door_linears
@@ -61,7 +62,7 @@ def from_lora(
         concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
         guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
         soft_guards: Regular prompts that should change little, or `SoftGuards`; only where the eraser is imitated.
-        bank: The bank to add to.
+        bank: The bank to add to; made on the same base.
         config: Its `rank`, `guard_tolerance`, `ridge` and `soft_guard_weight` are used.
         method: "imitate" solves for the edit inside the null space that does to the concept's prompts what the eraser
             does. "project" takes ΔW NᵀN: what the eraser does to any prompt, less what the guards have in common with
@@ -85,10 +86,11 @@ def from_lora(
     adopted = as_concepts(concepts)
     config = config or SepMEConfig(solver="closed_form")
     base = SepMETrainer(pipe, config).base()
-    bank = bank if bank is not None else ConceptBank(base)
-    # What is adopted are per-module increments, which belong to these weights.
-    if reason := bank.base.fingerprint.differs(base.fingerprint):
-        raise ValueError(f"the bank was made on {bank.base.name!r}, and this is another base: {reason}")
+    if bank is None:
+        bank = ConceptBank(base)
+    else:
+        refuse_other_base(bank, base)
+        refuse_other_text(pipe, [bank])
     change = read_change(source, pipe.unet, difference, bank.base.doors)
     if not change.inside:
         raise ValueError(
@@ -186,10 +188,7 @@ def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str,
     tokens, null = part.tokens(concept.prompts), part.room.null(concept).cpu()
     _refuse_without_effect(concept, part.room.prompts(concept), part.deltas, tokens, null)
     if method == "imitate":
-        penalties = [
-            penalty.cpu() for penalty in (part.room.penalty(concept), part.soft(concept)) if penalty is not None
-        ]
-        penalty = torch.stack(penalties).sum(dim=0) if penalties else None
+        penalty = part.room.penalty(concept, null, part.soft(concept))
         inside = imitated(part.deltas, tokens, null, penalty, config.ridge)
     else:
         inside = {name: delta.double() @ null.T @ null for name, delta in part.deltas.items()}

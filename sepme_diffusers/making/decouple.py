@@ -54,11 +54,11 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     weights = projection_weights(pipe.unet)
     refuse_other_weights(bank, weights)
     refuse_other_text(pipe, [bank])
-    encoded, changed = Encoded(pipe), []
+    encoded, decoupled = Encoded(pipe), []
     for name, entry in bank.items():
         if unknown := [other for other in bank if other != name and other not in entry.guards]:
-            changed.append(_decoupled(entry, unknown, bank, encoded, weights))
-    return bank.with_entries(changed)
+            decoupled.append(_decoupled(entry, unknown, bank, encoded, weights))
+    return bank.with_entries(decoupled)
 
 
 def _decoupled(
@@ -68,23 +68,23 @@ def _decoupled(
     damped = entry.metrics.get("leakage_of", {})
     hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
     names = [name for name in (*bank, *damped) if name != concept.name]
-    old = {TOKENS: entry.increment, **entry.increment.doors}
-    rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in old}
-    new = {door: _projected(part, concept, rooms[door]) for door, part in old.items()}
-    kept = min(_effect_kept(part, new[door], concept, rooms[door], weights) for door, part in old.items())
-    if kept < _LEAST_KEPT:
+    parts = {TOKENS: entry.increment, **entry.increment.doors}
+    rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in parts}
+    projected = {door: _projected(part, concept, rooms[door]) for door, part in parts.items()}
+    share = min(_effect_kept(part, projected[door], concept, rooms[door], weights) for door, part in parts.items())
+    if share < _LEAST_KEPT:
         raise ValueError(
             f"guarded on {unknown} as well, nothing would be left of the increment of {concept.name!r} "
-            f"(share of its effect: {kept:.1e}); make it anew with fewer guards"
+            f"(share of its effect: {share:.1e}); make it anew with fewer guards"
         )
-    increment = replace(new.pop(TOKENS), doors=new)
+    increment = replace(projected.pop(TOKENS), doors=projected)
     metrics = {
         **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
         **LeakageMeter(encoded, weights).metrics(
             increment, guards, {n for room in rooms.values() for n in room.damped}
         ),
         "dimensions_left": len(rooms[TOKENS].null(concept)),
-        "effect_kept": round(kept * float(entry.metrics.get("effect_kept", 1.0)), 6),
+        "effect_kept": round(share * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
     }
     return replace(entry, increment=increment, guards=guards, metrics=metrics)
@@ -92,14 +92,13 @@ def _decoupled(
 
 def _projected(old: Increment, concept: Concept, room: Guards) -> Increment:
     """The increment with A in the null space, or damped where the names do not fit; its gate at the same share."""
-    null, penalty, a = room.null(concept).cpu(), room.penalty(concept), old.A.cpu()
+    null, a = room.null(concept).cpu(), old.A.cpu()
+    penalty = room.penalty(concept, null)
     own = room.encoded(concept.prompts).cpu()
-    if penalty is None:
-        a = project(a, null)
-    else:
-        a = a.double() @ imitation(rows(own), null, penalty.cpu(), room.config.ridge)
-    new = replace(old, A=a.to(old.A.dtype))
-    return new if old.gate is None else new.gated(own, old.gate / float(old.reading(own).min()))
+    exact = penalty is None
+    a = project(a, null) if exact else a.double() @ imitation(rows(own), null, penalty, room.config.ridge)
+    projected = replace(old, A=a.to(old.A.dtype))
+    return projected if old.gate is None else projected.gated(own, old.gate / float(old.reading(own).min()))
 
 
 def _effect_kept(

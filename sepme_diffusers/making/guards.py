@@ -66,11 +66,11 @@ class Guards:
         self.names = tuple(name for name in names if name not in self.hard)
         self.width = encoded(self.hard).shape[-1]
         room = int((1 - config.reserve) * self.width)
-        everything = row_space(rows(encoded((*self.hard, *self.names))), config.guard_tolerance)
-        self.exact = not self.names or len(everything) <= room
+        guarded = row_space(rows(encoded((*self.hard, *self.names))), config.guard_tolerance)
+        self.exact = not self.names or len(guarded) <= room
         if not self.exact:
             logger.warning(
-                f"guards and the names of {len(self.names)} concepts take {len(everything)} of {self.width} "
+                f"guards and the names of {len(self.names)} concepts take {len(guarded)} of {self.width} "
                 f"dimensions, and reserve={config.reserve:g} keeps {self.width - room} free: names are damped, not "
                 "guarded exactly; what they leak is measured and stored in the bank"
             )
@@ -88,19 +88,23 @@ class Guards:
         """Return N, orthonormal rows (k, d) of what an increment of the concept may use."""
         return self._exact_null(concept) if self.exact else self._hard_null
 
-    def penalty(self, concept: Concept) -> Tensor | None:
-        """Return P (d, d): the weighted outer products of damped names' tokens, summed over names; None if exact."""
-        if self.exact:
-            return None
-        own = [name for name in self.names if name == concept.name]
-        energy = self._name_energy - self._energy(own) if own else self._name_energy
-        return self.config.name_weight * energy
+    def penalty(self, concept: Concept, null: Tensor, soft: Tensor | None = None) -> Tensor | None:
+        """Return N P Nᵀ (k, k), float64: what moving damped names and regular prompts costs; None for nothing.
 
-    def penalty_inside(self, concept: Concept) -> Tensor | None:
-        """Return N P Nᵀ (k, k) of `penalty` P and `null` N, from parts that are computed once; None if exact."""
-        if self.exact:
-            return None
-        energy = self._name_energy_inside
+        Args:
+            concept: The concept.
+            null: N, its `null`, (k, d); the penalty is on the same device.
+            soft: What moving regular prompts costs, weighted, (d, d).
+        """
+        names = None if self.exact else self._name_penalty(concept).to(null)
+        if soft is None:
+            return names
+        regular = null @ soft.to(null) @ null.T
+        return regular if names is None else regular + names
+
+    def _name_penalty(self, concept: Concept) -> Tensor:
+        """The weighted outer products (k, k) of damped names' tokens in the null space, summed over names."""
+        energy = self._energy_of_names
         if concept.name in self.names:
             own = rows(self.encoded([concept.name])).double() @ self._hard_null.T
             energy = energy - own.T @ own / len(own)
@@ -145,13 +149,8 @@ class Guards:
         return null_space(rows(self.encoded(self.hard)), self.config.guard_tolerance)
 
     @cached_property
-    def _name_energy(self) -> Tensor:
-        return self._energy(self.names)
-
-    @cached_property
-    def _name_energy_inside(self) -> Tensor:
-        return self._hard_null @ self._name_energy @ self._hard_null.T
-
-    def _energy(self, names: Sequence[str]) -> Tensor:
-        tokens = self.encoded(names).double()
-        return torch.einsum("nti,ntj->ij", tokens, tokens) / tokens.shape[1]
+    def _energy_of_names(self) -> Tensor:
+        """Of all names, so that it is computed once for all concepts."""
+        tokens = self.encoded(self.names).double()
+        outside = torch.einsum("nti,ntj->ij", tokens, tokens) / tokens.shape[1]
+        return self._hard_null @ outside @ self._hard_null.T

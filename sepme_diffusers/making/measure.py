@@ -39,6 +39,6 @@ class LeakageMeter:
         return leakage(increment, self._encoded(prompts), self._weights, self._norms(prompts), further)
 
     def _norms(self, prompts: Sequence[str]) -> Tensor:
-        if new := [prompt for prompt in prompts if prompt not in self._known_norms]:
-            self._known_norms.update(zip(new, output_norms(self._encoded(new), self._weights), strict=True))
+        if unknown := [prompt for prompt in prompts if prompt not in self._known_norms]:
+            self._known_norms.update(zip(unknown, output_norms(self._encoded(unknown), self._weights), strict=True))
         return torch.stack([self._known_norms[prompt] for prompt in prompts])

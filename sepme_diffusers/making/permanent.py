@@ -107,7 +107,7 @@ class _Step(nn.Module):
         self, weights: Sequence[Tensor], reference: Reference, name: str, number: int
     ) -> tuple[Tensor, list[Tensor | None]]:
         batch = reference.batch
-        both = batch.predict_noise(self.unet, batch.with_concept.then(batch.without))
-        loss = correlation_loss(concept_representation(*both.chunk(2)), reference.representation)
+        predicted = batch.predict_noise(self.unet, batch.with_concept.then(batch.without))
+        loss = correlation_loss(concept_representation(*predicted.chunk(2)), reference.representation)
         refuse_divergence(loss, name, number)
         return loss.detach(), gradients(loss, weights, self.unet.dtype, reference.slope)

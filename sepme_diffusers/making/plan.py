@@ -69,16 +69,8 @@ class Problem:
         """
         config, output_factor = self.guards.config, self.output_factor()
         own, change = self._rows(concept), self._wanted_change(concept)
-        factors = reduced_rank_edit(
-            own,
-            change,
-            null,
-            config.rank,
-            self.soft(concept),
-            config.ridge,
-            output_factor,
-            self.guards.penalty_inside(concept),
-        )
+        penalty = self.guards.penalty(concept, null, self.soft(concept))
+        factors = reduced_rank_edit(own, change, null, config.rank, penalty, config.ridge, output_factor)
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
 
     def gated(self, increment: Increment, concept: Concept) -> Increment:
@@ -115,7 +107,7 @@ class Problem:
 
     def full_basis(self, concept: Concept, null: Tensor) -> Tensor:
         """The whole null space (k, d), with directions shortened by what of damped names they hold."""
-        penalty = self.guards.penalty(concept)
+        penalty = self.guards.penalty(concept, null)
         return null if penalty is None else damped(null, penalty, self._rows(concept))
 
 

@@ -131,18 +131,18 @@ class SoftGuards:
         Raises:
             ValueError: If no prompt is left, or they are of another text encoder.
         """
-        everything = self.covariance if door == TOKENS else self.pooled
-        if everything is None:
+        whole = self.covariance if door == TOKENS else self.pooled
+        if whole is None:
             raise ValueError(f"the soft guards were made with a pipeline without the door {door!r}; make them anew")
         named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
         own = [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
         if not own:
-            return nearest_covariance(everything)
+            return nearest_covariance(whole)
         if len(own) == len(self.prompts):
             raise ValueError(f"every soft guard prompt is about {concept.name!r}; give regular ones")
         share = len(own) / len(self.prompts)
-        own_covariance = _mean_covariances(pipe, own)[door].to(everything.device)
-        left = (everything.double() - share * own_covariance) / (1 - share)
+        own_covariance = _mean_covariances(pipe, own)[door].to(whole.device)
+        left = (whole.double() - share * own_covariance) / (1 - share)
         nearest = nearest_covariance(left)
         if torch.linalg.matrix_norm(left - nearest, 2) > _ROUNDING * torch.linalg.matrix_norm(left, 2):
             raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import output_factor
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.compatibility import refuse_other_base, refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.fingerprint import heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
@@ -96,16 +97,17 @@ class SepMETrainer:
 
         Args:
             concepts: Concepts, or names for the paper's choice of prompt (the name against the blank prompt).
-            bank: The bank to add to; made on the same base.
+            bank: The bank to add to; made on the same base, or for text-side increments with the same text encoder.
             pictures: {concept name: pictures x_0 to train on}, picture i showing pair i in turns. Default: the
                 original model draws them.
 
         Raises:
-            ValueError: If the concepts are not usable, the bank is of another base,
-                or the guards leave no room.
+            ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
             FloatingPointError: If training diverges.
         """
         concepts, problem, bank = self._prepared(concepts, bank)
+        if self._solver.trains and self.config.parametrisation == "module":
+            refuse_other_base(bank, self.base())
         pictures = self._checked(pictures or {}, concepts)
         plans = [Plan.of(concept, problem, self._solver) for concept in concepts]
         joint = self.config.coupling == "joint" and self._solver.trains
@@ -153,10 +155,9 @@ class SepMETrainer:
         name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
         if Path(name).is_dir():  # whoever gets the bank has no use for a path of this machine
             name = Path(name).name
-        shapes = {name: (w.shape[0], float(w.float().norm())) for name, w in self._weights.items()}
         width = next(iter(self._weights.values())).shape[1]
         doors = {door: self._encoded.at(door)([BLANK]).shape[-1] for door in self._encoded.further_doors}
-        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, shapes, doors)
+        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, heights_and_norms(self._weights), doors)
 
     def _prepared(
         self, concepts: Iterable[Concept | str], bank: ConceptBank | None

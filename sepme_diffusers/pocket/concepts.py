@@ -46,29 +46,28 @@ def object_concept(object_: str) -> Concept:
 
 def regular_for_styles(erased: str) -> tuple[str, ...]:
     """List prompts that erasing a style should leave alone: plain objects, and the other banked styles."""
-    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in EDIT_OBJECTS]
-    styled = [
-        words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
-        for turn, style in enumerate(BANKED_STYLES)
-        if style != erased
-        for index, object_ in enumerate(EDIT_OBJECTS)
-    ]
-    return (*plain, *styled)
+    return _plain_and_styled(EDIT_OBJECTS, erased)
 
 
 def regular_for_anything() -> tuple[str, ...]:
     """List every banked object, plain and in each banked style in changing words: the shipped soft guards."""
-    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in BANKED_OBJECTS]
-    styled = [
-        words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
-        for turn, style in enumerate(BANKED_STYLES)
-        for index, object_ in enumerate(BANKED_OBJECTS)
-    ]
-    return (*plain, *styled)
+    return _plain_and_styled(BANKED_OBJECTS)
 
 
 def regular_prompts(object_: str) -> tuple[str, ...]:
     """List prompts for an object, plain and in every banked style: regular wherever another object is erased."""
     plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES]
     styled = [t.format(style=style, object=object_) for t in words.PAIR_TEMPLATES for style in BANKED_STYLES]
+    return (*plain, *styled)
+
+
+def _plain_and_styled(objects: Sequence[str], erased: str = "") -> tuple[str, ...]:
+    """Prompts for objects, plain and in each banked style but the erased one, in changing words."""
+    plain = [template.format(object=object_) for template in words.OBJECT_TEMPLATES for object_ in objects]
+    styled = [
+        words.PAIR_TEMPLATES[(index + turn) % len(words.PAIR_TEMPLATES)].format(style=style, object=object_)
+        for turn, style in enumerate(BANKED_STYLES)
+        if style != erased
+        for index, object_ in enumerate(objects)
+    ]
     return (*plain, *styled)

@@ -94,9 +94,9 @@ class Encoded:
             raise ValueError(
                 f"the pipeline gives no embedding at the door {door!r}; it has {[TOKENS, *self.further_doors]}"
             )
-        there = copy.copy(self)
-        there.door = door
-        return there
+        embeddings = copy.copy(self)
+        embeddings.door = door
+        return embeddings
 
     @property
     def device(self) -> torch.device:
@@ -108,9 +108,9 @@ class Encoded:
         return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
 
     def _encode(self, prompts: Sequence[str]) -> None:
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
-            doors = encode_doors(self._pipe, new)
-            for index, prompt in enumerate(new):
+        if unknown := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            doors = encode_doors(self._pipe, unknown)
+            for index, prompt in enumerate(unknown):
                 self._known[prompt] = {door: embeddings[index] for door, embeddings in doors.items()}
 
 

@@ -46,21 +46,23 @@ def test_no_other_edit_of_that_rank_is_better(problem, rank):
     metric = w.T @ w
     factor = output_factor([w])
     torch.testing.assert_close(factor @ factor.T, metric)
-    a, b = reduced_rank_edit(problem["concept"], problem["change"], problem["null"], rank, 0.5 * soft, 1e-3, factor)
+    null = problem["null"]
+    penalty = 0.5 * null @ soft @ null.T
+    a, b = reduced_rank_edit(problem["concept"], problem["change"], null, rank, penalty, 1e-3, factor)
     best = objective(a, b, problem, 1e-3, soft, 0.5, metric)
     for scale in (1e-3, 1e-2, 1e-1, 1.0):
         for _ in range(10):
-            other_a = a + scale * a.norm() / 20 * torch.randn(rank, len(problem["null"])).double() @ problem["null"]
+            other_a = a + scale * a.norm() / 20 * torch.randn(rank, len(null)).double() @ null
             other_b = b + scale * b.norm() / 20 * torch.randn_like(b)
             assert objective(other_a, other_b, problem, 1e-3, soft, 0.5, metric) >= best * (1 - 1e-9)
 
 
 def test_soft_guards_are_moved_less(problem):
     regular = torch.randn(4, 40)
-    moved = []
+    moved, null = [], problem["null"]
     for weight in (0.0, 10.0):
-        penalty = weight * covariance(regular)
-        a, b = reduced_rank_edit(problem["concept"], problem["change"], problem["null"], 8, penalty)
+        penalty = weight * null @ covariance(regular) @ null.T
+        a, b = reduced_rank_edit(problem["concept"], problem["change"], null, 8, penalty)
         moved.append((regular.double() @ a.T @ b.T).norm())
     assert moved[1] < 0.3 * moved[0]
 
@@ -92,7 +94,7 @@ def test_the_gain_is_the_share_of_the_wanted_change_that_is_given(problem, gain)
     """Soft guards shrink an edit; scaled back, it gives what was asked along the wanted change, and reads the same."""
     factor = torch.randn(40, 40, dtype=torch.float64)
     asked = (problem["concept"], problem["change"])
-    shrunk = reduced_rank_edit(*asked, problem["null"], 4, penalty=9 * torch.eye(40), output_factor=factor)
+    shrunk = reduced_rank_edit(*asked, problem["null"], 4, penalty=9 * torch.eye(30), output_factor=factor)
     a, b = with_gain(shrunk, *asked, gain, factor)
     assert torch.equal(a, shrunk[0])
     moved, wanted = (x.double() @ factor for x in (problem["concept"].double() @ a.T @ b.T, problem["change"]))

@@ -20,7 +20,7 @@ def test_imitation_solves_the_ridge_regression():
         fit = (tokens @ (edit - change).T).square().sum() / len(tokens)
         return fit + weight * torch.trace(edit @ soft @ edit.T) + ridge * scale * edit.square().sum()
 
-    edit = imitated({"m": change}, tokens, null, weight * soft, ridge)["m"]
+    edit = imitated({"m": change}, tokens, null, weight * null @ soft @ null.T, ridge)["m"]
     torch.testing.assert_close(edit @ null.T @ null, edit)
     for _ in range(5):
         step = 1e-3 * torch.randn(9, len(null), generator=generator).double() @ null

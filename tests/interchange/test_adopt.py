@@ -151,8 +151,15 @@ def test_a_bank_of_another_unet_takes_no_increment_for_this_one(edited, pipe, te
     """Its text-side increments would serve; what is adopted belongs to the weights that the bank does not name."""
     norms = {name: (d_out, 1.1 * norm) for name, (d_out, norm) in text_bank.base.projections.items()}
     other = replace(text_bank, base=replace(text_bank.base, name="other", projections=norms))
-    with pytest.raises(ValueError, match=r"made on 'other', and this is another base: text projections have other"):
+    with pytest.raises(ValueError, match=r"made on 'other'.* cannot join it: text projections have other"):
         from_lora(edited, pipe, [Concept("edited elsewhere", NEON.pairs)], bank=other)
+
+
+def test_a_bank_of_another_text_encoder_takes_no_increment_for_this_one(edited, pipe, text_bank):
+    """Its base has the same UNet, so the weights say nothing; what its own increments read does."""
+    pipe.text_encoder = random_pipeline(text_seed=5).text_encoder
+    with pytest.raises(ValueError, match="made for another text encoder"):
+        from_lora(edited, pipe, [Concept("edited elsewhere", NEON.pairs)], bank=text_bank)
 
 
 def test_the_pipeline_is_only_read(edited, pipe):

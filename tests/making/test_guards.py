@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sepme_diffusers import Concept, ConceptBank, SepMETrainer, pocket
+from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.algebra.subspace import row_space
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.making.decouple import decouple
@@ -132,9 +133,16 @@ def test_a_crowded_bank_can_be_decoupled(pipe):
     assert not {"", "watermark"} & decoupled["cat"].metrics["leakage_of"].keys()
 
 
-def test_damping_in_the_null_spaces_coordinates_is_the_same_damping(pipe):
-    """The closed form takes it so: for a hundred names it is computed once."""
-    guards = Guards(Encoded(pipe), ["", "watermark"], MANY, CLOSED)
+def test_the_penalty_is_that_of_the_other_names_and_of_regular_prompts(pipe):
+    """It is computed from parts that all concepts share; written out it is the sum over names, in N's coordinates."""
+    encoded = Encoded(pipe)
+    guards, soft = Guards(encoded, ["", "watermark"], MANY, CLOSED), covariance(rows(encoded(["a house"])))
     for concept in (CAT, Concept("no guarded name", (("a cow", ""),))):
-        null, penalty = guards.null(concept), guards.penalty(concept)
-        torch.testing.assert_close(guards.penalty_inside(concept), null @ penalty @ null.T, rtol=1e-9, atol=1e-9)
+        null = guards.null(concept)
+        others = [rows(encoded([name])).double() @ null.T for name in MANY if name != concept.name]
+        of_names = CLOSED.name_weight * sum(tokens.T @ tokens / len(tokens) for tokens in others)
+        torch.testing.assert_close(guards.penalty(concept, null), of_names, rtol=1e-9, atol=1e-9)
+        of_both = of_names + null @ soft @ null.T
+        torch.testing.assert_close(guards.penalty(concept, null, soft), of_both, rtol=1e-9, atol=1e-9)
+    roomy = Guards(encoded, [""], ["cat"], CLOSED)
+    assert roomy.penalty(CAT, roomy.null(CAT)) is None

@@ -9,7 +9,7 @@ from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.text.encoding import encode, rows
-from small import CLOSED, CONCEPTS, TRAIN, latents
+from small import CLOSED, CONCEPTS, TRAIN, latents, random_pipeline
 
 WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))
 
@@ -28,6 +28,38 @@ def test_guards_are_blank_watermark_and_every_other_concept(mixed_bank):
 
 def test_earlier_increments_are_untouched(text_bank, mixed_bank):
     assert all(mixed_bank[name] is entry for name, entry in text_bank.items())
+
+
+@pytest.fixture
+def other_unet(pipe):
+    """A base with the same text encoder and another UNet."""
+    other = random_pipeline()
+    other.unet = random_pipeline(seed=9).unet
+    other.register_to_config(_name_or_path="a fine-tune")
+    return other
+
+
+def test_a_bank_of_another_unet_takes_no_per_module_increment(text_bank, other_unet):
+    """The bank holds text-side increments alone, which serve both bases, but would call the new one its own base's."""
+    digest, seen = text_bank.digest, []
+    trainer = SepMETrainer(other_unet, TRAIN, on_step=seen.append)
+    bases = f"made on {text_bank.base.name!r}.* 'a fine-tune', cannot join it: text projections have other weights"
+    with pytest.raises(ValueError, match=f"{bases}.* solver='closed_form' or parametrisation='text'"):
+        trainer.erase([WOODCUT], text_bank)
+    assert text_bank.digest == digest
+    assert not seen
+    assert list(trainer.capacity([WOODCUT], text_bank)) == ["woodcut"]
+
+
+@pytest.mark.parametrize("config", [CLOSED, replace(TRAIN, parametrisation="text")], ids=["closed form", "trained"])
+def test_a_bank_of_another_unet_takes_a_text_side_increment(pipe, text_bank, other_unet, config):
+    bank = SepMETrainer(other_unet, config, guards=["watermark"]).erase([WOODCUT], text_bank)
+    assert bank["woodcut"].increment.form == "text"
+    assert bank.base == text_bank.base
+    before, guarded = latents(pipe, "woodcut cat"), latents(pipe, "watermark")
+    pipe.load_sepme(bank)
+    assert torch.equal(latents(pipe, "watermark", erased=["woodcut"]), guarded)
+    assert not torch.equal(latents(pipe, "woodcut cat", erased=["woodcut"]), before)
 
 
 def test_training_leaves_the_model_as_it_was(pipe):

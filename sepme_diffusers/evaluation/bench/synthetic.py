@@ -12,6 +12,7 @@ from torch import Tensor
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.fingerprint import heights_and_norms
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
@@ -33,7 +34,7 @@ def synthetic_bank(pipe: SepMEPipeline, size: int, form: str, guards: Sequence[s
     """
     weights = projection_weights(pipe.unet)
     d = next(iter(weights.values())).shape[1]
-    shapes = {name: (len(weight), float(weight.float().norm())) for name, weight in weights.items()}
+    shapes = heights_and_norms(weights)
     null = null_space(rows(encode(pipe, guards)).cpu()).float()
     draw = torch.Generator().manual_seed(0)
 
