@@ -93,10 +93,11 @@ def played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     options = ["--only", "styles-4", "--pictures", "2", "--steps", "1", "--output", str(folder)]
     short = pytest.MonkeyPatch()
-    short.setitem(SCENES, 4, ((0, 1), (1, 2), ()))
-    short.setitem(CONCEPTS, "styles", ("woodcut", "neon", "pencil", "stencil", "watercolour"))
-    short.setattr(scenes, "REGULAR", slice(3, 5))
-    short.setattr(eraser, "BANKED_STYLES", ("woodcut", "neon", "pencil", "pixel"))  # whose regular prompts are encoded
+    short.setitem(SCENES, 4, ((0, 1), (1, 3), ()))
+    short.setitem(CONCEPTS, "styles", ("woodcut", "neon", "blueprint", "pencil", "stencil", "watercolour"))
+    short.setattr(scenes, "REGULAR", slice(4, 6))
+    # Their regular prompts are encoded.
+    short.setattr(eraser, "BANKED_STYLES", ("woodcut", "neon", "blueprint", "pencil"))
     short.setattr(scenes, "_FEW_STEPS", 1)
     short.setattr(scenes, "BAR_PICTURES", 1)
     shown = CliRunner().invoke(app, ["eval", "scenes", *options])
@@ -111,7 +112,7 @@ def test_a_scene_writes_a_page_its_figures_and_a_picture(played):
     page = (played / "styles-scene-4.md").read_text("utf-8")
     assert "| erased: ACC % |" in page
     assert "](styles-scene-4.png)" in page
-    assert Image.open(played / "styles-scene-4.png").height > 8 * 128
+    assert Image.open(played / "styles-scene-4.png").height > 9 * 128
 
 
 def test_a_scene_restores_exactly_and_leaves_what_is_guarded_alone(played):
