@@ -6,9 +6,13 @@ import os
 
 # Read when huggingface_hub is imported: the Hub on loopback (hub.py) stores files by LFS.
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# Read when torch is imported, also by processes that tests start: more threads than cores slow every worker down.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
+import torch
 
+from compiling import GraphCounter
 from sepme_diffusers import Concept, ConceptBank, SepMEPipeline, SepMETrainer, pocket
 from small import CLOSED, CONCEPTS, TRAIN, random_pipeline
 
@@ -37,3 +41,11 @@ def pocket_pipe() -> SepMEPipeline:
     loaded = SepMEPipeline.from_pretrained(pocket.path())
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+@pytest.fixture
+def graphs():
+    """Counts the graphs that are compiled."""
+    torch.compiler.reset()
+    yield GraphCounter()
+    torch.compiler.reset()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sepme_diffusers import Concept, SepMEConfig, SepMEPipeline, SepMEXLPipeline, pocket
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMEPipeline, SepMEXLPipeline, pocket
 
 WIDTH, TOKENS = 384, 16
 
@@ -85,6 +87,16 @@ TRAIN = SepMEConfig(
 )
 
 
+def wide(bank: ConceptBank, copies: int = 40) -> ConceptBank:
+    """A bank of more ranks than the embedding is wide, so that each set gathers increments of its own."""
+    entries = [
+        replace(entry, concept=replace(entry.concept, name=f"{name} {number}"))
+        for name, entry in bank.items()
+        for number in range(copies)
+    ]
+    return bank.with_entries(entries)
+
+
 def latents(pipe: SepMEPipeline, prompt: str | list[str], seed: int = 0, **kwargs: object) -> torch.Tensor:
     """Latents of a short run from a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +107,7 @@ def latents(pipe: SepMEPipeline, prompt: str | list[str], seed: int = 0, **kwarg
 PROMPTS = ["neon woodcut cat", "a pencil picture of a dog"]
 
 
-def draw(pipe):
+def draw(pipe: SepMEPipeline, **kwargs: object) -> torch.Tensor:
     """Latents of two steps without guidance, which would amplify rounding with everything else."""
-    seed = torch.Generator().manual_seed(0)
-    return pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, generator=seed, output_type="latent").images
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    return pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **settings | kwargs).images

@@ -33,6 +33,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextModel
 
+from compiling import WAYS, compile_whole
 from interrupts import interrupted_at
 from sepme_diffusers import ErasureNotInForce, PolicyError, SepMEPipeline, attach, pocket
 from sepme_diffusers.doors.linears import cross_attentions, linear_of, projection_weights, text_projections
@@ -520,36 +521,13 @@ def gated(pipe, bank):
     )
 
 
-@pytest.fixture
-def graphs():
-    """Counts the graphs that are compiled; without a back end, so that it is quick."""
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    yield counter
-    torch.compiler.reset()
-
-
-def compile_whole(pipe, graphs):
-    pipe.unet = torch.compile(pipe.unet, backend=graphs, fullgraph=True)
-
-
-def compile_in_place(pipe, graphs):
-    pipe.unet.compile(backend=graphs)
-
-
-def compile_blocks(pipe, graphs):
-    pipe.unet.compile_repeated_blocks(backend=graphs)
-
-
-@pytest.mark.parametrize(
-    ("compiling", "when"),
-    [
-        *((compile_whole, when) for when in ("first", "after loading", "after erasing", "after a compiled call")),
-        *((way, "after a compiled call") for way in (compile_in_place, compile_blocks)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiling", "when"), WAYS)
 def test_compiled_before_or_after(pipe, bank, graphs, compiling, when):
-    """A graph traced without the hooks must not be used again once they are there."""
+    """A graph traced without the hooks must not be used again once they are there.
+
+    The same at small size is in tests/runtime/test_compiled.py.
+    """
     if when in ("first", "after a compiled call"):
         compiling(pipe, graphs)
     if when == "after a compiled call":
@@ -571,47 +549,21 @@ def test_compiled_before_or_after(pipe, bank, graphs, compiling, when):
     assert shown_in(draw(pipe))
 
 
-def test_changing_the_set_compiles_nothing_anew(pipe, graphs):
-    """Twenty sets of two banks of 110 concepts, empty and large ones: the graph of the first call serves them all."""
-    for name in ("styles", "objects"):
-        pipe.load_sepme(pocket.bank(name), name=name)
-    compile_whole(pipe, graphs)
-    draw(pipe, num_inference_steps=1)
-    compiled = graphs.frame_count
-    assert compiled > 0
-    for size in range(20):
-        pipe.set_erased(pipe.erasable[size : 2 * size])
-        draw(pipe, num_inference_steps=1)
-    assert graphs.frame_count == compiled
-
-
 def test_gates_work_in_the_graph_that_was_compiled_without_them(pipe, bank, graphs):
     """The same graphs for every set; gates let through and shut out what they do without a compiler."""
     pipe.load_sepme(gated(pipe, bank))
     sets = [(), STYLES, (TEXT_SIDE,), (PER_MODULE,)]
-    expected = [draw(pipe, erased=list(names), output_type="latent") for names in sets]
+    short = {"num_inference_steps": 2, "output_type": "latent"}
+    expected = [draw(pipe, erased=list(names), **short) for names in sets]
     compile_whole(pipe, graphs)
     for names, latents in zip(sets, expected, strict=True):
-        torch.testing.assert_close(draw(pipe, erased=list(names), output_type="latent"), latents, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(draw(pipe, erased=list(names), **short), latents, atol=1e-4, rtol=1e-4)
         # One graph of the edit at the door, and one of the UNet behind it.
         assert graphs.frame_count == 2
     assert erased_in(draw(pipe, erased=list(STYLES)))
     # The other prompt of the batch is left to the bit.
     assert torch.equal(expected[2][1], expected[0][1])
     assert torch.equal(expected[3][0], expected[0][0])
-
-
-def test_an_exported_unet_keeps_the_erasure_it_was_exported_with(pipe, bank):
-    pipe.load_sepme(bank, plain_pipelines="standing")
-    pipe.set_erased(STYLES)
-    latents, step, text = torch.randn(2, 4, 16, 16), torch.tensor(10), encode(pipe, PROMPTS)
-    exported = torch.export.export(pipe.unet.eval(), (latents, step, text), strict=False).module()
-    with torch.no_grad():
-        expected = pipe.unet(latents, step, text).sample
-        pipe.restore_all()
-        plain = pipe.unet(latents, step, text).sample
-        torch.testing.assert_close(exported(latents, step, text).sample, expected)
-    assert not torch.allclose(plain, expected, atol=1e-3)
 
 
 # --- the holes that were found from outside: each held or raised afterwards
@@ -881,7 +833,7 @@ def test_an_interrupt_anywhere_leaves_what_is_erased_and_what_acts_the_same(pipe
     ]
     injected = 0
     for act in actions:
-        for line in range(0, 2000, 9):
+        for line in range(0, 2000, 41):
             ready()
             if not interrupted_at(line, act):
                 break

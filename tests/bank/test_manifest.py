@@ -89,7 +89,7 @@ def test_every_fault_is_listed_at_once(manifest):
         (b"null", "not the manifest of a concept bank"),
         (b" " * (MAX_BYTES + 1), "bytes"),
     ],
-    ids=lambda value: None if isinstance(value, bytes) else value,
+    ids=lambda value: "text" if isinstance(value, bytes) else value,
 )
 def test_hostile_json_is_refused(text, message):
     with pytest.raises(BankError, match=message):

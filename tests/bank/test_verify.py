@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from sepme_diffusers import ConceptBank, Increment, SepMEPipeline, pocket
 from sepme_diffusers.bank.folder import sha256
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.verify import verify
+from sepme_diffusers.cli import banks
 from sepme_diffusers.cli.app import app
 from small import random_pipeline
 
@@ -279,14 +281,15 @@ def test_verifying_changes_nothing(saved, pipe):
     assert tree(saved) == before
 
 
-def test_the_command_line_prints_one_table_and_exits_by_it(saved, tmp_path):
+def test_the_command_line_prints_one_table_and_exits_by_it(saved, monkeypatch):
+    monkeypatch.setattr(banks, "console", Console(width=300))
     sound = CliRunner().invoke(app, ["verify", str(saved)])
     assert sound.exit_code == 0, sound.output
     assert "No faults" in sound.output
     assert "guards and base were not checked" in sound.output
     (saved / TEXT).write_bytes(b"")
     (saved / "[red]stray\x1b[2J").write_text("")
-    faulty = CliRunner().invoke(app, ["verify", str(saved)], env={"COLUMNS": "300"})
+    faulty = CliRunner().invoke(app, ["verify", str(saved)])
     assert faulty.exit_code == 1
     assert "SHA-256 is not the manifest's" in faulty.output
     assert "[red]stray?[2J" in faulty.output

@@ -4,7 +4,6 @@ import itertools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from interrupts import run_traced
 from sepme_diffusers.text.encoding import encode
-from small import random_pipeline
+from small import random_pipeline, wide
 
 CALLS, THREADS, INTERRUPTS = 2000, 8, 500
 SCHEDULERS = (DDIMScheduler, EulerDiscreteScheduler)
@@ -54,16 +53,6 @@ def draw(pipe, job, scheduler):
     return request(
         prompt, erased=erased, num_inference_steps=1, guidance_scale=3.0, generator=seeds, output_type="latent"
     ).images
-
-
-def wide(bank, copies=40):
-    """A bank of more ranks than the embedding is wide, so that each set gathers increments of its own."""
-    entries = [
-        replace(entry, concept=replace(entry.concept, name=f"{name} {number}"))
-        for name, entry in bank.items()
-        for number in range(copies)
-    ]
-    return bank.with_entries(entries)
 
 
 @pytest.mark.slow

@@ -61,14 +61,6 @@ class BlindToHooks(AttnProcessor):
         return attn.to_out[0](attn.to_q(hidden_states) * keys.mean(dim=1, keepdim=True))
 
 
-@pytest.fixture
-def graphs():
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    yield counter
-    torch.compiler.reset()
-
-
 @pytest.mark.slow
 def test_a_controlnet_that_was_compiled_before_anything_was_erased_reads_the_edited_text(pipe, text_bank, graphs):
     net = controlnet(pipe)
