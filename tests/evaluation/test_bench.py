@@ -75,6 +75,8 @@ def test_hooks_are_timed_in_a_pass_and_left_as_they_were(runner):
     for figure, calls in ((text, 4), (module, 4 + linears)):
         assert 0 < number(figure.value, "") < 1
         assert f"in {calls} calls of hooks" in figure.detail
+        first, later = (float(part.split()[-2]) for part in figure.detail.split(" in the ")[:2])
+        assert min(first, later) > 0
     assert runner.large.get_bank() is None
 
 
