@@ -146,6 +146,8 @@ class Erasures:
             try:
                 for attachment in self.attachments if snapshot.banks else ():
                     attachment.attach(linears=snapshot.has_per_module)
+                if snapshot.stacks is not self.snapshot.stacks:
+                    self.checked_weights = None  # it would hold the factors of banks that are gone
                 self.standing, self.snapshot = standing, snapshot
             finally:
                 self._tidy()
