@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sepme_diffusers.bank.card import Picture
-from sepme_diffusers.bank.contents import read, write
+from sepme_diffusers.bank.contents import Layout, read, write
 from sepme_diffusers.bank.entry import Entry, Guarantee
 from sepme_diffusers.bank.errors import PolicyError
+from sepme_diffusers.bank.guarantees import Guarantees
 from sepme_diffusers.bank.hub import HubBank, pull
+from sepme_diffusers.text.encoding import TOKENS
 from sepme_diffusers.text.names import listed
 
 # How many concepts a line and a table show.
@@ -32,7 +33,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
 
     Args:
         base: What the increments were made on.
-        entries: {concept name: entry}.
+        entries: {concept name: entry}. Of a bank that was loaded, each is read when it is asked for.
         always: Names that may never be restored while the bank is loaded.
         origin: The Hub repository that it was pulled from, as last seen; set by `from_pretrained` and by
             `push_to_hub`, and no part of what the bank is.
@@ -75,8 +76,8 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         """Tabulate the first concepts, for notebooks."""
         heads = ("concept", "form", "rank", "guarded prompts", "always erased")
         cells = [
-            (name, entry.increment.form, entry.increment.rank, len(entry.guards), "yes" if name in self.always else "")
-            for name, entry in list(self.items())[:_ROWS]
+            (name, outline.form, outline.ranks[TOKENS], len(outline.guards), "yes" if name in self.always else "")
+            for name, outline in list(self.entries.outlines().items())[:_ROWS]
         ]
         more = f"<p>and {len(self) - _ROWS} more</p>" if len(self) > _ROWS else ""
         head = "".join(f"<th>{text}</th>" for text in heads)
@@ -88,17 +89,12 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
     def digest(self) -> str:
         """SHA-256, in hexadecimal digits, of what the bank does: two banks with one digest erase the same.
 
-        It covers the concepts' names in their order, every tensor's bytes, type and shape, gates, guards and `always`.
+        It covers the concepts' names in their order, every increment's digest, gates, guards and `always`.
         """
         hashed = hashlib.sha256(json.dumps(["sepme", len(self), list(self.always)]).encode())
-        for name, entry in self.items():
-            gates = [entry.increment.gate, {door: part.gate for door, part in entry.increment.doors.items()}]
-            # A file gives its tensors in no particular order.
-            tensors = dict(sorted(entry.increment.tensors().items()))
-            shapes = {key: [str(tensor.dtype), list(tensor.shape)] for key, tensor in tensors.items()}
-            hashed.update(json.dumps([name, list(entry.guards), gates, shapes], sort_keys=True).encode())
-            for tensor in tensors.values():
-                hashed.update(_bytes(tensor))
+        for name, outline in self.entries.outlines().items():
+            line = [name, outline.digest, dict(outline.gates), outline.guards.set.id]
+            hashed.update(json.dumps(line, sort_keys=True).encode())
         return hashed.hexdigest()
 
     def with_entries(self, entries: Iterable[Entry]) -> ConceptBank:
@@ -111,7 +107,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         Raises:
             ValueError: If an entry does not fit the bank, see the class.
         """
-        return replace(self, entries={**self.entries, **{entry.concept.name: entry for entry in entries}})
+        return replace(self, entries=self.entries.joined_by(entries))
 
     def subset(self, names: Iterable[str]) -> ConceptBank:
         """Take these concepts alone, in the bank's order.
@@ -121,16 +117,18 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
             KeyError: If one is not in the bank.
             PolicyError: If it would leave out a concept that the policy always erases.
         """
-        wanted = {name: self[name] for name in listed(names)}
+        wanted = listed(names)
+        if unknown := [name for name in wanted if name not in self.entries]:
+            raise KeyError(f"no concepts {unknown} in this bank; it has {list(self.entries)}")
         if left_out := sorted(set(self.always) - set(wanted)):
             raise PolicyError(f"the bank's policy always erases {left_out}; keep them in the subset")
-        return replace(self, entries={name: self.entries[name] for name in self.entries if name in wanted})
+        return replace(self, entries=self.entries.only(wanted))
 
     def compact(self) -> ConceptBank:
         """Store every number in float16, a quarter to a half of what float32 takes; see `Increment.compact`.
 
-        Per-module increments are no longer PEFT LoRAs on disk, where A would stand once a module: `export_adapters`
-        makes these.
+        Per-module increments then are no PEFT LoRAs on disk, where A would stand once for each module:
+        `export_adapters` makes these.
         """
         return self.with_entries(replace(entry, increment=entry.increment.compact()) for entry in self.values())
 
@@ -151,27 +149,30 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
     def save_pretrained(
         self,
         folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | None = None,
         license: str | None = None,
         pictures: Iterable[Picture] = (),
+        pack: bool = False,
     ) -> None:
         """Write the bank into a folder, wholly or not at all, whenever the process dies.
 
-        Concept files are written first, under names that nothing yet refers to; replacing the manifest is the one
+        New increments are written first, under names that nothing yet refers to; replacing the manifest is the one
         step that makes them the bank. Files that do not change are left alone.
 
         Args:
             folder: Made if missing. Concepts there that are not in this bank are removed.
-            dtype: Of B or C; None leaves each as it is. A stays in float32: it carries the separability. Compact
-                increments stay as they are altogether.
+            dtype: Of B or C; A becomes float32, because it carries the separability. Default: every number stays as it
+                is. Compact increments stay as they are altogether.
             license: Of the bank, for its card. Default: what the card there says.
             pictures: Shown by the card, beside those it has, see `card_pictures`.
+            pack: Write text-side increments into few new shards. Otherwise those that are new are added as one shard,
+                and the rows of those that are gone stay in the older ones.
 
         Raises:
             BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
                 down (metrics that are no JSON, say), or another process is saving there.
         """
-        write(self, Path(folder), dtype, license, pictures)
+        write(self, Path(folder), Layout(dtype, pack), license, pictures)
 
     @classmethod
     def from_pretrained(
@@ -184,6 +185,8 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
     ) -> ConceptBank:
         """Load the bank in a folder or a Hub repository, every hash checked.
 
+        The numbers of an increment are read, and checked again, when somebody asks for them.
+
         Args:
             pretrained_model_name_or_path: A folder, or a repository id.
             concepts: Load (and download) these alone. Default: all.
@@ -192,8 +195,8 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
             options: Of `snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
 
         Raises:
-            BankError: If anything is missing, damaged, unsafe, not signed as required or of a newer format, or the
-                download broke off; nothing is loaded then.
+            BankError: If anything is missing, damaged, unsafe, not signed as required or of another format version,
+                or the download broke off; nothing is loaded then.
             HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
             KeyError: If the bank lacks one of `concepts`.
             PolicyError: If `concepts` leaves out one that the bank's policy always erases.
@@ -212,17 +215,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
             contents, origin = pull(repository, wanted, subfolder, require_signature, options)
         return cls(contents.base, contents.entries, contents.always, origin)
 
-    @property
-    def guarantees(self) -> dict[str, Guarantee]:
+    @cached_property
+    def guarantees(self) -> Mapping[str, Guarantee]:
         """What the bank promises for each guarded prompt and each concept's name, whichever concepts are erased."""
-        prompts = dict.fromkeys([*(prompt for entry in self.values() for prompt in entry.guards), *self])
-        return {prompt: self._guarantee(prompt) for prompt in prompts}
-
-    def _guarantee(self, prompt: str) -> Guarantee:
-        leaks = [entry.metrics.get("leakage_of", {}).get(prompt, 0.0) for entry in self.values()]
-        unaware = tuple(name for name, entry in self.items() if prompt not in entry.guards and name != prompt)
-        return Guarantee(not any(leaks) and not unaware, max(leaks), unaware)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return Guarantees(self.entries.outlines())

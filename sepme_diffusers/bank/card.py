@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from PIL import Image
 from yaml import YAMLError
 
 from sepme_diffusers.bank.layout import ASSETS
+from sepme_diffusers.text.encoding import TOKENS
 
 _PICTURE = re.compile(r"(?!.{201})[a-z0-9]+(-[a-z0-9]+)*")
+# So many concepts have a row, and so many names are listed.
+_ROWS, _NAMED = 200, 50
 _PLACEHOLDER = "path/or/repository/of/this/bank"
 
 _TEMPLATE = """---
@@ -26,7 +29,7 @@ _TEMPLATE = """---
 
 # Concept bank for {{ title }}
 
-Separable erasures (SepME, arXiv 2402.05947) of {{ rows | length }} concepts. Loading the bank erases nothing by
+Separable erasures (SepME, arXiv 2402.05947) of {{ count }} concepts. Loading the bank erases nothing by
 itself{{ policy }}; any subset can be erased, and restored bit for bit.
 {% if gallery %}
 <Gallery />
@@ -41,12 +44,14 @@ pipe.set_erased([{{ first }}])
 
 ## Concepts
 
-| concept | form | rank | solver | guarded prompts | measured |
-|---|---|---|---|---|---|
+| concept | form | rank | solver | measured |
+|---|---|---|---|---|
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
 {% endfor %}
-Prompts, anchors and every measurement are in `sepme_bank.json`.
+{% if more %}And {{ more }} more.
+
+{% endif %}Prompts, anchors and every measurement are in `sepme_bank.json`.
 
 ## Guard
 
@@ -136,9 +141,11 @@ def model_card(
         first=_quoted(next(iter(concepts), "")),
         policy=_escaped(f", except {', '.join(always)}, which its policy always erases" if always else ""),
         gallery=bool(widget),
-        rows=[_row(name, record) for name, record in concepts.items()],
-        guards=_listed({prompt or "the blank prompt" for record in concepts.values() for prompt in record["guards"]}),
-        settings=_settings(concepts),
+        count=len(concepts),
+        rows=[_row(name, record, manifest) for name, record in list(concepts.items())[:_ROWS]],
+        more=max(len(concepts) - _ROWS, 0),
+        guards=_guards(manifest),
+        settings=_settings(manifest),
     )
     return str(card)
 
@@ -179,22 +186,32 @@ def _is_repository(name: str) -> bool:
     return True
 
 
-def _row(name: str, record: Mapping[str, Any]) -> list[str]:
+def _row(name: str, record: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     figures = [f"{key} {value:.4g}" for key, value in record["metrics"].items() if isinstance(value, (int, float))]
-    cells = (name, record["form"], record["rank"], record["config"]["solver"], len(record["guards"]))
+    rank = record["rank"] if "rank" in record else record["rows"][TOKENS][1] - record["rows"][TOKENS][0]
+    cells = (name, record["form"], rank, manifest["configs"][record["config"]]["solver"])
     return [_escaped(str(cell)) for cell in (*cells, ", ".join(figures))]
 
 
-def _settings(concepts: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _guards(manifest: Mapping[str, Any]) -> str:
+    """List the prompts that increments guard, the first of them by name."""
+    sets = manifest["guard_sets"].values()
+    prompts = dict.fromkeys(prompt for part in sets for prompt in (*part["exact"], *part.get("damped", ())))
+    return _some([prompt or "the blank prompt" for prompt in prompts])
+
+
+def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pair each config that was used with the concepts that were made with it."""
     names_of: dict[str, list[str]] = {}
-    for name, record in concepts.items():
-        names_of.setdefault(json.dumps(record["config"]), []).append(name)
-    return [(_listed(names), config) for config, names in names_of.items()]
+    for name, record in manifest["concepts"].items():
+        names_of.setdefault(record["config"], []).append(name)
+    return [(_some(names), json.dumps(manifest["configs"][config])) for config, names in names_of.items()]
 
 
-def _listed(texts: Iterable[str]) -> str:
-    return ", ".join(_escaped(text) for text in sorted(texts))
+def _some(texts: Sequence[str]) -> str:
+    """List texts in their order, and count what is beyond the first."""
+    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return ", ".join(map(_escaped, texts[:_NAMED])) + more
 
 
 def _quoted(text: str) -> str:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from sepme_diffusers.bank.card import Picture, model_card
-from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
+from sepme_diffusers.bank.entries import Entries
+from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.folder import BankFolder, ConceptFiles, increment_files
+from sepme_diffusers.bank.folder import BankFolder, sha256
 from sepme_diffusers.bank.layout import CARD, MANIFEST
+from sepme_diffusers.bank.records import TABLES, Tables, base_to_dict, stated_metrics
+from sepme_diffusers.bank.rows import as_rows, digest
+from sepme_diffusers.bank.saving import Place, replace_bank
+from sepme_diffusers.bank.shards import Rows, shards_of
 from sepme_diffusers.bank.signing import verify_signature
+from sepme_diffusers.bank.store import Store
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.text.spelling import look_alikes
+from sepme_diffusers.increment.peft_form import peft_files, to_lora
+from sepme_diffusers.text.spelling import look_alikes, slug
 
 # How often a bank that others save meanwhile is read before that is given up.
 _ATTEMPTS = 10
+# Where a record says its increment is.
+_LOCATION = ("shard", "rows", "folder", "files", "rank", "adapter")
 
 
 @dataclass(frozen=True)
@@ -39,39 +48,41 @@ class Contents:
     """
 
     base: BaseModel
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=lambda: Entries({}))
     always: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "entries", dict(self.entries))
-        if wrong := {key: e.concept.name for key, e in self.entries.items() if key != e.concept.name}:
+        object.__setattr__(self, "entries", Entries(self.entries))
+        # What was read from a folder was checked with its manifest.
+        made = self.entries.in_memory()
+        if wrong := {key: e.concept.name for key, e in made.items() if key != e.concept.name}:
             raise ValueError(f"entries under another name than their concept's: {wrong}")
-        if alike := look_alikes(self.entries):
+        if made and (alike := look_alikes(self.entries)):
             raise ValueError(f"concepts that nobody can tell apart: {alike}; give them other names")
-        self._refuse_other_shapes()
+        self._refuse_other_shapes({name: entry.increment for name, entry in made.items()})
         if unknown := sorted(set(self.always) - set(self.entries)):
             raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
 
-    def _refuse_other_shapes(self) -> None:
-        increments = {key: entry.increment for key, entry in self.entries.items()}
+    def _refuse_other_shapes(self, increments: Mapping[str, Increment]) -> None:
         widths = {key: increment.A.shape[1] for key, increment in increments.items()}
         if wrong := {key: width for key, width in widths.items() if width != self.base.width}:
             raise ValueError(
                 f"the bank is for embeddings of width {self.base.width}; these increments differ: {wrong}"
             )
-        heights = {module: d_out for module, (d_out, _) in self.base.projections.items()}
-        if misfits := [key for key, increment in increments.items() if not _fits(increment, heights)]:
+        if misfits := [key for key, increment in increments.items() if not _fits(increment, self.base)]:
             raise ValueError(f"these increments edit other modules than the base's, or of other heights: {misfits}")
+        known = {name: door.width for name, door in self.base.doors.items()}
         doors = {key: {n: part.A.shape[1] for n, part in i.doors.items()} for key, i in increments.items()}
-        if strange := {key: own for key, own in doors.items() if not own.items() <= self.base.doors.items()}:
-            raise ValueError(f"the base has further doors {dict(self.base.doors)}; these increments differ: {strange}")
+        if strange := {key: own for key, own in doors.items() if not own.items() <= known.items()}:
+            raise ValueError(f"the base has the doors {known}; these increments differ: {strange}")
 
 
 def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Path | None = None) -> Contents:
-    """Read the bank in a folder, or the part of it with the wanted concepts, every hash checked.
+    """Read the bank in a folder, or the part of it with the wanted concepts.
 
-    Another process may save there meanwhile: where the manifest was replaced while a file was missing or not what its
-    hash says, the bank is read again.
+    Every file is checked against its hash. The numbers of an increment are read, and checked again, when somebody asks
+    for them. Another process may save there meanwhile: where the manifest was replaced while a file was missing or not
+    what its hash says, the bank is read again.
 
     Args:
         folder: The bank's.
@@ -79,7 +90,7 @@ def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Pa
         public_key: PEM file: refuse a bank that is not signed with its private half.
 
     Raises:
-        BankError: If anything is missing, damaged, unsafe, not signed as required or of a newer format.
+        BankError: If anything is missing, damaged, unsafe, not signed as required or of another format version.
         KeyError: If the bank lacks one of the wanted.
         PolicyError: If `wanted` leaves out a concept that the policy always erases.
     """
@@ -97,19 +108,46 @@ def read(folder: Path, wanted: Sequence[str] | None = None, public_key: str | Pa
 
 def _parsed(bank: BankFolder, data: bytes, wanted: Sequence[str] | None) -> Contents:
     manifest = bank.manifest(wanted, data)
-    records = manifest["concepts"]
-    increments = {name: bank.increment(name, record, manifest["base"]) for name, record in records.items()}
+    store = Store(bank, manifest)
+    store.open()
     try:
-        entries = {name: entry_of(name, records[name], increment) for name, increment in increments.items()}
-        return Contents(base_model(manifest), entries, tuple(manifest["policy"]["always"]))
+        return Contents(store.base, store.entries(), tuple(manifest["policy"]["always"]))
     except (TypeError, ValueError) as error:
+        if isinstance(error, BankError):
+            raise
         raise BankError(f"{bank.folder / MANIFEST} is not a valid bank manifest: {error}") from error
+
+
+class AdapterMaker(Protocol):
+    """What makes the adapter of an entry that other tools read."""
+
+    def adapter(self, entry: Entry) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Return the files of the adapter's folder, and what the record says of it beside."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a bank is laid out on the disk.
+
+    Args:
+        dtype: Of B or C; None leaves every number as it is.
+        pack: Write all shards anew, instead of adding one to those that are there.
+        adapters: Whether there are adapters beside increments that are no LoRA. One that is there is kept while its
+            increment is the same.
+        maker: Makes the adapters that are not there. Default: they are left out.
+    """
+
+    dtype: torch.dtype | None = None
+    pack: bool = False
+    adapters: bool = True
+    maker: AdapterMaker | None = None
 
 
 def write(
     contents: Contents,
     folder: Path,
-    dtype: torch.dtype | None = torch.float32,
+    how: Layout | None = None,
     license: str | None = None,
     pictures: Iterable[Picture] = (),
 ) -> None:
@@ -117,28 +155,107 @@ def write(
 
     Args:
         contents: What to write.
-        folder: See there, as the others.
-        dtype: See there.
+        folder: See there.
+        how: Precision, shards and adapters. Default: numbers as they are, and adapters that are there.
         license: See there.
         pictures: See there.
 
     Raises:
         BankError: See there.
     """
-    head = {
-        "libraries": libraries(),
-        # A base without further doors does not name them.
-        "base": {key: value for key, value in vars(contents.base).items() if key != "doors" or value},
-        "policy": {"always": list(contents.always)},
-    }
     pictures = tuple(pictures)
     previous = (folder / CARD).read_text("utf-8", errors="replace") if (folder / CARD).is_file() else None
-    BankFolder(folder).write(
-        head,
-        (_files(entry, dtype) for entry in contents.entries.values()),
+    replace_bank(
+        BankFolder(folder),
+        lambda place: _Draft(contents, place, how or Layout()).manifest(),
         lambda manifest: model_card(manifest, None, license, pictures, previous),
         {picture.path: picture.png() for picture in pictures},
     )
+
+
+class _Draft:
+    """A bank on its way into a folder."""
+
+    def __init__(self, contents: Contents, place: Place, how: Layout) -> None:
+        self._contents, self._place, self._how = contents, place, how
+        self._former: Mapping[str, Any] = place.former or {"concepts": {}, "shards": {}}
+        self._tables = Tables()
+        self._records: dict[str, dict[str, Any]] = {}
+        self._shards: dict[str, dict[str, Any]] = {}
+
+    def manifest(self) -> dict[str, Any]:
+        """Put the bank's files in place, but for those that are there already, and return its manifest."""
+        entries, waiting = self._contents.entries, []
+        metrics = stated_metrics(entries.outlines())
+        for name, outline in entries.outlines().items():
+            stored = entries.stored(name)
+            shared = (
+                self._tables.adopt(stored.record, stored.tables)
+                if stored is not None
+                else self._tables.add(entries[name])
+            )
+            location, rows = self._located(name, outline)
+            gates = {"gates": dict(outline.gates)} if outline.gates else {}
+            self._records[name] = {"form": outline.form, **location, **gates, **shared, "metrics": metrics[name]}
+            self._records[name] |= self._adapter(name, location["digest"])
+            waiting += [] if rows is None else [(name, rows)]
+        for shard in shards_of(waiting):
+            self._place.put(shard.name, shard.data)
+            self._shards[shard.name] = {"sha256": shard.sha256, "bytes": len(shard.data)}
+            for name, places in shard.places.items():
+                rows_of = {door: list(place) for door, place in places.items()}
+                self._records[name] |= {"shard": shard.name, "rows": rows_of}
+        return {
+            "libraries": libraries(),
+            "base": base_to_dict(self._contents.base),
+            "policy": {"always": list(self._contents.always)},
+            "shards": self._shards,
+            **{table: getattr(self._tables, table) for table in TABLES},
+            "concepts": self._records,
+        }
+
+    def _located(self, name: str, outline: Outline) -> tuple[dict[str, Any], Rows | None]:
+        """Say where an increment is, as its record does; or give its rows, which a new shard has to hold."""
+        increment = None
+        if self._how.dtype is not None:
+            try:
+                increment = as_stored(outline.increment, self._how.dtype)
+            except ValueError as error:
+                raise BankError(f"concept {name!r} cannot be saved as {self._how.dtype}: {error}") from error
+        wanted = outline.digest if increment is None else digest(as_rows(increment))
+        if (kept := self._kept(name, wanted)) is not None:
+            return kept, None
+        increment = increment or outline.increment
+        if not is_lora(increment):
+            return {"digest": wanted}, as_rows(increment)
+        files = lora_files(increment)
+        folder = self._place.put_folder(slug(name), name, files)
+        hashed = {file: sha256(data) for file, data in files.items()}
+        return {"digest": wanted, "folder": folder, "files": hashed, "rank": increment.rank}, None
+
+    def _kept(self, name: str, wanted: str) -> dict[str, Any] | None:
+        """Where the folder has the increment already; None if it has not, or shards are packed anew."""
+        former = self._former["concepts"].get(name)
+        if former is None or former["digest"] != wanted or ("shard" in former and self._how.pack):
+            return None
+        if "shard" in former:
+            self._shards[former["shard"]] = self._former["shards"][former["shard"]]
+        self._place.keep(former.get("shard") or former["folder"])
+        return {"digest": wanted} | {key: former[key] for key in _LOCATION if key in former}
+
+    def _adapter(self, name: str, wanted: str) -> dict[str, Any]:
+        """Keep or make the adapter that other tools read; see `Layout`."""
+        former = self._former["concepts"].get(name, {})
+        if not self._how.adapters:
+            return {}
+        if "adapter" in former and former["digest"] == wanted:
+            self._place.keep(former["adapter"]["folder"])
+            return {"adapter": former["adapter"]}
+        if self._how.maker is None or is_lora(self._contents.entries[name].increment):
+            return {}
+        files, said = self._how.maker.adapter(self._contents.entries[name])
+        folder = self._place.put_folder(slug(name), name, files)
+        return {"adapter": {"folder": folder, "files": {f: sha256(data) for f, data in files.items()}, **said}}
 
 
 def libraries() -> dict[str, str]:
@@ -147,26 +264,34 @@ def libraries() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _fits(increment: Increment, heights: Mapping[str, int]) -> bool:
+def is_lora(increment: Increment) -> bool:
+    """Tell whether an increment is stored as a PEFT LoRA.
+
+    A compact one is not: a LoRA holds A once per module. Neither is one that acts at further doors: whoever loads
+    LoRAs would take a part of it for the whole.
+    """
+    return increment.form == "module" and not increment.is_compact and not increment.doors
+
+
+def lora_files(increment: Increment) -> dict[str, bytes]:
+    """Make the files of a per-module increment's folder: a PEFT LoRA and its config."""
+    return peft_files(*to_lora(increment))
+
+
+def as_stored(increment: Increment, dtype: torch.dtype) -> Increment:
+    """Cast B or C. A becomes float32, because it carries the separability; a compact increment stays as it is.
+
+    Raises:
+        ValueError: If a number is too large for the dtype.
+    """
+    doors = {name: as_stored(part, dtype) for name, part in increment.doors.items()}
+    if increment.is_compact:
+        return replace(increment, doors=doors)
+    b = None if increment.B is None else increment.B.to(dtype)
+    c = None if increment.C is None else {name: tensor.to(dtype) for name, tensor in increment.C.items()}
+    return replace(increment, A=increment.A.float(), B=b, C=c, doors=doors)
+
+
+def _fits(increment: Increment, base: BaseModel) -> bool:
+    heights = {module: d_out for module, (d_out, _) in (base.projections or {}).items()}
     return increment.C is None or {module: len(c) for module, c in increment.C.items()} == heights
-
-
-def _files(entry: Entry, dtype: torch.dtype | None) -> ConceptFiles:
-    record: dict[str, Any] = {
-        "form": entry.increment.form,
-        "rank": entry.increment.rank,
-        "concept": {key: value for key, value in entry.concept.to_dict().items() if key != "name"},
-        "guards": list(entry.guards),
-        "config": entry.config.to_dict(),
-        "metrics": dict(entry.metrics),
-    }
-    if entry.increment.gate is not None:
-        record["gate"] = entry.increment.gate
-    doors = entry.increment.doors.items()
-    if gates := {name: increment.gate for name, increment in doors if increment.gate is not None}:
-        record["gates"] = gates
-    try:
-        files = increment_files(entry.increment, dtype)
-    except ValueError as error:
-        raise BankError(f"concept {entry.concept.name!r} cannot be saved as {dtype}: {error}") from error
-    return ConceptFiles(entry.concept.name, entry.concept.slug, files, record)

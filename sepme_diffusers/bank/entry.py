@@ -3,40 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
-from sepme_diffusers.bank.fingerprint import Fingerprint
+from sepme_diffusers.bank.fingerprint import Door, Fingerprint
+from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
+from sepme_diffusers.bank.rows import as_rows, digest
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import TOKENS
 
-# What records of format versions 1 to 4 do not say, and what was so when they were made.
-_BEFORE_VERSION_5 = {"steps_per_batch": 1}
+
+class Outline(Protocol):
+    """What is known of an entry without its numbers. An `Entry` is one, and what stands for an entry on the disk.
+
+    Attributes:
+        form: "text" or "module".
+        ranks: {door: r}, the tokens' first.
+        gates: {door: gate} of the doors that have one.
+        guards: The prompts that it leaves alone.
+        metrics: What was measured.
+        digest: SHA-256 of the increment, see `rows.digest`.
+        increment: The numbers; read when they are asked for.
+    """
+
+    @property
+    def form(self) -> Literal["text", "module"]: ...
+    @property
+    def ranks(self) -> Mapping[str, int]: ...
+    @property
+    def gates(self) -> Mapping[str, float]: ...
+    @property
+    def guards(self) -> Guarded: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def increment(self) -> Increment: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One erasure of a bank.
+    """One erasure of a bank. Immutable.
 
     Args:
         concept: What it erases.
         increment: How.
         config: The settings it was made with.
-        guards: The prompts that it leaves as they were: exactly, but for those in `metrics["leakage_of"]`.
+        guard_set: The prompts that it leaves as they were, but for its concept's own name. Other entries share it.
         metrics: Anything measured about it (steps, leakage ...), plain JSON values.
+        adapter: The increment that stands for it where there is no gate, as in a LoRA. Default: the increment.
     """
 
     concept: Concept
     increment: Increment
     config: SepMEConfig
-    guards: tuple[str, ...]
+    guard_set: GuardSet
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Increment | None = None
+
+    @property
+    def guards(self) -> Guarded:
+        """The prompts that it leaves as they were."""
+        return Guarded(self.guard_set, self.concept.name)
 
     @property
     def exact_guards(self) -> tuple[str, ...]:
         """The guards that it claims to leave exactly as they were."""
-        return tuple(guard for guard in self.guards if guard not in self.metrics.get("leakage_of", {}))
+        return exact_guards(self)
+
+    @property
+    def form(self) -> Literal["text", "module"]:
+        """The increment's form."""
+        return self.increment.form
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{door: r}, the tokens' first."""
+        return {TOKENS: self.increment.rank} | {door: part.rank for door, part in self.increment.doors.items()}
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """{door: gate} of the doors that have one."""
+        parts = {TOKENS: self.increment, **self.increment.doors}
+        return {door: part.gate for door, part in parts.items() if part.gate is not None}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the increment, see `rows.digest`."""
+        return digest(as_rows(self.increment))
+
+
+def exact_guards(outline: Outline) -> tuple[str, ...]:
+    """Return the guards that an entry claims to leave exactly as they were: it reads nothing of them."""
+    leaks = outline.metrics.get("leakage_of", {})
+    return tuple(prompt for prompt in outline.guards.exact if prompt not in leaks)
+
+
+def has_exact_guard(outline: Outline) -> bool:
+    """Tell whether an entry claims to leave any guard exactly as it was."""
+    leaks = outline.metrics.get("leakage_of", {})
+    return any(prompt not in leaks for prompt in outline.guards.exact)
 
 
 @dataclass(frozen=True)
@@ -45,22 +115,48 @@ class BaseModel:
 
     Args:
         name: Id or folder of the base model.
-        width: d of the text embedding.
-        n_tokens: Tokens of a prompt.
-        projections: {module name: (d_out, Frobenius norm of W_m)}, which tells one base's weights from another's.
-        doors: {door name: width} of the further doors by which text enters the denoiser.
+        doors: How text becomes an embedding, by the door at which it enters the denoiser; the tokens' is one.
+        vocabularies: {tokenizer: SHA-256 of its vocabulary}.
+        projections: {module name: (d_out, Frobenius norm of W_m)} of the text projections of the denoiser, which tells
+            its weights from another's. None if it is not known; per-module increments need it.
+
+    Raises:
+        ValueError: If it has no door for tokens.
     """
 
     name: str
-    width: int
-    n_tokens: int
-    projections: Mapping[str, tuple[int, float]]
-    doors: Mapping[str, int] = field(default_factory=dict)
+    doors: Mapping[str, Door]
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+    projections: Mapping[str, tuple[int, float]] | None = None
+
+    def __post_init__(self) -> None:
+        if TOKENS not in self.doors:
+            raise ValueError(f"a base has a door {TOKENS!r}; this one has {list(self.doors)}")
+
+    @property
+    def width(self) -> int:
+        """d of the text embedding."""
+        return self.doors[TOKENS].width
+
+    @property
+    def n_tokens(self) -> int:
+        """The tokens of a prompt."""
+        return self.doors[TOKENS].n_tokens
+
+    def completed_by(self, other: BaseModel) -> BaseModel:
+        """Take from another description of the same base what this one does not know."""
+        projections = self.projections if self.projections is not None else other.projections
+        return replace(
+            self,
+            doors={**other.doors, **self.doors},
+            vocabularies={**other.vocabularies, **self.vocabularies},
+            projections=projections,
+        )
 
     @property
     def fingerprint(self) -> Fingerprint:
         """What tells this base from another."""
-        return Fingerprint(self.width, self.doors, self.n_tokens, self.projections)
+        return Fingerprint(self.doors, self.vocabularies, self.projections)
 
 
 @dataclass(frozen=True)
@@ -69,8 +165,8 @@ class Guarantee:
 
     Args:
         exact: Its picture stays as it was whatever is erased; to the bit where guards were made at 1e-6.
-        leakage: If not exact: the largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which one increment moves it, measured when the
-            increment was made.
+        leakage: If not exact: the largest share of its embedding (of its keys and values, for per-module increments)
+            by which one increment moves it, measured when the increment was made.
         unaware: Concepts of the bank whose increments do not guard the prompt (made before it was known, say):
             nothing is promised while one of these is erased.
     """
@@ -87,28 +183,11 @@ class Origin:
     Args:
         repository: Its id.
         always: The policy as it was pulled.
-        entries: The entries as they were pulled or pushed. One that is another object now was changed since.
+        outlines: What stood for each entry as it was pulled or pushed. What is another object now was changed since.
         records: {concept name: its record in the manifest on the Hub}, as last seen.
     """
 
     repository: str
     always: tuple[str, ...]
-    entries: Mapping[str, Entry]
+    outlines: Mapping[str, Outline]
     records: Mapping[str, Any]
-
-
-def base_model(manifest: Mapping[str, Any]) -> BaseModel:
-    """Read what a manifest says of the base."""
-    projections = {name: (d_out, norm) for name, (d_out, norm) in manifest["base"]["projections"].items()}
-    return BaseModel(**{**manifest["base"], "projections": projections})
-
-
-def entry_of(name: str, record: Mapping[str, Any], increment: Increment) -> Entry:
-    """Make a concept's entry, from its record in the manifest and its increment.
-
-    Raises:
-        ValueError: If the record's settings or prompts are not usable.
-    """
-    concept = Concept.from_dict({"name": name, **record["concept"]})
-    config = SepMEConfig.from_dict(_BEFORE_VERSION_5 | record["config"])
-    return Entry(concept, increment, config, tuple(record["guards"]), record["metrics"])

@@ -9,7 +9,7 @@ whether a bank belongs to a pipeline, and what a reading must exceed to count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.entry import Entry
+from sepme_diffusers.bank.entry import Outline, exact_guards
 from sepme_diffusers.text.encoders import working_dtypes
 from sepme_diffusers.text.encoding import TOKENS, encode_doors
 
@@ -29,6 +29,8 @@ _EXPLAINED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _EXPLAINED_IN_FULL = 1e-4
 MOST_PROMPTS = 16
 """How many guards are encoded at most, beside one for each concept that has none of them."""
+MOST_ENTRIES = 256
+"""How many entries of a bank are measured at most when it is loaded; others are when they are first erased."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,18 @@ class GuardReadings:
     """Measures what increments read of their exact guards, of some guards for all.
 
     Args:
-        banks: The banks.
+        entries: By any key. Those without an exact guard are passed over.
     """
 
-    def __init__(self, banks: Iterable[ConceptBank]) -> None:
-        entries = [entry for bank in banks for entry in bank.values() if entry.exact_guards]
-        self.prompts = _chosen(entries)
+    def __init__(self, entries: Mapping[Any, Outline]) -> None:
+        exact = {key: exact_guards(entry) for key, entry in entries.items()}
+        exact = {key: guards for key, guards in exact.items() if guards}
+        self.prompts = _chosen(exact.values())
         self._doors: dict[str, list[_Basis]] = {}
-        for entry in entries:
-            rows = [index for index, prompt in enumerate(self.prompts) if prompt in set(entry.exact_guards)]
-            for door, increment in {TOKENS: entry.increment, **entry.increment.doors}.items():
-                basis = _Basis(entry.concept.name, increment.A, increment.coarseness, rows)
+        for key, guards in exact.items():
+            rows, own = [index for index, prompt in enumerate(self.prompts) if prompt in set(guards)], entries[key]
+            for door, increment in {TOKENS: own.increment, **own.increment.doors}.items():
+                basis = _Basis(own.guards.own, increment.A, increment.coarseness, rows)
                 self._doors.setdefault(door, []).append(basis)
 
     def measure(self, pipe: Any, **settings: Any) -> GuardReading:
@@ -98,12 +101,22 @@ class _Basis:
     prompts: list[int]
 
 
-def _chosen(entries: Iterable[Entry]) -> list[str]:
+def sampled(banks: Mapping[Any, ConceptBank]) -> dict[tuple[Any, str], Outline]:
+    """Return the entries of some banks, by the bank's key and the name; of a bank of very many every n-th."""
+    entries: dict[tuple[Any, str], Outline] = {}
+    for key, bank in banks.items():
+        names = list(bank)
+        for name in names[:: max(1, -(-len(names) // MOST_ENTRIES))]:
+            entries[key, name] = bank.entries.outline(name)
+    return entries
+
+
+def _chosen(exact: Iterable[Sequence[str]]) -> list[str]:
     """Some of the guards, evenly among all of them with the blank prompt first, and one at least of every entry."""
-    entries = list(entries)
-    guards = sorted({guard for entry in entries for guard in entry.exact_guards})
+    exact = list(exact)
+    guards = sorted({guard for own in exact for guard in own})
     chosen = guards[:: max(1, -(-len(guards) // MOST_PROMPTS))]
-    missed = [entry.exact_guards[0] for entry in entries if not set(chosen) & set(entry.exact_guards)]
+    missed = [own[0] for own in exact if not set(chosen) & set(own)]
     return list(dict.fromkeys(chosen + missed))
 
 

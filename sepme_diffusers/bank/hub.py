@@ -22,12 +22,13 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from sepme_diffusers.bank.card import Picture, model_card
-from sepme_diffusers.bank.contents import Contents, read, write
-from sepme_diffusers.bank.entry import Origin, base_model
+from sepme_diffusers.bank.contents import Contents, Layout, read, write
+from sepme_diffusers.bank.entry import Origin
 from sepme_diffusers.bank.errors import BankError, PolicyError
-from sepme_diffusers.bank.folder import BankFolder
+from sepme_diffusers.bank.folder import BankFolder, hashes
 from sepme_diffusers.bank.layout import ASSETS, CARD, MANIFEST, SIGNATURE
-from sepme_diffusers.bank.manifest import seal
+from sepme_diffusers.bank.manifest import records_in, seal
+from sepme_diffusers.bank.records import TABLES, Tables, base_from_dict, base_to_dict
 from sepme_diffusers.bank.signing import sign
 from sepme_diffusers.text.names import listed
 
@@ -82,7 +83,7 @@ def pull(
         if options.get("local_files_only") or constants.is_offline_mode() or not download.repair():
             raise
         contents, records = download.read()
-    return contents, None if subfolder else Origin(repository, contents.always, dict(contents.entries), records)
+    return contents, None if subfolder else Origin(repository, contents.always, contents.entries.outlines(), records)
 
 
 @dataclass
@@ -100,10 +101,9 @@ class _Download:
         """Read the wanted part of the bank, and every concept's record."""
         self.snapshot = self._fetch([MANIFEST] if self.public_key is None else [MANIFEST, SIGNATURE], self.options)
         bank = self.bank
-        records = bank.manifest(self.wanted)["concepts"].values()
         # The snapshot's folder is named by its commit: a push in between must not mix two banks.
-        self._fetch([record["file"] for record in records], self._pinned())
-        return read(bank.folder, self.wanted, self.public_key), bank.manifest()["concepts"]
+        self._fetch(hashes(bank.manifest(self.wanted)), self._pinned())
+        return read(bank.folder, self.wanted, self.public_key), records_in(bank.manifest_bytes())
 
     def repair(self) -> bool:
         """Download damaged files again, for the cache trusts what it once stored; tell whether there were any."""
@@ -176,6 +176,7 @@ class HubBank(Contents):
         license: str | None = None,
         pictures: Iterable[Picture] = (),
         dtype: torch.dtype | None = None,
+        pack: bool = False,
         signing_key: str | Path | None = None,
         endpoint: str | None = None,
     ) -> CommitInfo:
@@ -198,6 +199,8 @@ class HubBank(Contents):
             license: For the card. Default: what the card on the Hub says.
             pictures: For the card, beside those it has.
             dtype: Of B or C. Default: as they are.
+            pack: Upload all of the bank's increments in few new shards. Otherwise those that are new are uploaded as
+                one small shard, and the rows of those that are gone stay in the older ones.
             signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed
                 is signed too. Without one, a signature on the Hub that is no longer true is removed.
             endpoint: Of the Hub.
@@ -220,7 +223,8 @@ class HubBank(Contents):
         )
         repository = _prepare(api, repo_id, private, None if create_pr else revision)
         with TemporaryDirectory(prefix="sepme-push-") as scratch:
-            change = _Change.of(self, self.origin, repository, named, removed, Path(scratch) / "bank", dtype)
+            folder, how = Path(scratch) / "bank", Layout(dtype)
+            change = _Change.of(self, self.origin, repository, named, removed, folder, how, pack)
             dress = _Dress(repository, license, tuple(pictures), signing_key)
             expected = None
             for attempt in range(_ATTEMPTS):
@@ -309,6 +313,7 @@ class _Change:
     origin: Origin | None
     named: tuple[str, ...] | None
     remove: tuple[str, ...]
+    pack: bool
     folder: Path
     manifest: dict[str, Any]
 
@@ -321,16 +326,18 @@ class _Change:
         named: tuple[str, ...] | None,
         remove: tuple[str, ...],
         folder: Path,
-        dtype: torch.dtype | None,
+        how: Layout,
+        pack: bool,
     ) -> _Change:
         origin = origin if origin and origin.repository == repository else None
-        pulled = origin.entries if origin else {}
-        entries = bank.entries
-        names = named if named is not None else [name for name in entries if pulled.get(name) is not entries[name]]
+        pulled = origin.outlines if origin else {}
+        outlines = bank.entries.outlines()
+        changed = [name for name in outlines if pack or pulled.get(name) is not outlines[name]]
+        names = changed if named is None else named
         if both := sorted(set(names) & set(remove)):
             raise ValueError(f"{both} cannot be both pushed and removed")
-        write(Contents(bank.base, {name: entries[name] for name in names}), folder, dtype)
-        return cls(bank, origin, named, remove, folder, BankFolder(folder).manifest())
+        write(Contents(bank.base, bank.entries.only(names)), folder, how)
+        return cls(bank, origin, named, remove, pack, folder, BankFolder(folder).manifest())
 
     @property
     def records(self) -> dict[str, Any]:
@@ -352,7 +359,7 @@ class _Change:
         What is named is known by being named; for the rest, a bank only knows what it was pulled with.
         """
         seen = self.origin.records if self.origin else head.records
-        pulled = self.origin.entries if self.origin else {}
+        pulled = self.origin.outlines if self.origin else {}
         known = {*pulled, *(self.named or ()), *self.remove}
         if unknown := [name for name in self.remove if name not in {**seen, **head.records}]:
             raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {list(head.records)}")
@@ -363,8 +370,8 @@ class _Change:
         if self.origin is None or origin is None:
             return origin
         records = {name: manifest["concepts"][name] for name in self.records}
-        entries = {name: self.bank.entries[name] for name in self.records}
-        return replace(origin, records={**origin.records, **records}, entries={**origin.entries, **entries})
+        outlines = {name: self.bank.entries.outline(name) for name in self.records}
+        return replace(origin, records={**origin.records, **records}, outlines={**origin.outlines, **outlines})
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -376,22 +383,40 @@ def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[s
     """Return the manifest that the Hub shall have; the present one itself, if nothing is different."""
     _refuse_conflicts(head, change, expected)
     if head.manifest is not None:
-        _refuse_other_base(head.manifest["base"], change.manifest["base"])
+        per_module = _has_per_module(head.records) or _has_per_module(change.records)
+        _refuse_other_base(head.manifest["base"], change.manifest["base"], per_module)
     records = {name: record for name, record in head.records.items() if name not in change.remove}
     taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
     for name, record in change.records.items():
-        if not _alike(record, records.get(name)):
-            records[name] = {**record, "file": _place(record, records.get(name), taken)}
-            taken.add(_folder(records[name]))
+        former = records.get(name)
+        if change.pack or not _alike(record, former) or not _same_adapter(record, former):
+            records[name] = _placed(record, former, taken)
     always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
     if missing := [name for name in always if name not in records]:
         raise PolicyError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
-    policy = {**change.manifest["policy"], "always": always}
-    base = _base(head, change)
-    merged = {**change.manifest, "base": base, "policy": policy, "concepts": records}
+    merged = {
+        **change.manifest,
+        "base": _base(head, change),
+        "policy": {**change.manifest["policy"], "always": always},
+        **_tables(head, change, records),
+        "concepts": records,
+    }
     if head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts")):
         return head.manifest
     return merged
+
+
+def _tables(head: _Head, change: _Change, records: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shards and tables that records refer to, of the bank on the Hub or of the change."""
+    tables, shards = Tables(), {}
+    manifests = [head.manifest] if head.manifest else []
+    known = {id(m): Tables.of(m) for m in (*manifests, change.manifest)}
+    for name, record in records.items():
+        source = head.manifest if head.manifest and record is head.records.get(name) else change.manifest
+        tables.adopt(record, known[id(source)])
+        if "shard" in record:
+            shards[record["shard"]] = source["shards"][record["shard"]]
+    return {"shards": shards, **{table: getattr(tables, table) for table in TABLES}}
 
 
 def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any]) -> None:
@@ -413,8 +438,10 @@ def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any])
     )
 
 
-def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    if reason := base_model({"base": theirs}).fingerprint.differs(base_model({"base": mine}).fingerprint):
+def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any], per_module: bool) -> None:
+    """Check that the bank on the Hub and this one are for one base: for the same text encoders, if that is enough."""
+    there, here = base_from_dict(theirs).fingerprint, base_from_dict(mine).fingerprint
+    if reason := there.differs(here) if per_module else there.text_side.differs(here):
         raise BankError(
             f"the bank on the Hub is for {theirs['name']!r} and this one for {mine['name']!r}, another base "
             f"({reason}); push it to a repository of its own"
@@ -424,48 +451,81 @@ def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> No
 def _base(head: _Head, change: _Change) -> dict[str, Any]:
     """Name the base for the bank on the Hub: as the push does, or as it is there if only some are pushed.
 
-    The further doors are those of both.
+    What one of the two does not know, the other may.
     """
-    mine, theirs = change.manifest["base"], head.manifest["base"] if head.manifest else {}
-    doors = {**theirs.get("doors", {}), **mine.get("doors", {})}
-    base = theirs if theirs and change.named is not None else mine
-    return {**base, "doors": doors} if doors else base
+    mine = change.manifest["base"]
+    theirs = head.manifest["base"] if head.manifest else mine
+    first, second = (theirs, mine) if change.named is not None or _has_per_module(head.records) else (mine, theirs)
+    return base_to_dict(base_from_dict(first).completed_by(base_from_dict(second)))
+
+
+def _has_per_module(records: Mapping[str, Any]) -> bool:
+    return any(record["form"] == "module" for record in records.values())
+
+
+_WHERE = ("shard", "rows", "folder")
 
 
 def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Tell whether two records say the same, wherever their files are."""
+    """Tell whether two records say the same of an erasure, wherever its files are."""
     if record is None or other is None:
         return record is other
-    return {**record, "file": None} == {**other, "file": None}
+    first, second = ({k: v for k, v in each.items() if k not in (*_WHERE, "adapter")} for each in (record, other))
+    return first == second
 
 
-def _place(record: Mapping[str, Any], former: Mapping[str, Any] | None, taken: set[str]) -> str:
-    """Choose where a record's weights go: the concept's former folder, or one that nothing on the Hub has."""
-    folder, weights = record["file"].split("/")
-    if former is not None:
-        folder = _folder(former)
-    elif folder in taken:
-        folder = f"{folder}-{record['sha256'][:12]}"
-    return f"{folder}/{weights}"
+def _same_adapter(record: Mapping[str, Any], former: Mapping[str, Any] | None) -> bool:
+    """Tell whether a record brings no adapter that the former one lacks."""
+    if former is None or "adapter" not in record:
+        return True
+    return {**record["adapter"], "folder": ""} == {**former.get("adapter", {}), "folder": ""}
 
 
-def _folder(record: Mapping[str, Any]) -> str:
-    return record["file"].split("/")[0]
+def _placed(record: Mapping[str, Any], former: Mapping[str, Any] | None, taken: set[str]) -> dict[str, Any]:
+    """Choose where the folder of a record goes: the concept's former one, or one that nothing on the Hub has.
+
+    An adapter that is there is kept while its increment is the same.
+    """
+    placed = dict(record)
+    if former is not None and "adapter" in former and former["digest"] == record["digest"]:
+        placed.setdefault("adapter", former["adapter"])
+    for part in ("folder", "adapter"):
+        if part not in record:
+            continue
+        folder = record["folder"] if part == "folder" else record["adapter"]["folder"]
+        kept = next(iter(_folders(former or {})), None)
+        if kept is None and folder in taken:
+            folder = f"{folder}-{record['digest'][:12]}"
+        taken.add(kept or folder)
+        placed[part] = kept or folder if part == "folder" else {**record["adapter"], "folder": kept or folder}
+    return placed
+
+
+def _folders(record: Mapping[str, Any]) -> list[str]:
+    """The folders of a record: a per-module increment's, an adapter's; a record has one at most."""
+    return [part["folder"] for part in (record, record.get("adapter", {})) if "folder" in part]
 
 
 def _operations(
     head: _Head, manifest: Mapping[str, Any], change: _Change
 ) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
-    """List the concepts' files that a commit adds, replaces and deletes."""
-    records = manifest["concepts"]
-    added = set()
+    """List the shards and the concepts' files that a commit adds, replaces and deletes."""
+    records, added = manifest["concepts"], set()
+    for shard in manifest["shards"]:
+        if shard not in head.files:
+            yield CommitOperationAdd(shard, change.folder / shard)
     for name, record in change.records.items():
-        if records[name] is not head.records.get(name):
-            for file in sorted((change.folder / _folder(record)).iterdir()):
-                added.add(f"{_folder(records[name])}/{file.name}")
-                yield CommitOperationAdd(f"{_folder(records[name])}/{file.name}", file)
-    gone = [record for name, record in head.records.items() if records.get(name) is not record]
-    for path in sorted({path for record in gone for path in head.inside(_folder(record))} - added):
+        if records[name] is head.records.get(name):
+            continue
+        for source, target in zip(_folders(record), _folders(records[name]), strict=False):
+            for file in sorted((change.folder / source).iterdir()):
+                added.add(f"{target}/{file.name}")
+                yield CommitOperationAdd(f"{target}/{file.name}", file)
+    kept = {folder for record in records.values() for folder in _folders(record)}
+    gone = {folder for record in head.records.values() for folder in _folders(record)} - kept
+    stale = {path for folder in gone for path in head.inside(folder)}
+    shards = set(head.manifest["shards"] if head.manifest else ()) - manifest["shards"].keys()
+    for path in sorted((stale | shards) - added):
         yield CommitOperationDelete(path)
 
 

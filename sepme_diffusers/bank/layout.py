@@ -8,11 +8,7 @@ CARD = "README.md"
 # The card's pictures. They stand beside the concepts' folders, are no part of the bank and are never read by it.
 ASSETS = "assets"
 
-TEXT_FILE = "text_increment.safetensors"
 LORA_FILE, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# A per-module increment that is no LoRA: a compact one, or one that acts at further doors too.
-MODULE_FILE = "module_increment.safetensors"
-WEIGHTS = {"text": (TEXT_FILE,), "module": (LORA_FILE, MODULE_FILE)}
 
 LOCK = ".sepme_bank.lock"
 # Everything that a save prepares stands here until it is moved into place.

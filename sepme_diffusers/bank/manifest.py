@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import resources
@@ -15,14 +15,16 @@ from typing import Any
 
 from jsonschema_rs import Draft202012Validator, ValidationError
 
-from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.layout import LORA_CONFIG, WEIGHTS
+from sepme_diffusers.bank.errors import BankError, PolicyError
+from sepme_diffusers.bank.guard_sets import GuardSet, content_name
+from sepme_diffusers.bank.records import TABLES
 from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.text.encoding import TOKENS
 from sepme_diffusers.text.spelling import look_alikes, slug
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 1
 # Parsed, JSON takes up to 30 times its bytes: this bounds the memory that a manifest can claim.
-MAX_BYTES = 8 * 2**20
+MAX_BYTES = 16 * 2**20
 _MAX_DEPTH = 16
 # Beyond it integers are not the same in every JSON reader.
 _MAX_INTEGER = 2**53
@@ -30,15 +32,24 @@ _NO_DIGEST = "0" * 64
 _SHOWN = 20
 # Listing the faults of more values than this takes seconds: then the first has to do.
 _MANY = 30_000
+# What has a line for each of its members, so that a change of one concept is a change of one line.
+_BY_LINE = ("shards", *TABLES, "concepts")
 
 
-def parse(data: bytes, file: Path) -> dict[str, Any]:
+def parse(data: bytes, file: Path, wanted: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the manifest in a file's bytes, if nothing is wrong with it.
+
+    Args:
+        data: The bytes.
+        file: The file, for messages.
+        wanted: Names: then these concepts alone are checked and returned, with what they refer to. Default: all.
 
     Raises:
         BankError: Naming the file and what is wrong with it.
+        KeyError: If it lacks one of the wanted.
+        PolicyError: If `wanted` leaves out a concept that the policy always erases.
     """
-    manifest, faults = examine(data)
+    manifest, faults = examine(data, wanted)
     if manifest is None or faults:
         raise BankError(f"{file} is not a valid bank manifest: {joined(faults)}")
     return manifest
@@ -57,6 +68,12 @@ def is_damaged(data: bytes) -> bool:
     return not isinstance(digest, str) or not _is_digest(digest, data)
 
 
+def records_in(data: bytes) -> dict[str, Any]:
+    """Return every concept's record in the bytes of a manifest, of which the wanted part has been checked."""
+    records: dict[str, Any] = json.loads(data)["concepts"]
+    return records
+
+
 def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
     """Make the bytes of a manifest's file, with its version and its digest.
 
@@ -65,7 +82,7 @@ def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
     """
     head = {"format": "sepme_bank", "version": FORMAT_VERSION, "digest": _NO_DIGEST}
     try:
-        blank = json.dumps(head | dict(manifest) | head, indent=2, ensure_ascii=False, allow_nan=False).encode()
+        blank = _written(head | dict(manifest) | head).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BankError(f"{file} cannot hold this bank: {error}") from error
     # The head comes first, so the first row of zeros is the digest's.
@@ -74,28 +91,98 @@ def seal(manifest: Mapping[str, Any], file: Path) -> bytes:
     return data
 
 
-def examine(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
-    """Read a manifest, if the bytes have the form of one, and list everything that is wrong with it."""
+def _written(manifest: Mapping[str, Any]) -> str:
+    """Write JSON with one line for each key, and for each member of what has many."""
+    members = []
+    for key, value in manifest.items():
+        if key in _BY_LINE and value:
+            lines = ",\n".join(f"{_compact(name)}:{_compact(member)}" for name, member in value.items())
+            members.append(f"{_compact(key)}:{{\n{lines}\n}}")
+        else:
+            members.append(f"{_compact(key)}:{_compact(value)}")
+    return "{\n" + ",\n".join(members) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def examine(data: bytes, wanted: Sequence[str] | None = None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read a manifest, if the bytes have the form of one, and list everything that is wrong with it.
+
+    Args:
+        data: The bytes.
+        wanted: See `parse`.
+
+    Raises:
+        KeyError: See `parse`.
+        PolicyError: See `parse`.
+    """
     if len(data) > MAX_BYTES:
         return None, [f"it has {len(data)} bytes; {MAX_BYTES} are the most"]
     try:
-        manifest = _load(data)
-        size = _size(manifest)
+        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return None, [f"it is not JSON as the format wants it: {_short(error)}"]
     if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
         return None, ["it is not the manifest of a concept bank"]
-    if fault := _newer(manifest.get("version")):
+    if fault := _other_version(manifest.get("version")):
         return None, [fault]
+    if wanted is not None:
+        manifest = _of_wanted(manifest, wanted)
+    try:
+        size = _size(manifest)
+    except (ValueError, RecursionError) as error:
+        return None, [f"it is not JSON as the format wants it: {_short(error)}"]
     if faults := _schema_faults(manifest, all_of_them=size <= _MANY):
         return None, faults
     checks = (
         _digest_faults(manifest, data),
         _fraction_faults(manifest),
+        _table_faults(manifest),
         _name_faults(manifest),
         _file_faults(manifest),
     )
     return manifest, [fault for faults in checks for fault in faults]
+
+
+def _of_wanted(manifest: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Leave out the concepts that are not wanted and what they alone refer to; a malformed manifest stays whole."""
+    concepts, policy = manifest.get("concepts"), manifest.get("policy")
+    always = policy.get("always") if isinstance(policy, dict) else None
+    tables: dict[str, Any] = {table: manifest.get(table) for table in ("shards", *TABLES)}
+    if not isinstance(concepts, dict) or not isinstance(always, list):
+        return manifest
+    if unknown := [name for name in wanted if name not in concepts]:
+        raise KeyError(f"no concepts {unknown} in this bank; it has {_some(concepts)}")
+    if left_out := sorted(map(str, set(map(str, always)) - set(wanted))):
+        raise PolicyError(f"the bank's policy always erases {left_out}; load them as well")
+    records = {name: concepts[name] for name in concepts if name in set(wanted)}
+    if not all(isinstance(part, dict) for part in (*tables.values(), *records.values())):
+        return {**manifest, "concepts": records}
+    keys = {"shards": "shard", "guard_sets": "guards", "wordings": "wording", "configs": "config"}
+    for table, key in keys.items():
+        named = {record.get(key) for record in records.values() if isinstance(record.get(key), str)}
+        if table == "guard_sets":
+            named = _with_extended(tables[table], named)
+        tables[table] = {name: value for name, value in tables[table].items() if name in named}
+    return {**manifest, **tables, "concepts": records}
+
+
+def _with_extended(sets: Mapping[str, Any], named: Iterable[Any]) -> set[Any]:
+    """The sets of these names, and all that they extend."""
+    found: set[Any] = set()
+    for name in named:
+        while isinstance(name, str) and name not in found:
+            found.add(name)
+            values = sets.get(name)
+            name = values.get("extends") if isinstance(values, dict) else None
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{names[:_SHOWN]}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def joined(faults: Iterable[str]) -> str:
@@ -103,16 +190,6 @@ def joined(faults: Iterable[str]) -> str:
     faults = list(faults)
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     return "; ".join(faults[:_SHOWN]) + more
-
-
-def _load(data: bytes) -> Any:
-    return json.loads(
-        data.decode("utf-8"),
-        object_pairs_hook=_no_twins,
-        parse_constant=_no_constant,
-        parse_float=_finite,
-        parse_int=_modest,
-    )
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,28 +204,25 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number")
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{_short(text)} is not finite")
-    return value
-
-
-def _modest(text: str) -> int:
-    if abs(value := int(text)) > _MAX_INTEGER:
-        raise ValueError(f"{_short(text)} is out of range")
-    return value
-
-
 def _size(manifest: Any) -> int:
-    """Count the values. Refuse depth, and text that no file can hold (lone surrogates)."""
+    """Count the values. Refuse depth, numbers out of range, and text that no file can hold (lone surrogates)."""
     size, level = 0, [manifest]
     for _ in range(_MAX_DEPTH):
         size += len(level)
         "".join(text for value in level for text in _texts(value)).encode()
+        for value in level:
+            _refuse_extreme(value)
         level = [child for value in level for child in _children(value)]
     if level:
         raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
     return size
+
+
+def _refuse_extreme(value: Any) -> None:
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    if type(value) is int and abs(value) > _MAX_INTEGER:
+        raise ValueError("an integer is out of range")
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -163,11 +237,11 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else []
 
 
-def _newer(version: Any) -> str | None:
-    if type(version) is int and 1 <= version <= FORMAT_VERSION:
+def _other_version(version: Any) -> str | None:
+    if type(version) is int and version == FORMAT_VERSION:
         return None
     return (
-        f"it is of format version {_short(repr(version))}; this release reads 1 to {FORMAT_VERSION}. "
+        f"it is of format version {_short(repr(version))}; this release reads version {FORMAT_VERSION}. "
         "Upgrade sepme_diffusers to read newer banks"
     )
 
@@ -198,8 +272,6 @@ def _short(text: object) -> str:
 
 
 def _digest_faults(manifest: Mapping[str, Any], data: bytes) -> Iterator[str]:
-    if manifest["version"] == 1:
-        return
     if not _is_digest(manifest["digest"], data):
         yield "it is damaged or was changed (its SHA-256 is not its digest)"
 
@@ -213,13 +285,47 @@ def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     """List integers that are written as fractions: JSON Schema takes 16.0 for an integer, Python does not."""
     whole = {field.name for field in fields(SepMEConfig) if type(field.default) is int}
     base = manifest["base"]
-    numbers = {"base.width": base["width"], "base.n_tokens": base["n_tokens"]}
-    numbers |= {f"base.doors.{name}": width for name, width in base.get("doors", {}).items()}
-    numbers |= {f"base.projections.{name}": d_out for name, (d_out, _) in base["projections"].items()}
+    numbers: dict[str, Any] = {}
+    for name, door in base["doors"].items():
+        numbers |= {
+            f"base.doors.{name}.{key}": door[key] for key in ("width", "n_tokens", "max_length") if key in door
+        }
+    numbers |= {f"base.projections.{name}": d_out for name, (d_out, _) in base.get("projections", {}).items()}
+    numbers |= {f"shards.{name}": shard["bytes"] for name, shard in manifest["shards"].items()}
+    for name, config in manifest["configs"].items():
+        numbers |= {f"configs.{name}.{key}": config[key] for key in whole & config.keys()}
     for name, record in manifest["concepts"].items():
-        numbers[f"concepts.{name}.rank"] = record["rank"]
-        numbers |= {f"concepts.{name}.config.{key}": record["config"][key] for key in whole & record["config"].keys()}
+        numbers |= {f"concepts.{name}.rank": record["rank"]} if "rank" in record else {}
+        for door, places in record.get("rows", {}).items():
+            numbers |= {f"concepts.{name}.rows.{door}[{i}]": place for i, place in enumerate(places)}
     yield from (f"$.{where}: {n} is not written as an integer" for where, n in numbers.items() if type(n) is not int)
+
+
+def _table_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Check that tables are named by what they hold, that what is referred to is there, and chains of guard sets."""
+    for table in TABLES:
+        if wrong := [name for name, value in manifest[table].items() if content_name(value) != name]:
+            yield f"{table}: {_some(wrong)} are not named by their content"
+    yield from _chain_faults(manifest["guard_sets"])
+    keys = {"shard": "shards", "guards": "guard_sets", "wording": "wordings", "config": "configs"}
+    for name, record in manifest["concepts"].items():
+        for key, table in keys.items():
+            if key in record and record[key] not in manifest[table]:
+                yield f"concept {name!r}: its {key} {record[key]!r} is not in {table}"
+
+
+def _chain_faults(sets: Mapping[str, Any]) -> Iterator[str]:
+    """Check that each set extends one that stands before it, and that no prompt is there twice."""
+    made: dict[str, GuardSet] = {}
+    for name, values in sets.items():
+        if (extends := values.get("extends")) is not None and extends not in made:
+            yield f"guard set {name!r} extends {extends!r}, which does not stand before it"
+            return
+        try:
+            made[name] = GuardSet.from_dict(values, made)
+        except ValueError as error:
+            yield f"guard set {name!r}: {error}"
+            return
 
 
 def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -231,22 +337,26 @@ def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Check that each concept has a folder of its own, named after it, and nothing outside."""
+    """Check rows, and that each concept with a folder has one of its own, named after it."""
     holders: dict[str, str] = {}
+    doors = manifest["base"]["doors"]
     for name, record in manifest["concepts"].items():
-        path, weights = record["file"], WEIGHTS[record["form"]]
-        if not re.fullmatch(rf"[a-z0-9-]+/({'|'.join(map(re.escape, weights))})", path):
-            options = " or ".join(f"folder/{file}" for file in weights)
-            yield f"concept {name!r}: {_short(repr(path))} is not a file of a concept's folder ({options})"
+        ranks = {door: behind - first for door, (first, behind) in record.get("rows", {}).items()}
+        for door, rank in ({TOKENS: record["rank"]} if "rank" in record else ranks).items():
+            if door not in doors:
+                yield f"concept {name!r}: it acts at the door {door!r}, which the base lacks"
+            elif not 1 <= rank <= doors[door]["width"]:
+                yield f"concept {name!r}: a rank of {rank} is not from 1 to the width {doors[door]['width']}"
+        if unknown := sorted(record.get("gates", {}).keys() - (ranks.keys() or {TOKENS})):
+            yield f"concept {name!r}: it has gates at the doors {unknown}, where it does not act"
+        if record["form"] == "module" and "projections" not in manifest["base"]:
+            yield f"concept {name!r}: it is per-module, and the base has no projections"
+        folder = record.get("folder") or record.get("adapter", {}).get("folder")
+        if folder is None:
             continue
-        folder = path.split("/")[0]
         own = slug(name)
         if not folder.startswith(own) or not re.fullmatch(r"(-[0-9a-f]{12})*", folder[len(own) :]):
             yield f"concept {name!r}: the folder {folder!r} is not named after it"
         if folder in holders:
             yield f"concept {name!r}: its folder {folder!r} is that of {holders[folder]!r}"
         holders[folder] = name
-        if record["rank"] > manifest["base"]["width"]:
-            yield f"concept {name!r}: a rank of {record['rank']} exceeds the width {manifest['base']['width']}"
-        if wrong := set(record.get("beside", {})) - {LORA_CONFIG}:
-            yield f"concept {name!r}: unknown files beside its weights: {sorted(wrong)}"

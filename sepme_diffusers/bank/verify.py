@@ -15,11 +15,14 @@ import torch
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
-from sepme_diffusers.bank.entry import BaseModel, Entry, base_model, entry_of
+from sepme_diffusers.bank.contents import is_lora, lora_files
+from sepme_diffusers.bank.entries import Entries
+from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.folder import BankFolder, increment_files, sha256
+from sepme_diffusers.bank.folder import BankFolder, hashes
 from sepme_diffusers.bank.layout import CARD, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
 from sepme_diffusers.bank.manifest import examine
+from sepme_diffusers.bank.store import Store
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import leakage
@@ -140,40 +143,41 @@ def _checked(
 def _read(folder: BankFolder) -> _Parts:
     """Read the base, the entries that can be read, faults of the folder, faults by concept, and notes."""
     try:
-        manifest, manifest_faults = examine(folder.manifest_bytes())
+        manifest, faults = examine(folder.manifest_bytes())
     except BankError as error:
         return None, {}, [str(error)], {}, []
-    faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in manifest_faults]
-    if manifest is None:  # without one nothing says what belongs here, and the folder may be a whole disk
+    faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in faults]
+    if manifest is None or faults:
+        # Without a manifest nothing says what belongs here, and the folder may be a whole disk.
         return None, {}, faults, {}, []
-    faults += _strays(folder, manifest["concepts"])
-    entries: dict[str, Entry] = {}
-    by_concept: dict[str, list[str]] = {}
+    faults += _strays(folder, manifest)
+    store, entries = Store(folder, manifest), {}
+    by_concept: dict[str, list[str]] = {name: [] for name in manifest["concepts"]}
+    unreadable = {shard: _faults(folder, shard, said["sha256"]) for shard, said in manifest["shards"].items()}
+    faults += [fault for of_shard in unreadable.values() for fault in of_shard]
     for name, record in manifest["concepts"].items():
-        by_concept[name] = []
+        if unreadable.get(record.get("shard", "")):
+            by_concept[name].append(f"its increment is in {record['shard']}, which is damaged")
+            continue
         try:
-            increment = folder.increment(name, record, manifest["base"])
-            entries[name] = entry_of(name, record, increment)
-        except (BankError, TypeError, ValueError) as error:
+            entries[name] = store.entry(name)
+        except BankError as error:
             by_concept[name].append(str(error))
         by_concept[name] += _beside_faults(folder, record, entries.get(name))
-    return base_model(manifest), entries, faults, by_concept, _notes(manifest)
+    return store.base, entries, faults, by_concept, []
 
 
-def _notes(manifest: Mapping[str, Any]) -> list[str]:
-    if manifest["version"] > 1:
-        return []
-    return [
-        "format version 1 has no digest of its manifest and no hash of adapter_config.json, so a change of these may "
-        "go unnoticed; save the bank again"
-    ]
+def _faults(folder: BankFolder, path: str, digest: str) -> list[str]:
+    try:
+        folder.check(path, digest)
+    except BankError as error:
+        return [str(error)]
+    return []
 
 
-def _strays(folder: BankFolder, concepts: Mapping[str, Any]) -> Iterator[str]:
+def _strays(folder: BankFolder, manifest: Mapping[str, Any]) -> Iterator[str]:
     """List links, special files, names that some systems take for one, and files that the manifest does not name."""
-    named = _HARMLESS | {record["file"] for record in concepts.values()}
-    for record in concepts.values():
-        named |= {_beside(record, name) for name in record.get("beside", _config_of(record))}
+    named = _HARMLESS | hashes(manifest, adapters=True).keys()
     for where, folders, files in os.walk(folder.folder):
         folders[:] = [name for name in folders if Path(where) != folder.folder or name not in _TOOLS]
         yield from _twins(Path(where), [*folders, *files])
@@ -202,35 +206,26 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
 
 
 def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
-    """List what is wrong with the files beside the weights, which are for other tools and never read here."""
-    wanted = dict.fromkeys(_config_of(record)) | record.get("beside", {})
-    for name, digest in wanted.items():
-        path = _beside(record, name)
+    """List what is wrong with the files for other tools, which are never read here."""
+    place = record if "folder" in record else record.get("adapter", {})
+    for name, digest in place.get("files", {}).items():
+        path = f"{place['folder']}/{name}"
+        if name == LORA_FILE and place is record:
+            continue  # the increment itself, which has been read
         try:
-            data = folder.file(path, _MAX_CONFIG)
+            folder.check(path, digest)
         except BankError as error:
             yield str(error)
             continue
-        if digest is not None and sha256(data) != digest:
-            yield f"{folder.folder / path} is damaged or was changed (its SHA-256 is not the manifest's)"
-        elif entry is not None and (keys := _differing(data, entry.increment)):
+        if name == LORA_CONFIG and entry is not None and (keys := _differing(folder.file(path, _MAX_CONFIG), entry)):
             yield f"{folder.folder / path} tells other tools something else than the manifest: {keys}"
 
 
-def _beside(record: Mapping[str, Any], name: str) -> str:
-    return f"{record['file'].rpartition('/')[0]}/{name}"
-
-
-def _config_of(record: Mapping[str, Any]) -> list[str]:
-    """Name the config that a record's weights need beside them: a LoRA's."""
-    return [LORA_CONFIG] if record["file"].endswith(f"/{LORA_FILE}") else []
-
-
-def _differing(data: bytes, increment: Increment) -> list[str]:
-    """List the settings of a PEFT config that are not those of the increment's LoRA."""
-    if increment.form == "text" or increment.is_compact or increment.doors:
-        return ["an increment that is no LoRA has none"]
-    ours = json.loads(increment_files(increment, torch.float32)[LORA_CONFIG])
+def _differing(data: bytes, entry: Entry) -> list[str]:
+    """List the settings of a PEFT config that are not those of a per-module increment's LoRA."""
+    if not is_lora(entry.increment):
+        return []
+    ours = json.loads(lora_files(entry.increment)[LORA_CONFIG])
     try:
         theirs = dict(json.loads(data))
     except (ValueError, TypeError, RecursionError):
@@ -249,7 +244,7 @@ def _entry_faults(entry: Entry, base: BaseModel) -> Iterator[str]:
         yield f"its increment is huge: {norm:.3g} times what it changes; {_HUGE:g} is the most that is plausible"
     if "leakage" not in entry.metrics:
         yield "its metrics do not say how far it moves its guards (metrics.leakage)"
-    if not entry.guards:
+    if not len(entry.guards):
         yield "it guards no prompt"
     elif not entry.exact_guards:
         yield "it guards no prompt exactly (metrics.leakage_of lists all of them), so no pipeline loads it"
@@ -264,7 +259,7 @@ def _own_norm(increment: Increment, base: BaseModel) -> float:
     r = torch.linalg.qr(increment.A.double().T).R.T
     if increment.B is not None:
         return float(torch.linalg.matrix_norm(increment.B.double() @ r, 2))
-    norms = {name: max(norm, 1e-12) for name, (_, norm) in base.projections.items()}
+    norms = {name: max(norm, 1e-12) for name, (_, norm) in (base.projections or {}).items()}
     return max(float((c.double() @ r).norm()) / norms[name] for name, c in (increment.C or {}).items())
 
 
@@ -273,7 +268,7 @@ def _own_norm(increment: Increment, base: BaseModel) -> float:
 
 def _base_fault(pipe: Any, base: BaseModel, entries: Mapping[str, Entry]) -> str | None:
     try:
-        refuse_other_weights(ConceptBank(base, entries), projection_weights(pipe.unet))
+        refuse_other_weights(ConceptBank(base, Entries(entries)), projection_weights(pipe.unet))
     except ValueError as error:
         return str(error)
     return None

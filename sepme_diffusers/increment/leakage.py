@@ -15,6 +15,8 @@ from sepme_diffusers.increment.increment import Increment
 _EXACT = 1e-5
 # A reading this close below the gate may open it where embeddings are rounded in another way.
 _MARGIN = 0.1
+# So many of the damped guards that leak are named.
+_LISTED = 10
 
 
 def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -74,16 +76,27 @@ def _leakage_at_one_door(increment: Increment, tokens: Tensor, weights: Mapping[
 
 
 def leakage_metrics(guards: Sequence[str], leaks: Tensor, damped: Collection[str] = ()) -> dict[str, Any]:
-    """Make the metrics `leakage`, the largest, and `leakage_of`, that of each guard that is not left exactly alone.
+    """State what guards leak: `leakage`, the largest; `leakage_of`, that of single guards; `leakage_rest`, a bound.
+
+    Guards that should be exact are listed if they are not. Of damped ones the ten worst are listed; `leakage_rest` is
+    the largest leak of the others, and is left out where none of them leaks.
 
     Args:
         guards: The prompts.
         leaks: What each of them leaks, (n_prompts,).
-        damped: Prompts that are not guarded exactly: they are listed however little they leak.
+        damped: Prompts that are not guarded exactly.
     """
-    by_guard = dict(zip(guards, leaks.tolist(), strict=True))
-    moved = {guard: _short(leak) for guard, leak in by_guard.items() if leak > _EXACT or guard in damped}
-    return {"leakage": _short(float(leaks.max()))} | ({"leakage_of": moved} if moved else {})
+    damped = set(damped)
+    moved = [(leak, guard) for guard, leak in zip(guards, leaks.tolist(), strict=True) if leak > 0]
+    of_damped = sorted((pair for pair in moved if pair[1] in damped), reverse=True)
+    worst = [pair for pair in of_damped[:_LISTED] if pair[0] > _EXACT]
+    listed = [*(pair for pair in moved if pair[1] not in damped and pair[0] > _EXACT), *worst]
+    metrics: dict[str, Any] = {"leakage": _short(float(leaks.max()))}
+    if listed:
+        metrics["leakage_of"] = {guard: _short(leak) for leak, guard in listed}
+    if rest := of_damped[len(worst) :]:
+        metrics["leakage_rest"] = _short(rest[0][0])
+    return metrics
 
 
 def _short(value: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from sepme_diffusers.increment.increment import Increment
@@ -49,6 +51,15 @@ def to_lora(increment: Increment) -> tuple[dict[str, Tensor], LoraConfig]:
     if increment.doors:
         raise ValueError(f"an increment that acts at the further doors {list(increment.doors)} is not a LoRA")
     return lora({name: (increment.A, c) for name, c in increment.C.items()})
+
+
+def peft_files(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, bytes]:
+    """Give a PEFT LoRA as the files of its folder, the weights first; the same bytes for the same LoRA."""
+    settings = {key: value for key, value in config.to_dict().items() if value is not None}
+    settings["target_modules"] = sorted(settings["target_modules"])
+    plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
+    numbers = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {"adapter_model.safetensors": save(numbers, {"format": "pt"}), "adapter_config.json": plain}
 
 
 def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Increment:

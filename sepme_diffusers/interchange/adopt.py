@@ -91,7 +91,9 @@ def from_lora(
     else:
         refuse_other_base(bank, base)
         refuse_other_text(pipe, [bank])
-    change = read_change(source, pipe.unet, difference, bank.base.doors)
+        bank = replace(bank, base=bank.base.completed_by(base))
+    further = {name: door.width for name, door in bank.base.doors.items() if name != TOKENS}
+    change = read_change(source, pipe.unet, difference, further)
     if not change.inside:
         raise ValueError(
             f"nothing of this eraser can be kept: it leaves attn2.to_k and attn2.to_v as they are and changes "
@@ -167,6 +169,7 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
     tokens = parts[TOKENS]
     guards = tokens.room.prompts(concept)
     further = {door: parts[door].room.encoded(guards).cpu() for door in increments}
+    damped = {name for door in (TOKENS, *increments) for name in parts[door].room.damped}
     leaks = leakage(increment, tokens.room.encoded(guards).cpu(), tokens.weights, further=further)
     metrics = {
         **{name: min(cost[name] for cost in costs) for name in costs[0] if name.startswith("effect")},
@@ -177,9 +180,9 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(tokens.room.null(concept)),
-        **leakage_metrics(guards, leaks, {name for door in (TOKENS, *increments) for name in parts[door].room.damped}),
+        **leakage_metrics(guards, leaks, damped),
     }
-    return Entry(concept, increment, tokens.room.config, guards, metrics)
+    return Entry(concept, increment, tokens.room.config, tokens.room.guard_set(not damped), metrics)
 
 
 def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:

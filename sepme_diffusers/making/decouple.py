@@ -14,6 +14,7 @@ from sepme_diffusers.algebra.subspace import project
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import Entry
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.guards import Guards
@@ -55,21 +56,22 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     refuse_other_weights(bank, weights)
     refuse_other_text(pipe, [bank])
     encoded, decoupled = Encoded(pipe), []
-    for name, entry in bank.items():
-        if unknown := [other for other in bank if other != name and other not in entry.guards]:
-            decoupled.append(_decoupled(entry, unknown, bank, encoded, weights))
+    for name in bank:
+        guards = bank.entries.outline(name).guards
+        if unknown := [other for other in bank if other != name and other not in guards]:
+            decoupled.append(_decoupled(bank[name], unknown, bank, encoded, weights))
     return bank.with_entries(decoupled)
 
 
 def _decoupled(
     entry: Entry, unknown: list[str], bank: ConceptBank, encoded: Encoded, weights: Mapping[str, Tensor]
 ) -> Entry:
-    guards, concept = (*entry.guards, *unknown), entry.concept
-    damped = entry.metrics.get("leakage_of", {})
-    hard = [prompt for prompt in entry.guards if prompt not in bank and prompt not in damped]
-    names = [name for name in (*bank, *damped) if name != concept.name]
+    concept = entry.concept
+    names = list(dict.fromkeys((*bank, *entry.guards.damped)))
+    others = [name for name in names if name != concept.name]
+    hard = [prompt for prompt in entry.guards.exact if prompt not in names]
     parts = {TOKENS: entry.increment, **entry.increment.doors}
-    rooms = {door: Guards(encoded.at(door), hard, names, entry.config) for door in parts}
+    rooms = {door: Guards(encoded.at(door), hard, others, entry.config) for door in parts}
     projected = {door: _projected(part, concept, rooms[door]) for door, part in parts.items()}
     share = min(_effect_kept(part, projected[door], concept, rooms[door], weights) for door, part in parts.items())
     if share < _LEAST_KEPT:
@@ -78,16 +80,18 @@ def _decoupled(
             f"(share of its effect: {share:.1e}); make it anew with fewer guards"
         )
     increment = replace(projected.pop(TOKENS), doors=projected)
+    exact = all(room.exact for room in rooms.values())
     metrics = {
-        **{key: value for key, value in entry.metrics.items() if key != "leakage_of"},
-        **LeakageMeter(encoded, weights).metrics(
-            increment, guards, {n for room in rooms.values() for n in room.damped}
-        ),
+        **{key: value for key, value in entry.metrics.items() if not key.startswith("leakage")},
+        **LeakageMeter(encoded, weights).metrics(increment, [*hard, *others], () if exact else others),
         "dimensions_left": len(rooms[TOKENS].null(concept)),
         "effect_kept": round(share * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
     }
-    return replace(entry, increment=increment, guards=guards, metrics=metrics)
+    known = [outline.guards.set for outline in bank.entries.outlines().values()]
+    # With its own name, so that all entries share one set.
+    guards = GuardSet.of((*hard, *names), (), known) if exact else GuardSet.of(hard, names, known)
+    return replace(entry, increment=increment, guard_set=guards, metrics=metrics)
 
 
 def _projected(old: Increment, concept: Concept, room: Guards) -> Increment:

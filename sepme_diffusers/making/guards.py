@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from sepme_diffusers.algebra.subspace import null_space, row_space
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import Encoded, rows
@@ -78,6 +79,17 @@ class Guards:
     def prompts(self, concept: Concept) -> tuple[str, ...]:
         """Return what an increment of the concept guards: the hard prompts, and every name but its own."""
         return (*self.hard, *(name for name in self.names if name != concept.name))
+
+    def guard_set(self, exact: bool, known: Iterable[GuardSet] = ()) -> GuardSet:
+        """Return what every increment of the bank guards, as an extension of a known set where that is possible.
+
+        Args:
+            exact: Whether names are guarded exactly, at every door.
+            known: The bank's sets.
+        """
+        if exact:
+            return GuardSet.of((*self.hard, *self.names), (), known)
+        return GuardSet.of(self.hard, self.names, known)
 
     @property
     def damped(self) -> tuple[str, ...]:

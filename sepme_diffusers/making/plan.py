@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.guards import Guards
@@ -60,6 +61,10 @@ class Problem:
     def damped(self) -> tuple[str, ...]:
         """The names that are not guarded exactly at one of the doors."""
         return () if self.exact else self.guards.names
+
+    def guard_set(self, known: Iterable[GuardSet] = ()) -> GuardSet:
+        """Return what every increment of this problem guards, see `Guards.guard_set`."""
+        return self.guards.guard_set(self.exact, known)
 
     def factors(self, concept: Concept, null: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for A (r, d) and B (d, r), float64, with A in the null space (k, d).

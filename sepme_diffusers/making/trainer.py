@@ -15,7 +15,7 @@ from sepme_diffusers.algebra.closed_form import output_factor
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_base, refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.fingerprint import heights_and_norms
+from sepme_diffusers.bank.fingerprint import Fingerprint, heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
@@ -108,13 +108,16 @@ class SepMETrainer:
         concepts, problem, bank = self._prepared(concepts, bank)
         if self._solver.trains and self.config.parametrisation == "module":
             refuse_other_base(bank, self.base())
+            bank = replace(bank, base=bank.base.completed_by(self.base()))
         pictures = self._checked(pictures or {}, concepts)
         plans = [Plan.of(concept, problem, self._solver) for concept in concepts]
         joint = self.config.coupling == "joint" and self._solver.trains
         groups = [plans] if joint else [[plan] for plan in plans]
         with unedited(self.pipe):
-            entries = shared_out(groups, lambda group: self._entries(group, problem, pictures))
-        return bank.with_entries(entry for group in entries for entry in group)
+            made = shared_out(groups, lambda group: self._entries(group, problem, pictures))
+        known = [outline.guards.set for outline in bank.entries.outlines().values()]
+        guards = problem.guard_set(known)
+        return bank.with_entries(replace(entry, guard_set=guards) for group in made for entry in group)
 
     def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
         """Tell what there is room for, by concept, before anything is made.
@@ -155,9 +158,8 @@ class SepMETrainer:
         name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
         if Path(name).is_dir():  # whoever gets the bank has no use for a path of this machine
             name = Path(name).name
-        width = next(iter(self._weights.values())).shape[1]
-        doors = {door: self._encoded.at(door)([BLANK]).shape[-1] for door in self._encoded.further_doors}
-        return BaseModel(name, width, self.pipe.tokenizer.model_max_length, heights_and_norms(self._weights), doors)
+        text = Fingerprint.of_text(self.pipe)
+        return BaseModel(name, text.doors, text.vocabularies, heights_and_norms(self._weights))
 
     def _prepared(
         self, concepts: Iterable[Concept | str], bank: ConceptBank | None
@@ -240,7 +242,7 @@ class SepMETrainer:
             increment = self._finished(plan, solution.increment, problem)
             leakage = self._meter.metrics(increment, plan.guards, problem.damped)
             metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **solution.metrics, **leakage}
-            entries.append(Entry(plan.concept, increment, self.config, plan.guards, metrics))
+            entries.append(Entry(plan.concept, increment, self.config, problem.guard_set(), metrics))
         return entries
 
     @staticmethod

@@ -65,7 +65,7 @@ def check_before(
         )
     if not text_encoders(pipe):
         return 0.0
-    least = text_check.least(pipe, **encode_settings)
+    least = text_check.least(pipe, keys, **encode_settings)
     _refuse_rounded_away(pipe, snapshot, keys, least)
     return least
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers.utils import logging
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.compatibility import has_per_module, refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.doors.linears import other_text_readers, projection_weights
 from sepme_diffusers.doors.registry import drawing_denoisers
@@ -306,7 +306,7 @@ class SepMELoaderMixin:
 
     def _refuse_other_base(self, bank: ConceptBank) -> None:
         """Check that a bank was made for this pipeline's text encoders and, where that matters, denoiser."""
-        per_module = any(entry.increment.form == "module" for entry in bank.values())
+        per_module = has_per_module(bank)
         for name, denoiser in drawing_denoisers(self).items():
             if per_module and (others := other_text_readers(denoiser)):
                 raise ValueError(

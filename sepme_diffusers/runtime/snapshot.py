@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import Entry, Outline
 from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.increment.increment import Increment
@@ -48,13 +49,14 @@ class Stacks:
     """The stacked factors of all loaded increments; made when they are first needed, by whichever thread.
 
     Args:
-        increments: Of all loaded banks, in the one order in which they are added up.
+        outlines: Of all loaded banks, in the one order in which they are added up. Numbers are read when an increment
+            is first stacked.
     """
 
-    def __init__(self, increments: Mapping[Key, Increment]) -> None:
-        self._groups = _grouped(increments)
-        self._versions = {key: _versions(increment) for key, increment in increments.items()}
-        self._increments = increments
+    def __init__(self, outlines: Mapping[Key, Outline]) -> None:
+        self._outlines, self._groups = outlines, _grouped(outlines)
+        # Of what is in memory already; of the rest when it is read.
+        self._versions = {key: _versions(entry) for key, entry in outlines.items() if isinstance(entry, Entry)}
         self._lock = threading.Lock()
         self._known: dict[tuple[str, tuple[Key, ...], int | None], Stack] = {}
 
@@ -72,30 +74,35 @@ class Stacks:
             fixed_shape: A compiled graph must not change with the set: then the empty set has a stack too, with a mask
                 of zeros, and stacks of few increments are filled up.
         """
-        members = self._groups[group]
-        chosen = {key: members[key] for key in members if key in set(asked)}
+        ranks = self._groups[group]
+        chosen = [key for key in ranks if key in set(asked)]
         if not chosen and not fixed_shape:
             return None
-        d, width = next(iter(members.values())).A.shape[1], None
-        if _ranks(members) <= d:
-            chosen = members
-        else:
-            chosen = chosen or dict([next(iter(members.items()))])
-            if fixed_shape:
-                width = d
-                while width < _ranks(chosen):
-                    width *= 2
+        chosen, width = chosen or [next(iter(ranks))], None
+        d = self._part(group, chosen[0]).A.shape[1]
+        if sum(ranks.values()) <= d:
+            chosen = list(ranks)
+        elif fixed_shape:
+            width = d
+            while width < sum(ranks[key] for key in chosen):
+                width *= 2
         identity = (group, tuple(chosen), width)
         with self._lock:
             if identity not in self._known:
                 self._refuse_changed(chosen)
                 # Sets of very many concepts come and go: keep the last few.
                 kept = list(self._known.items())[-7:]
-                self._known = {**dict(kept), identity: Stack(chosen, width)}
+                self._known = {**dict(kept), identity: Stack({k: self._part(group, k) for k in chosen}, width)}
             return self._known[identity]
 
+    def _part(self, group: str, key: Key) -> Increment:
+        """What a concept's increment does at a door, or behind Linears."""
+        increment = self._outlines[key].increment
+        return increment if group in (TOKENS, MODULE) else increment.doors[group]
+
     def _refuse_changed(self, chosen: Iterable[Key]) -> None:
-        if changed := [key for key in chosen if _versions(self._increments[key]) != self._versions[key]]:
+        now = {key: _versions(self._outlines[key]) for key in chosen}
+        if changed := [key for key, versions in now.items() if self._versions.setdefault(key, versions) != versions]:
             raise ErasureNotInForce(
                 f"tensors of the loaded increments {changed} were changed in place; load the bank again"
             )
@@ -110,25 +117,21 @@ class Stacks:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        self._versions = {key: _versions(increment) for key, increment in self._increments.items()}
+        self._versions = {key: _versions(entry) for key, entry in self._outlines.items() if isinstance(entry, Entry)}
 
 
-def _versions(increment: Increment) -> tuple[int, ...]:
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in increment.tensors().values())
+def _versions(outline: Outline) -> tuple[int, ...]:
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in outline.increment.tensors().values())
 
 
-def _grouped(increments: Mapping[Key, Increment]) -> dict[str, dict[Key, Increment]]:
-    """Increments by where they act; an increment that edits several doors is in several groups."""
-    groups: dict[str, dict[Key, Increment]] = {}
-    for key, increment in increments.items():
-        groups.setdefault(TOKENS if increment.C is None else MODULE, {})[key] = increment
-        for door, further in increment.doors.items():
-            groups.setdefault(door, {})[key] = further
+def _grouped(outlines: Mapping[Key, Outline]) -> dict[str, dict[Key, int]]:
+    """Ranks by where increments act; an increment that edits several doors is in several groups."""
+    groups: dict[str, dict[Key, int]] = {}
+    for key, outline in outlines.items():
+        for door, rank in outline.ranks.items():
+            group = MODULE if door == TOKENS and outline.form == "module" else door
+            groups.setdefault(group, {})[key] = rank
     return groups
-
-
-def _ranks(increments: Mapping[Key, Increment]) -> int:
-    return sum(increment.rank for increment in increments.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +160,12 @@ class Snapshot:
             ValueError: If one spelling would stand for two concepts.
         """
         banks = dict(sorted(banks.items()))
-        increments = {
-            (name, concept): entry.increment for name, bank in banks.items() for concept, entry in bank.items()
+        outlines = {
+            (name, concept): outline
+            for name, bank in banks.items()
+            for concept, outline in bank.entries.outlines().items()
         }
-        return cls(banks, options, standing, Names(banks), Stacks(increments))
+        return cls(banks, options, standing, Names(banks), Stacks(outlines))
 
     def erasing(self, standing: Strengths) -> Snapshot:
         """Return the same banks with another standing set."""

@@ -7,7 +7,7 @@ embeddings depend on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.guard_readings import GuardReadings
+from sepme_diffusers.bank.guard_readings import GuardReadings, sampled
 from sepme_diffusers.doors.attachment import ErasureNotInForce
+from sepme_diffusers.runtime.erased_sets import Key
 from sepme_diffusers.runtime.samples import samples
 from sepme_diffusers.text.encoders import autocast_of, text_encoders
 
@@ -35,24 +36,29 @@ class TextCheck:
 
     def __init__(self, banks: Mapping[str, ConceptBank]) -> None:
         self.banks = banks
-        self._readings = GuardReadings(banks.values())
+        entries = sampled(banks)
+        self._sampled, self._readings = frozenset(entries), GuardReadings(entries)
         self._lock = threading.Lock()
         self._calls = 0
-        # By the settings of `encode_prompt`: the state that was measured, and what a reading must exceed there.
-        self._known: dict[str, tuple[Any, float]] = {}
+        # By the settings of `encode_prompt`: the state that was measured, what a reading must exceed there, and the
+        # same for increments that are not in the sample.
+        self._known: dict[str, tuple[Any, float, dict[Key, float]]] = {}
 
     @property
     def prompts(self) -> list[str]:
         """The guards that are encoded."""
         return self._readings.prompts
 
-    def least(self, pipe: Any, **settings: Any) -> float:
+    def least(self, pipe: Any, keys: Iterable[Key], **settings: Any) -> float:
         """Return what a reading must exceed to count on this pipeline, as a share of ‖e‖ ‖a‖.
 
         Measured at the first call, whenever something that the embeddings depend on has changed, and at every 50th.
 
+        Of banks of very many concepts a sample is measured, and of the others those that are asked for.
+
         Args:
             pipe: The pipeline.
+            keys: The concepts that shall act.
             settings: Of its `encode_prompt`, as the call has them (`clip_skip`, `lora_scale`).
 
         Raises:
@@ -68,26 +74,17 @@ class TextCheck:
             return 0.0
         with self._lock:
             state, chosen = _state(pipe, self.prompts), str(sorted(settings.items()))
-            known, least = self._known.get(chosen, (None, 0.0))
+            known, least, others = self._known.get(chosen, (None, 0.0, {}))
             if state != known or self._calls % EVERY == 0:
-                least = self._measured(pipe, settings)
-                self._known = {**dict(list(self._known.items())[-7:]), chosen: (state, least)}
+                least, others = _measured(self._readings, pipe, settings), {}
+                self._known = {**dict(list(self._known.items())[-7:]), chosen: (state, least, others)}
+            rest = [key for key in keys if key not in self._sampled]
+            for key in rest:
+                if key not in others:
+                    outline = self.banks[key[0]].entries.outline(key[1])
+                    others[key] = _measured(GuardReadings({key: outline}), pipe, settings)
             self._calls += 1
-            return least
-
-    def _measured(self, pipe: Any, settings: Mapping[str, Any]) -> float:
-        try:
-            reading = self._readings.measure(pipe, **settings)
-        except ValueError as error:
-            raise ErasureNotInForce(f"the text encoder has changed: {error}") from error
-        if reading.foreign:
-            raise ErasureNotInForce(
-                "the text encoder has changed since the bank was loaded, or is not the one that it was made for: "
-                "prompts that the increments guard are read by them (share of the embedding: "
-                f"{dict(reading.foreign)}). Undo what changed the text encoder or tokenizer, or load a bank that was "
-                "made with them"
-            )
-        return _MARGIN * reading.largest
+            return max([least, *(others[key] for key in rest)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
@@ -95,6 +92,22 @@ class TextCheck:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -> float:
+    """What a reading must exceed on a pipeline, or an exception."""
+    try:
+        reading = readings.measure(pipe, **settings)
+    except ValueError as error:
+        raise ErasureNotInForce(f"the text encoder has changed: {error}") from error
+    if reading.foreign:
+        raise ErasureNotInForce(
+            "the text encoder has changed since the bank was loaded, or is not the one that it was made for: "
+            "prompts that the increments guard are read by them (share of the embedding: "
+            f"{dict(reading.foreign)}). Undo what changed the text encoder or tokenizer, or load a bank that was "
+            "made with them"
+        )
+    return _MARGIN * reading.largest
 
 
 def _state(pipe: Any, prompts: list[str]) -> Any:

@@ -52,12 +52,12 @@ def text_check(runner: Runner) -> Iterator[Figure]:
     """
     pipe = runner.large
     bank = synthetic_bank(pipe, 50, "text", alike_prompts(pipe, MOST_PROMPTS))
-    known = TextCheck({"bank": bank})
+    known, keys = TextCheck({"bank": bank}), [("bank", name) for name in bank]
     with loaded(pipe, bank), torch.no_grad():
         pipe.set_erased(list(bank))
         acts: dict[str, Callable[[], Any]] = {
-            "first": lambda: TextCheck({"bank": bank}).least(pipe),
-            "next": lambda: known.least(pipe),
+            "first": lambda: TextCheck({"bank": bank}).least(pipe, keys),
+            "next": lambda: known.least(pipe, keys),
             "all": pipe.check_erased,
             "step": one_pass(runner, pipe, plain_twin(pipe).unet),
         }

@@ -12,7 +12,8 @@ from torch import Tensor
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.fingerprint import heights_and_norms
+from sepme_diffusers.bank.fingerprint import Fingerprint, heights_and_norms
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
@@ -47,8 +48,10 @@ def synthetic_bank(pipe: SepMEPipeline, size: int, form: str, guards: Sequence[s
             return Increment(a, B=factor(d, RANK))
         return Increment(a, C={name: factor(d_out, RANK) for name, (d_out, _) in shapes.items()})
 
-    entries = [Entry(Concept(f"c{index}"), increment(), SepMEConfig(), tuple(guards)) for index in range(size)]
-    base = BaseModel("random weights", d, pipe.tokenizer.model_max_length, shapes)
+    guard_set = GuardSet(tuple(guards))
+    entries = [Entry(Concept(f"c{index}"), increment(), SepMEConfig(), guard_set) for index in range(size)]
+    text = Fingerprint.of_text(pipe)
+    base = BaseModel("random weights", text.doors, text.vocabularies, shapes)
     return ConceptBank(base).with_entries(entries)
 
 

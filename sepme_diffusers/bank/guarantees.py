@@ -1,0 +1,79 @@
+"""Guarantees: what a bank promises for guarded prompts, looked up one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from sepme_diffusers.bank.entry import Guarantee, Outline
+from sepme_diffusers.bank.guard_sets import GuardSet
+
+
+class Guarantees(Mapping[str, Guarantee]):
+    """What a bank promises for each guarded prompt and each concept's name, whichever concepts are erased.
+
+    Args:
+        outlines: The bank's.
+    """
+
+    def __init__(self, outlines: Mapping[str, Outline]) -> None:
+        self._outlines = outlines
+
+    def __getitem__(self, prompt: str) -> Guarantee:
+        if prompt not in self._prompts:
+            raise KeyError(f"no increment of this bank guards {prompt!r}, and it is no concept's name")
+        unaware: list[str] = []
+        leakage = self._listed.get(prompt, 0.0)
+        held: dict[GuardSet, bool] = {}
+        damped: dict[GuardSet, bool] = {}
+        for part in self._parts:
+            earlier = part.extends
+            held[part] = part.has_own(prompt) or (earlier is not None and held[earlier])
+            damped[part] = prompt in part.damped or (earlier is not None and damped[earlier])
+        for guards, names in self._by_set.items():
+            if not held[guards]:
+                unaware += [name for name in names if name != prompt]
+            elif damped[guards] and names != [prompt]:
+                leakage = max(leakage, self._rest[guards])
+        return Guarantee(not leakage and not unaware, leakage, tuple(unaware))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @cached_property
+    def _by_set(self) -> dict[GuardSet, list[str]]:
+        """The concepts by the set that guards them."""
+        groups: dict[GuardSet, list[str]] = {}
+        for name, outline in self._outlines.items():
+            groups.setdefault(outline.guards.set, []).append(name)
+        return groups
+
+    @cached_property
+    def _parts(self) -> list[GuardSet]:
+        """Every set and what it extends, each once, and after what it extends."""
+        return list(dict.fromkeys(part for guards in self._by_set for part in guards.chain()))
+
+    @cached_property
+    def _prompts(self) -> dict[str, None]:
+        guarded = (prompt for part in self._parts for prompt in (*part.exact, *part.damped))
+        return dict.fromkeys([*guarded, *self._outlines])
+
+    @cached_property
+    def _listed(self) -> dict[str, float]:
+        """The largest leak of each prompt that some increment is known to move."""
+        largest: dict[str, float] = {}
+        for outline in self._outlines.values():
+            for prompt, leak in outline.metrics.get("leakage_of", {}).items():
+                largest[prompt] = max(leak, largest.get(prompt, 0.0))
+        return largest
+
+    @cached_property
+    def _rest(self) -> dict[GuardSet, float]:
+        """The largest leak of damped prompts that are not listed, by set."""
+        return {
+            guards: max(self._outlines[name].metrics.get("leakage_rest", 0.0) for name in names)
+            for guards, names in self._by_set.items()
+        }

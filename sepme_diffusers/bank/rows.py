@@ -1,0 +1,89 @@
+"""Increments as rows: the tensors that stand in shards, an increment's digest, and back. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.encoding import TOKENS
+
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_C = f"{TOKENS}.C."
+
+
+def as_rows(increment: Increment) -> dict[str, Tensor]:
+    """Give an increment as tensors with one row per rank, sorted by name.
+
+    "<door>.A" (r, d) and "<door>.B", the transposed B (r, d), of every door; in per-module form "tokens.C.<module>",
+    the transposed C_m (r, d_out), instead of "tokens.B".
+
+    Args:
+        increment: The increment.
+    """
+    rows = {f"{TOKENS}.A": increment.A}
+    if increment.B is not None:
+        rows[f"{TOKENS}.B"] = increment.B.T
+    rows |= {_C + module: c.T for module, c in (increment.C or {}).items()}
+    for door, part in increment.doors.items():
+        further = as_rows(part)
+        rows |= {f"{door}.{factor}": further[f"{TOKENS}.{factor}"] for factor in "AB"}
+    return {name: rows[name].detach().cpu().contiguous() for name in sorted(rows)}
+
+
+def from_rows(rows: Mapping[str, Tensor], gates: Mapping[str, float]) -> Increment:
+    """Make the increment of which `as_rows` gave the rows.
+
+    Args:
+        rows: The tensors by name.
+        gates: {door: gate}; doors without a gate are left out.
+
+    Raises:
+        ValueError: If these are not the rows of an increment, or a gate is of a door that it lacks.
+    """
+    c = {name.removeprefix(_C): tensor.T.contiguous() for name, tensor in rows.items() if name.startswith(_C)}
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name in (name for name in rows if not name.startswith(_C)):
+        door, _, factor = name.rpartition(".")
+        factors.setdefault(door, {})[factor] = rows[name]
+    own = factors.pop(TOKENS, {})
+    wrong = {door: sorted(of_door) for door, of_door in factors.items() if of_door.keys() != {"A", "B"}}
+    if own.keys() != ({"A"} if c else {"A", "B"}) or wrong:
+        raise ValueError(f"these tensors are not an increment's: {sorted(rows)}")
+    if unknown := sorted(gates.keys() - {TOKENS, *factors}):
+        raise ValueError(f"there are gates for the doors {unknown}, which the increment lacks")
+    doors = {door: Increment(f["A"], f["B"].T.contiguous(), gate=gates.get(door)) for door, f in factors.items()}
+    b = own["B"].T.contiguous() if "B" in own else None
+    return Increment(own["A"], b, c or None, gates.get(TOKENS), doors)
+
+
+def digest(rows: Mapping[str, Tensor]) -> str:
+    """Hash the rows of an increment: SHA-256, in hexadecimal digits, of their header as JSON and of their bytes.
+
+    The header is [[name, type, shape], ...] in the order of the names, without spaces.
+
+    Args:
+        rows: See `as_rows`.
+    """
+    header = [[name, _DTYPES[rows[name].dtype], list(rows[name].shape)] for name in sorted(rows)]
+    hashed = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
+    for name in sorted(rows):
+        hashed.update(as_bytes(rows[name]))
+    return hashed.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the numbers of a contiguous tensor on the CPU as bytes."""
+    numbers: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(numbers).cast("B")
+
+
+def ranks_of(rows: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the number of rows of each door, the tokens' first."""
+    ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in rows.items() if name.endswith(".A")}
+    return {TOKENS: ranks.pop(TOKENS)} | ranks

@@ -1,0 +1,163 @@
+"""Store: the entries of a bank's folder, each read and checked when somebody asks for its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from sepme_diffusers.bank.entries import Entries, StoredEntry
+from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.folder import BankFolder, hashes, sha256
+from sepme_diffusers.bank.layout import LORA_FILE
+from sepme_diffusers.bank.records import Shared, Tables, base_from_dict
+from sepme_diffusers.bank.rows import from_rows
+from sepme_diffusers.bank.shards import ShardFile
+from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.peft_form import from_lora
+from sepme_diffusers.text.encoding import TOKENS
+
+# What a safetensors header takes for the two tensors of a module, generously.
+_HEADER = 2048
+_MAX_BYTES = 4 * 2**30
+
+
+class Store:
+    """What a folder holds of a bank.
+
+    Args:
+        folder: The folder.
+        manifest: Its manifest, or the part of it that is wanted; valid.
+    """
+
+    def __init__(self, folder: BankFolder, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.base: BaseModel = base_from_dict(manifest["base"])
+        self.tables = Tables.of(manifest)
+        self.shared = Shared(self.tables)
+        self._shards: dict[str, ShardFile] = {}
+
+    def open(self) -> None:
+        """Check every file that the concepts need against its hash, and open the shards.
+
+        A shard that is open stays readable whatever becomes of the file, so that a bank is whole once it is loaded.
+
+        Raises:
+            BankError: If a file is missing, damaged, unsafe, or larger than its shapes allow.
+        """
+        most = {name: shard["bytes"] for name, shard in self.manifest["shards"].items()}
+        for record in self.manifest["concepts"].values():
+            if "folder" in record:
+                most[f"{record['folder']}/{LORA_FILE}"] = _largest(record, self.base)
+        for path, digest in hashes(self.manifest).items():
+            file = self.folder.check(path, digest, most[path])
+            if path in self.manifest["shards"]:
+                self._shards[path] = ShardFile(file)
+
+    def entries(self) -> Entries:
+        """Return the entries; their numbers are read when somebody asks.
+
+        Raises:
+            BankError: If settings or prompts are unusable.
+        """
+        self._refuse_unusable()
+        return Entries(
+            {
+                name: StoredEntry(record, self.tables, self.shared.guarded(name, record), partial(self.entry, name))
+                for name, record in self.manifest["concepts"].items()
+            }
+        )
+
+    def _refuse_unusable(self) -> None:
+        """Make everything that many entries share, once."""
+        seen: set[tuple[str, str]] = set()
+        for name, record in self.manifest["concepts"].items():
+            if (shared := (record["wording"], record["config"])) not in seen:
+                seen.add(shared)
+                self._checked(name, lambda name=name, record=record: self.shared.concept(name, record))
+                self._checked(name, lambda record=record: self.shared.config(record))
+
+    def entry(self, name: str) -> Entry:
+        """Read a concept's entry.
+
+        Raises:
+            BankError: If what is stored is not what the manifest says, or no entry.
+        """
+        record = self.manifest["concepts"][name]
+        increment = self.increment(name)
+        concept = self._checked(name, lambda: self.shared.concept(name, record))
+        config = self._checked(name, lambda: self.shared.config(record))
+        return Entry(concept, increment, config, self.shared.guard_sets[record["guards"]], record["metrics"])
+
+    def increment(self, name: str) -> Increment:
+        """Read a concept's increment.
+
+        Raises:
+            BankError: If its file is missing, damaged, larger than its shapes allow, or holds no such increment.
+        """
+        record = self.manifest["concepts"][name]
+        increment = self._from_folder(name, record) if "folder" in record else self._from_shard(name, record)
+        if wrong := _misfit(increment, record, self.base):
+            raise BankError(f"concept {name!r} in {self.folder.folder} does not fit the manifest: {wrong}")
+        return increment
+
+    def _from_shard(self, name: str, record: Mapping[str, Any]) -> Increment:
+        shard = record["shard"]
+        if shard not in self._shards:
+            declared = self.manifest["shards"][shard]
+            self._shards[shard] = ShardFile(self.folder.check(shard, declared["sha256"], declared["bytes"]))
+        try:
+            rows = self._shards[shard].rows(record["rows"], record["digest"])
+        except BankError as error:
+            raise BankError(f"concept {name!r}: {error}") from error
+        return self._checked(name, lambda: from_rows(rows, record.get("gates", {})))
+
+    def _from_folder(self, name: str, record: Mapping[str, Any]) -> Increment:
+        path = f"{record['folder']}/{LORA_FILE}"
+        data = self.folder.file(path, _largest(record, self.base))
+        if sha256(data) != record["files"][LORA_FILE]:
+            raise BankError(
+                f"concept {name!r}: {self.folder.folder / path} is damaged or was changed (its SHA-256 is not the "
+                "manifest's)"
+            )
+        try:
+            tensors = load_tensors(data)
+        except SafetensorError as error:
+            raise BankError(f"concept {name!r}: {self.folder.folder / path} cannot be read: {error}") from error
+        return self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
+
+    def _checked(self, name: str, make: Any) -> Any:
+        try:
+            return make()
+        except (TypeError, ValueError) as error:
+            raise BankError(f"concept {name!r} in {self.folder.folder} is not valid: {error}") from error
+
+
+def _largest(record: Mapping[str, Any], base: BaseModel) -> int:
+    """Count the most bytes that a LoRA of this rank for this base can take, in float64."""
+    heights = [d_out for d_out, _ in (base.projections or {}).values()]
+    numbers = sum(record["rank"] * (base.width + height) for height in heights)
+    return min(8 * numbers + _HEADER * (len(heights) + 1), _MAX_BYTES)
+
+
+def _misfit(increment: Increment, record: Mapping[str, Any], base: BaseModel) -> str:
+    """Say what of an increment is not as the manifest says; empty if all is."""
+    misfits = []
+    if increment.form != record["form"]:
+        misfits.append(f"form {increment.form!r}, not {record['form']!r}")
+    if "rank" in record and increment.rank != record["rank"]:
+        misfits.append(f"rank {increment.rank}, not {record['rank']}")
+    for door, part in {TOKENS: increment, **increment.doors}.items():
+        if door not in base.doors or part.A.shape[1] != base.doors[door].width:
+            misfits.append(
+                f"width {part.A.shape[1]} at the door {door!r}, which the base lacks or has of another width"
+            )
+    if increment.C is not None:
+        heights = {name: d_out for name, (d_out, _) in (base.projections or {}).items()}
+        wrong = {name for name, _ in {name: len(c) for name, c in increment.C.items()}.items() ^ heights.items()}
+        misfits += [f"other modules or heights than the base's: {sorted(wrong)}"] if wrong else []
+    return ", ".join(misfits)
