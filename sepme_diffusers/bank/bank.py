@@ -21,7 +21,7 @@ from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.bank.guarantees import Guarantees
 from sepme_diffusers.bank.hub import HubBank, pull
 from sepme_diffusers.text.encoding import TOKENS
-from sepme_diffusers.text.names import listed
+from sepme_diffusers.text.names import listed, some
 
 # How many concepts a line and a table show.
 _NAMED, _ROWS = 5, 20
@@ -54,7 +54,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
-            raise KeyError(f"no concept {name!r} in this bank; it has {list(self.entries)}")
+            raise KeyError(f"no concept {name!r} in this bank; it has {some(self.entries)}")
         return self.entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -119,7 +119,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         """
         wanted = listed(names)
         if unknown := [name for name in wanted if name not in self.entries]:
-            raise KeyError(f"no concepts {unknown} in this bank; it has {list(self.entries)}")
+            raise KeyError(f"no concepts {some(unknown)} in this bank; it has {some(self.entries)}")
         if left_out := sorted(set(self.always) - set(wanted)):
             raise PolicyError(f"the bank's policy always erases {left_out}; keep them in the subset")
         return replace(self, entries=self.entries.only(wanted))

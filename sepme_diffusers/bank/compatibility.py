@@ -12,6 +12,7 @@ from sepme_diffusers.bank.entry import BaseModel, has_exact_guard
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.bank.guard_readings import GuardReadings, sampled
 from sepme_diffusers.text.encoders import text_encoders
+from sepme_diffusers.text.names import some
 
 
 def refuse_other_weights(bank: ConceptBank, weights: Mapping[str, Tensor]) -> None:
@@ -79,7 +80,7 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
     unknown = [name for bank in banks for name, o in bank.entries.outlines().items() if not has_exact_guard(o)]
     if unknown:
         raise ValueError(
-            f"{unknown}: no guard is exact (metrics.leakage_of lists those that are not), so it cannot be seen "
+            f"{some(unknown)}: no guard is exact (metrics.leakage_of lists those that are not), so it cannot be seen "
             "whether the bank was made for this pipeline's text encoder; make these concepts again with a guard that "
             "is exact"
         )
@@ -92,5 +93,5 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
     if foreign := GuardReadings(sampled(dict(enumerate(banks)))).measure(pipe).foreign:
         raise ValueError(
             "the bank was made for another text encoder than this pipeline's: with this one its increments move "
-            f"the prompts that they guard (share of the embedding that they read: {foreign})"
+            f"the prompts that they guard (share of the embedding that they read: {some(foreign.items())})"
         )

@@ -25,6 +25,7 @@ from sepme_diffusers.bank.signing import verify_signature
 from sepme_diffusers.bank.store import Store
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import peft_files, to_lora
+from sepme_diffusers.text.names import some
 from sepme_diffusers.text.spelling import look_alikes, slug
 
 # How often a bank that others save meanwhile is read before that is given up.
@@ -61,7 +62,7 @@ class Contents:
             raise ValueError(f"concepts that nobody can tell apart: {alike}; give them other names")
         self._refuse_other_shapes({name: entry.increment for name, entry in made.items()})
         if unknown := sorted(set(self.always) - set(self.entries)):
-            raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {list(self.entries)}")
+            raise ValueError(f"the policy always erases {unknown}, which the bank lacks; it has {some(self.entries)}")
 
     def _refuse_other_shapes(self, increments: Mapping[str, Increment]) -> None:
         widths = {key: increment.A.shape[1] for key, increment in increments.items()}

@@ -30,7 +30,7 @@ from sepme_diffusers.bank.layout import ASSETS, CARD, MANIFEST, SIGNATURE
 from sepme_diffusers.bank.manifest import records_in, seal
 from sepme_diffusers.bank.records import TABLES, Tables, base_from_dict, base_to_dict
 from sepme_diffusers.bank.signing import sign
-from sepme_diffusers.text.names import listed
+from sepme_diffusers.text.names import listed, some
 
 # What a repository may hold before the first push: the Hub makes the one, people write the other.
 _EMPTY = {".gitattributes", CARD}
@@ -216,7 +216,7 @@ class HubBank(Contents):
         """
         named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
         if unknown := [name for name in named or () if name not in self.entries]:
-            raise KeyError(f"cannot push {unknown}: the bank has {list(self.entries)}")
+            raise KeyError(f"cannot push {unknown}: the bank has {some(self.entries)}")
         removed = tuple(listed(remove))
         api = HfApi(
             endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
@@ -362,7 +362,7 @@ class _Change:
         pulled = self.origin.outlines if self.origin else {}
         known = {*pulled, *(self.named or ()), *self.remove}
         if unknown := [name for name in self.remove if name not in {**seen, **head.records}]:
-            raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {list(head.records)}")
+            raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {some(head.records)}")
         return {name: seen.get(name) if name in known else None for name in (*self.records, *self.remove)}
 
     def origin_after(self, manifest: Mapping[str, Any], origin: Origin | None) -> Origin | None:

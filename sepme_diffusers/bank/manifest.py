@@ -20,6 +20,7 @@ from sepme_diffusers.bank.guard_sets import GuardSet, content_name
 from sepme_diffusers.bank.records import TABLES
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.encoding import TOKENS
+from sepme_diffusers.text.names import some
 from sepme_diffusers.text.spelling import look_alikes, slug
 
 FORMAT_VERSION = 1
@@ -154,7 +155,7 @@ def _of_wanted(manifest: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any
     if not isinstance(concepts, dict) or not isinstance(always, list):
         return manifest
     if unknown := [name for name in wanted if name not in concepts]:
-        raise KeyError(f"no concepts {unknown} in this bank; it has {_some(concepts)}")
+        raise KeyError(f"no concepts {unknown} in this bank; it has {some(concepts)}")
     if left_out := sorted(map(str, set(map(str, always)) - set(wanted))):
         raise PolicyError(f"the bank's policy always erases {left_out}; load them as well")
     records = {name: concepts[name] for name in concepts if name in set(wanted)}
@@ -178,11 +179,6 @@ def _with_extended(sets: Mapping[str, Any], named: Iterable[Any]) -> set[Any]:
             values = sets.get(name)
             name = values.get("extends") if isinstance(values, dict) else None
     return found
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{names[:_SHOWN]}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def joined(faults: Iterable[str]) -> str:
@@ -305,7 +301,7 @@ def _table_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Check that tables are named by what they hold, that what is referred to is there, and chains of guard sets."""
     for table in TABLES:
         if wrong := [name for name, value in manifest[table].items() if content_name(value) != name]:
-            yield f"{table}: {_some(wrong)} are not named by their content"
+            yield f"{table}: {some(wrong)} are not named by their content"
     yield from _chain_faults(manifest["guard_sets"])
     keys = {"shard": "shards", "guards": "guard_sets", "wording": "wordings", "config": "configs"}
     for name, record in manifest["concepts"].items():

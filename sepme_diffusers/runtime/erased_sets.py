@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sepme_diffusers.text.names import listed
+from sepme_diffusers.text.names import listed, some
 from sepme_diffusers.text.spelling import look_alikes
 
 Key = tuple[str, str]
@@ -78,7 +78,7 @@ class Names:
             )
         if unknown := [name for name in names if name not in self._keys]:
             raise UnknownConceptError(
-                f"unknown concepts {unknown}.{self._hints(unknown)} Loaded: {list(self.shown.values())}"
+                f"unknown concepts {unknown}.{self._hints(unknown)} Loaded: {some(self.shown.values())}"
             )
         keys = [self._keys[name] for name in names]
         if len(set(keys)) != len(keys):

@@ -19,6 +19,7 @@ from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.erased_sets import Key, Names, Strengths
 from sepme_diffusers.runtime.stack import ActiveStack, Stack
 from sepme_diffusers.runtime.vocabularies import Vocabularies
+from sepme_diffusers.text.names import some
 
 MODULE = "module"
 """Where per-module increments are stacked; text-side ones are stacked by door."""
@@ -234,7 +235,7 @@ class Snapshot:
                 active[group] = ActiveStack(stack, stack.mask(own), pictures, least)
         held = {key for part in active.values() for key in part.stack.slices}
         if unheld := sorted(asked - held):
-            raise KeyError(f"not loaded: {unheld}; loaded: {list(self.names.shown)}")
+            raise KeyError(f"not loaded: {unheld}; loaded: {some(self.names.shown)}")
         module = active.pop(MODULE, None)
         return ActiveSet(active, module) if active or module is not None else None
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.names import some
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 # The key of a text-side increment's one factor B, which every module shares.
@@ -95,7 +96,7 @@ class Stack:
             offset = index * self.width
             for key, strength in strengths.items():
                 if key not in self.slices:
-                    raise KeyError(f"{key} is not in this stack, which has {list(self.slices)}")
+                    raise KeyError(f"{key} is not in this stack, which has {some(self.slices)}")
                 where = self.slices[key]
                 values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
         return torch.tensor(values, dtype=torch.float32, device="cpu").view(len(rows), 1, self.width)

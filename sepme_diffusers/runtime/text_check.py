@@ -20,6 +20,7 @@ from sepme_diffusers.doors.attachment import ErasureNotInForce
 from sepme_diffusers.runtime.erased_sets import Key
 from sepme_diffusers.runtime.samples import samples
 from sepme_diffusers.text.encoders import autocast_of, text_encoders
+from sepme_diffusers.text.names import some
 
 # Guards vary in how they round: what counts must exceed what these read by this factor.
 _MARGIN = 2.0
@@ -104,8 +105,8 @@ def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -
         raise ErasureNotInForce(
             "the text encoder has changed since the bank was loaded, or is not the one that it was made for: "
             "prompts that the increments guard are read by them (share of the embedding: "
-            f"{dict(reading.foreign)}). Undo what changed the text encoder or tokenizer, or load a bank that was "
-            "made with them"
+            f"{some(reading.foreign.items())}). Undo what changed the text encoder or tokenizer, or load a bank that "
+            "was made with them"
         )
     return _MARGIN * reading.largest
 
