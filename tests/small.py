@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMEPipeline, SepMEXLPipeline, pocket
-from sepme_diffusers.bank.guard_sets import GuardSet
 
 WIDTH, TOKENS = 384, 16
 
@@ -90,14 +87,7 @@ TRAIN = SepMEConfig(
 
 def wide(bank: ConceptBank, copies: int = 40) -> ConceptBank:
     """A bank of more ranks than the embedding is wide, so that each set gathers increments of its own."""
-    entries = [
-        # A set of guards is all but the concept's own name, which is another one now.
-        replace(
-            entry, concept=replace(entry.concept, name=f"{name} {number}"), guard_set=GuardSet(tuple(entry.guards))
-        )
-        for name, entry in bank.items()
-        for number in range(copies)
-    ]
+    entries = [entry.renamed(f"{name} {number}") for name, entry in bank.items() for number in range(copies)]
     return bank.with_entries(entries)
 
 

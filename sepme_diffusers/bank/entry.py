@@ -70,6 +70,18 @@ class Entry:
         """The prompts that it leaves as they were."""
         return Guarded(self.guard_set, self.concept.name)
 
+    def renamed(self, name: str) -> Entry:
+        """Call the concept otherwise. What it guards stays the same: its former name is not one of its guards.
+
+        Args:
+            name: The new name.
+
+        Raises:
+            ValueError: If it is not usable, see `Concept`.
+        """
+        guards = GuardSet(tuple(self.guards.exact), tuple(self.guards.damped))
+        return replace(self, concept=replace(self.concept, name=name), guard_set=guards)
+
     @property
     def exact_guards(self) -> tuple[str, ...]:
         """The guards that it claims to leave exactly as they were."""

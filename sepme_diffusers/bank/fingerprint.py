@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sepme_diffusers.text.encoding import TOKENS, encode_doors
+from sepme_diffusers.text.encoding import POOLED, TOKENS, encode_doors
 
 # A cast or a fused LoRA changes a weight's norm by less than this share, another checkpoint by more.
 _SAME_NORM = 1e-2
@@ -32,7 +32,7 @@ class Door:
     Args:
         width: d, the numbers of a token.
         n_tokens: Tokens of a prompt; 1 for a pooled embedding.
-        layer: The layer of the encoders that is read: "last" or "penultimate".
+        layer: The layer of the encoders that is read: "last" or "penultimate", or a "projection" behind the last.
         template: What the prompt is written into before it is encoded; "" for nothing.
         max_length: The tokens to which a prompt is padded or cut; None where it is not known.
         blank: What stands for the blank prompt: its embedding ("encoded"), or "zeros".
@@ -88,13 +88,13 @@ class Fingerprint:
         """
         penultimate = getattr(pipe, "text_encoder_2", None) is not None
         zeros = bool(getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", False))
+        layers = {TOKENS: "penultimate" if penultimate else "last", POOLED: "projection"}
         how: dict[str, Any] = {
-            "layer": "penultimate" if penultimate else "last",
             "blank": "zeros" if zeros else "encoded",
             "max_length": getattr(getattr(pipe, "tokenizer", None), "model_max_length", None),
         }
         doors = {
-            name: Door(embedding.shape[-1], embedding.shape[1], **how, sketch=sketch(embedding))
+            name: Door(embedding.shape[-1], embedding.shape[1], layers[name], **how, sketch=sketch(embedding))
             for name, embedding in encode_doors(pipe, PROBES).items()
         }
         return cls(doors, vocabularies(pipe))

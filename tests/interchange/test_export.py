@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from folders import tree
-from sepme_diffusers import Concept, SepMEPipeline, SepMETrainer, export_adapters, export_checkpoint, export_lora
+from sepme_diffusers import SepMEPipeline, SepMETrainer, export_adapters, export_checkpoint, export_lora
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import register
 from sepme_diffusers.doors.unet import UNET
@@ -90,7 +90,7 @@ def test_peft_combines_the_concepts_folders(pipe, mixed_bank, expected, tmp_path
 
 
 def test_concepts_with_one_slug_get_folders_of_their_own(pipe, text_bank, tmp_path):
-    twins = [replace(text_bank["neon"], concept=Concept(name)) for name in ("Neon!", "neon?")]
+    twins = [text_bank["neon"].renamed(name) for name in ("Neon!", "neon?")]
     folders = export_adapters(text_bank.with_entries(twins), pipe, tmp_path / "adapters")
     assert len({*folders.values()}) == len(text_bank) + 2
     assert all((folder / "adapter_config.json").is_file() for folder in folders.values())

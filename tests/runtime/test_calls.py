@@ -420,10 +420,7 @@ def test_gates_of_very_many_increments_are_in_each_calls_own_receipt(pipe, text_
     """Beyond the embedding's width each call gathers its own increments, and the batch those of all its calls."""
     entry = text_bank["neon"]
     increment = entry.increment.gated(encode(pipe, entry.concept.prompts), 0.5)
-    entries = [
-        replace(entry, increment=increment, concept=replace(entry.concept, name=f"neon {number}"))
-        for number in range(70)
-    ]
+    entries = [replace(entry, increment=increment).renamed(f"neon {number}") for number in range(70)]
     pipe.load_sepme(text_bank.subset(["cat"]).with_entries(entries))
     text, noise = encode(pipe, PAIR), torch.zeros(2, 4, 8, 8)
     receipts = [pipe.for_request(), pipe.for_request()]

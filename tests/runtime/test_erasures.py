@@ -22,7 +22,7 @@ from sepme_diffusers import (
     attach,
 )
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Door, Fingerprint
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_shapes, text_projections
 from sepme_diffusers.runtime.calls import Call
@@ -454,7 +454,8 @@ def xl():
     torch.manual_seed(0)
     further = {"pooled": Increment(a / a.norm(), B=20 * torch.randn(a.shape[1], 1))}
     entries = [replace(entry, increment=replace(entry.increment, doors=further)) for entry in bank.values()]
-    return pipe, replace(bank, base=replace(bank.base, doors={"pooled": a.shape[1]})).with_entries(entries)
+    base = replace(bank.base, doors=Fingerprint.of_text(pipe).doors)
+    return pipe, replace(bank, base=base).with_entries(entries)
 
 
 class Noted:

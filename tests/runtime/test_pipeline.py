@@ -253,7 +253,8 @@ def strange_bank(bank, kind):
     entry = bank["neon"]
     if kind == "width":
         narrow = replace(entry, increment=Increment(torch.randn(2, 8), B=torch.randn(8, 2)))
-        return ConceptBank(replace(bank.base, width=8), {"neon": narrow})
+        tokens = replace(bank.base.doors["tokens"], width=8)
+        return ConceptBank(replace(bank.base, doors={"tokens": tokens}), {"neon": narrow})
     other = {f"other.{name}": c for name, c in bank["woodcut"].increment.C.items()}
     return bank.with_entries([replace(bank["woodcut"], increment=Increment(bank["woodcut"].increment.A, C=other))])
 

@@ -353,11 +353,10 @@ def test_a_request_whose_bank_was_unloaded_raises_instead_of_drawing_without(pip
 
 def test_a_loaded_tensor_that_is_changed_in_place_does_not_change_what_acts(pipe, text_bank):
     """Of more increments than fit beside each other: each set gathers its own, when it is first used."""
+    neon = text_bank["neon"]
     entries = [
-        replace(text_bank["neon"], increment=copy.deepcopy(text_bank["neon"].increment),
-                concept=replace(text_bank["neon"].concept, name=f"neon {number}"))
-        for number in range(70)
-    ]  # fmt: skip
+        replace(neon, increment=copy.deepcopy(neon.increment)).renamed(f"neon {number}") for number in range(70)
+    ]
     pipe.load_sepme(text_bank.subset(["cat"]).with_entries(entries))
     expected = latents(pipe, "neon cat", erased=["neon 1"])
     entries[1].increment.B.zero_()
