@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
@@ -45,7 +46,7 @@ class Edit:
         if not isinstance(self.product, ConceptBank):
             return sum(weight.nbytes for weight in self.product.values()) / 1e3
         with tempfile.TemporaryDirectory() as folder:
-            self.product.save_pretrained(Path(folder) / "bank")
+            self.product.save_pretrained(Path(folder) / "bank", torch.float32)
             files = (Path(folder) / "bank").rglob("*.safetensors")
             return sum(file.stat().st_size for file in files) / 1e3
 
