@@ -75,9 +75,8 @@ class Guarantees(Mapping[str, Guarantee]):
     @cached_property
     def _rest(self) -> dict[GuardSet, list[tuple[float, str]]]:
         """The bounds for damped prompts that are not listed, by set: (leak, concept), the largest first."""
-        return {
-            guards: sorted(
-                ((self._outlines[name].metrics.get("leakage_rest", 0.0), name) for name in names), reverse=True
-            )
-            for guards, names in self._by_set.items()
-        }
+        bounds: dict[GuardSet, list[tuple[float, str]]] = {}
+        for guards, names in self._by_set.items():
+            rest = ((self._outlines[name].metrics.get("leakage_rest", 0.0), name) for name in names)
+            bounds[guards] = sorted(rest, reverse=True)
+        return bounds

@@ -88,9 +88,8 @@ class GuardSet:
 
     def is_in(self, exact: Container[str], damped: Container[str]) -> bool:
         """Tell whether all prompts of the set are among these."""
-        return all(prompt in exact for prompt in self.all_exact) and all(
-            prompt in damped for prompt in self.all_damped
-        )
+        pairs = ((self.all_exact, exact), (self.all_damped, damped))
+        return all(prompt in known for own, known in pairs for prompt in own)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the set as plain values; what it extends is named by its id."""

@@ -132,9 +132,9 @@ class ShardFile:
         (height, width), (start, end), dtype = said["shape"], said["data_offsets"], DTYPES[said["dtype"]]
         of_row = width * dtype.itemsize
         known = all(type(number) is int for number in (height, width, start, end))
-        if not known or not 0 < width or not 0 <= first < behind <= height:
+        if not known or width < 1 or not 0 <= first < behind <= height:
             raise ValueError(f"{name} has the shape {said['shape']}")
-        if not 0 <= start or end - start != height * of_row or self._data + end > self._file.size:
+        if start < 0 or end - start != height * of_row or self._data + end > self._file.size:
             raise ValueError(f"{name} stands at {said['data_offsets']}, and the file has {self._file.size} bytes")
         data = self._file.read(self._data + start + first * of_row, (behind - first) * of_row)
         return torch.frombuffer(bytearray(data), dtype=dtype).view(behind - first, width)
