@@ -137,11 +137,11 @@ class Store:
         return self._checked(name, lambda: from_rows(rows, record.get("gates", {})))
 
     def _from_folder(self, name: str, record: Mapping[str, Any]) -> Increment:
+        file = self._lora(record)
         try:
-            file = self._lora(record)
             tensors = load_tensors(_unchanged(file, record["files"][LORA_FILE]))
-        except (BankError, SafetensorError, OSError) as error:
-            raise BankError(f"concept {name!r}: {self.folder.folder / record['folder']}: {error}") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BankError(f"concept {name!r}: {file.path} cannot be read: {error}") from error
         increment = self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
         if digest(as_rows(increment)) != record["digest"]:
             raise BankError(f"concept {name!r}: {file.path} does not hold the increment that its digest is of")
@@ -158,7 +158,7 @@ def _unchanged(file: HeldFile, expected: str) -> bytes:
     data = file.read(0, file.size)
     # It may have been changed since it was opened.
     if sha256(data) != expected:
-        raise BankError(f"{file.path} is damaged or was changed (its SHA-256 is not the manifest's)")
+        raise ValueError("it was changed (its SHA-256 is not the manifest's)")
     return data
 
 
