@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept
+from sepme_diffusers.text.encoding import TOKENS
 
-WIDTH, RANK = 8, 2
+WIDTH, RANK, N_TOKENS = 8, 2, 4
 PROJECTIONS = {"mid.attn2.to_k": (4, 2.5), "mid.attn2.to_v": (6, 3.0)}
 
 
@@ -26,10 +31,30 @@ def tiny_bank(seed: int = 0) -> ConceptBank:
         name: Entry(
             Concept(name, ((f"a cat, {name}", "a cat"),)),
             increment,
-            SepMEConfig(rank=RANK, steps_per_batch=1),  # as in the banks of all versions
-            ("", *(other for other in increments if other != name)),
+            SepMEConfig(rank=RANK),
+            GuardSet(("", *increments)),
             {"leakage": 1e-8, "leakage_of": {}, "seconds": 0.5, "note": "é"},
         )
         for name, increment in increments.items()
     }
-    return ConceptBank(BaseModel("tiny", WIDTH, 4, PROJECTIONS), entries, always=("neon",))
+    base = BaseModel("tiny", {TOKENS: Door(WIDTH, N_TOKENS)}, projections=PROJECTIONS)
+    return ConceptBank(base, entries, always=("neon",))
+
+
+def crowd(names: Iterable[str], guards: GuardSet | None = None, rank: int = 1, seed: int = 0) -> ConceptBank:
+    """Many text-side increments that guard all names, one shared wording among them."""
+    names = list(names)
+    guards = GuardSet(("",), tuple(names)) if guards is None else guards
+    torch.manual_seed(seed)
+    a, b = torch.randn(len(names), rank, WIDTH).half(), torch.randn(len(names), WIDTH, rank).half()
+    entries = {
+        name: Entry(
+            Concept.from_template(name, "a cat, {concept}", "a cat"),
+            Increment(a[i], B=b[i]),
+            SepMEConfig(rank=rank),
+            guards,
+            {"leakage": 0.01, "reach": 0.5},
+        )
+        for i, name in enumerate(names)
+    }
+    return ConceptBank(BaseModel("tiny", {TOKENS: Door(WIDTH, N_TOKENS)}), entries)

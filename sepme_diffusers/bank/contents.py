@@ -15,7 +15,7 @@ from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.folder import BankFolder, sha256
+from sepme_diffusers.bank.folder import BankFolder, in_folder, sha256
 from sepme_diffusers.bank.layout import CARD, MANIFEST
 from sepme_diffusers.bank.records import TABLES, Tables, base_to_dict, stated_metrics
 from sepme_diffusers.bank.rows import as_rows, digest
@@ -31,7 +31,9 @@ from sepme_diffusers.text.spelling import look_alikes, slug
 # How often a bank that others save meanwhile is read before that is given up.
 _ATTEMPTS = 10
 # Where a record says its increment is.
-_LOCATION = ("shard", "rows", "folder", "files", "rank", "adapter")
+_LOCATION = ("shard", "rows", "folder", "files", "rank")
+# A record's keys in the order in which they are written, so that saving again changes no byte.
+_RECORD = ("form", "digest", *_LOCATION, "adapter", "gates", "wording", "guards", "config", "metrics")
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,11 @@ class _Draft:
             "libraries": libraries(),
             "base": base_to_dict(self._contents.base),
             "policy": {"always": list(self._contents.always)},
-            "shards": self._shards,
+            "shards": dict(sorted(self._shards.items())),
             **{table: getattr(self._tables, table) for table in TABLES},
-            "concepts": self._records,
+            "concepts": {
+                name: {key: record[key] for key in _RECORD if key in record} for name, record in self._records.items()
+            },
         }
 
     def _located(self, name: str, outline: Outline) -> tuple[dict[str, Any], Rows | None]:
@@ -235,13 +239,17 @@ class _Draft:
         return {"digest": wanted, "folder": folder, "files": hashed, "rank": increment.rank}, None
 
     def _kept(self, name: str, wanted: str) -> dict[str, Any] | None:
-        """Where the folder has the increment already; None if it has not, or shards are packed anew."""
+        """Where the folder has the increment already, undamaged; None if it has not, or shards are packed anew."""
         former = self._former["concepts"].get(name)
         if former is None or former["digest"] != wanted or ("shard" in former and self._how.pack):
             return None
         if "shard" in former:
-            self._shards[former["shard"]] = self._former["shards"][former["shard"]]
-        self._place.keep(former.get("shard") or former["folder"])
+            shard = {former["shard"]: self._former["shards"][former["shard"]]}
+            if not self._place.keep(former["shard"], {name: said["sha256"] for name, said in shard.items()}):
+                return None
+            self._shards |= shard
+        elif not self._place.keep(former["folder"], in_folder(former)):
+            return None
         return {"digest": wanted} | {key: former[key] for key in _LOCATION if key in former}
 
     def _adapter(self, name: str, wanted: str) -> dict[str, Any]:
@@ -249,8 +257,8 @@ class _Draft:
         former = self._former["concepts"].get(name, {})
         if not self._how.adapters:
             return {}
-        if "adapter" in former and former["digest"] == wanted:
-            self._place.keep(former["adapter"]["folder"])
+        kept = "adapter" in former and former["digest"] == wanted
+        if kept and self._place.keep(former["adapter"]["folder"], in_folder(former["adapter"])):
             return {"adapter": former["adapter"]}
         if self._how.maker is None or is_lora(self._contents.entries[name].increment):
             return {}

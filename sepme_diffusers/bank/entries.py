@@ -76,6 +76,14 @@ class StoredEntry:
         digest: str = self.record["digest"]
         return digest
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as the entry itself, with its numbers: another process may not have the files."""
+        return _itself, (self.entry,)
+
+
+def _itself(entry: Entry) -> Entry:
+    return entry
+
 
 class Entries(Mapping[str, Entry]):
     """Entries by name, in the order in which increments are added up. Immutable.
@@ -132,7 +140,3 @@ class Entries(Mapping[str, Entry]):
         """Keep these names, in the present order."""
         kept = set(names)
         return Entries({name: part for name, part in self._parts.items() if name in kept})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled with the numbers: another process may not have the files."""
-        return Entries, ({name: self[name] for name in self._parts},)

@@ -157,7 +157,8 @@ def _apart(mine: tuple[tuple[float, ...], ...], theirs: tuple[tuple[float, ...],
     """The largest distance of two sketches of one prompt, as a share of their length; 0 where one is not known."""
     if not mine or not theirs:
         return 0.0
-    return max(math.dist(a, b) / max(math.hypot(*a), math.hypot(*b), 1e-12) for a, b in zip(mine, theirs, strict=True))
+    both = zip(mine, theirs, strict=False)
+    return max(math.dist(a, b) / max(math.hypot(*a), math.hypot(*b), 1e-12) for a, b in both)
 
 
 def _differing(mine: Mapping[str, tuple[int, float]], theirs: Mapping[str, tuple[int, float]]) -> str:

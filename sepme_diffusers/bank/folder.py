@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sepme_diffusers.bank import manifest as manifests
 from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.held import HeldFile
 from sepme_diffusers.bank.layout import LORA_FILE, MANIFEST
 
 _MAX_BYTES = 4 * 2**30
-_MAX_CONFIG = 2**20
-_AT_A_TIME = 2**20
 
 
 class BankFolder:
@@ -61,24 +60,37 @@ class BankFolder:
             manifest = self.manifest(wanted, data)
         except BankError:
             return []
-        return [path for path, digest in hashes(manifest).items() if self.sha256(path) != digest]
+        return [path for path, digest in hashes(manifest).items() if not self.holds(path, digest)]
 
-    def check(self, path: str, digest: str, most: int = _MAX_BYTES) -> Path:
-        """Check that a file is there and is what its hash says, and return where it is.
+    def hold(self, path: str, digest: str, most: int = _MAX_BYTES, in_memory: int = 0) -> HeldFile:
+        """Check a file against its hash, and keep it readable whatever becomes of it.
+
+        Args:
+            path: In the folder, with "/".
+            digest: Its SHA-256.
+            most: The most bytes that it may have.
+            in_memory: Up to this many bytes it is read; else it stays open.
 
         Raises:
             BankError: See `file`; or if it is not what its hash says.
         """
         file = self.path(path, most)
-        if _sha256_of(file) != digest:
+        try:
+            held = HeldFile.opened(file)
+            held = held.in_memory() if held.size <= in_memory else held
+            found = held.sha256()
+        except OSError as error:
+            raise BankError(f"{file} cannot be read: {error}") from error
+        if found != digest:
             raise BankError(f"{file} is damaged or was changed (its SHA-256 is not the manifest's)")
-        return file
+        return held
 
-    def sha256(self, path: str) -> str | None:
-        """Hash a file; None if it cannot be read."""
+    def holds(self, path: str, digest: str) -> bool:
+        """Tell whether a file is there and is what its hash says."""
         with suppress(BankError):
-            return _sha256_of(self.path(path, _MAX_BYTES))
-        return None
+            self.hold(path, digest)
+            return True
+        return False
 
     def file(self, path: str, most: int) -> bytes:
         """Read a file of this folder.
@@ -142,18 +154,22 @@ def hashes(manifest: Mapping[str, Any], adapters: bool = False) -> dict[str, str
     """
     needed = {name: shard["sha256"] for name, shard in manifest["shards"].items()}
     for record in manifest["concepts"].values():
-        needed |= {f"{folder}/{file}": sha for folder, file, sha in _in_folders(record, adapters)}
+        if "folder" in record:
+            files = in_folder(record)
+            lora = f"{record['folder']}/{LORA_FILE}"
+            needed |= files if adapters else {lora: files[lora]}
+        if adapters and "adapter" in record:
+            needed |= in_folder(record["adapter"])
     return needed
 
 
-def _in_folders(record: Mapping[str, Any], adapters: bool) -> Iterator[tuple[str, str, str]]:
-    if "folder" in record:
-        for file, sha in record["files"].items():
-            if adapters or file == LORA_FILE:
-                yield record["folder"], file, sha
-    if adapters and "adapter" in record:
-        for file, sha in record["adapter"]["files"].items():
-            yield record["adapter"]["folder"], file, sha
+def in_folder(place: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each file of a concept's folder, by path.
+
+    Args:
+        place: What a manifest says of it: `folder` and `files`.
+    """
+    return {f"{place['folder']}/{file}": sha for file, sha in place["files"].items()}
 
 
 def top_names(manifest: Mapping[str, Any]) -> set[str]:
@@ -166,14 +182,3 @@ def top_names(manifest: Mapping[str, Any]) -> set[str]:
 def sha256(data: bytes) -> str:
     """Hash bytes: SHA-256, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _sha256_of(file: Path) -> str:
-    hashed = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while part := stream.read(_AT_A_TIME):
-                hashed.update(part)
-    except OSError as error:
-        raise BankError(f"{file} cannot be read: {error}") from error
-    return hashed.hexdigest()

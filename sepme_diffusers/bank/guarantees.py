@@ -23,7 +23,8 @@ class Guarantees(Mapping[str, Guarantee]):
         if prompt not in self._prompts:
             raise KeyError(f"no increment of this bank guards {prompt!r}, and it is no concept's name")
         unaware: list[str] = []
-        leakage = self._listed.get(prompt, 0.0)
+        listed = {name: leak for name, leak in self._listed.get(prompt, {}).items() if name != prompt}
+        leakage = max(listed.values(), default=0.0)
         held: dict[GuardSet, bool] = {}
         damped: dict[GuardSet, bool] = {}
         for part in self._parts:
@@ -33,8 +34,9 @@ class Guarantees(Mapping[str, Guarantee]):
         for guards, names in self._by_set.items():
             if not held[guards]:
                 unaware += [name for name in names if name != prompt]
-            elif damped[guards] and names != [prompt]:
-                leakage = max(leakage, self._rest[guards])
+            elif damped[guards]:
+                rest = (leak for leak, name in self._rest[guards] if name != prompt and name not in listed)
+                leakage = max(leakage, next(rest, 0.0))
         return Guarantee(not leakage and not unaware, leakage, tuple(unaware))
 
     def __iter__(self) -> Iterator[str]:
@@ -62,18 +64,19 @@ class Guarantees(Mapping[str, Guarantee]):
         return dict.fromkeys([*guarded, *self._outlines])
 
     @cached_property
-    def _listed(self) -> dict[str, float]:
-        """The largest leak of each prompt that some increment is known to move."""
-        largest: dict[str, float] = {}
-        for outline in self._outlines.values():
+    def _listed(self) -> dict[str, dict[str, float]]:
+        """What each prompt leaks that some increment is known to move: {prompt: {concept: leak}}."""
+        listed: dict[str, dict[str, float]] = {}
+        for name, outline in self._outlines.items():
             for prompt, leak in outline.metrics.get("leakage_of", {}).items():
-                largest[prompt] = max(leak, largest.get(prompt, 0.0))
-        return largest
+                listed.setdefault(prompt, {})[name] = leak
+        return listed
 
     @cached_property
-    def _rest(self) -> dict[GuardSet, float]:
-        """The largest leak of damped prompts that are not listed, by set."""
-        return {
-            guards: max(self._outlines[name].metrics.get("leakage_rest", 0.0) for name in names)
-            for guards, names in self._by_set.items()
-        }
+    def _rest(self) -> dict[GuardSet, list[tuple[float, str]]]:
+        """The bounds for damped prompts that are not listed, by set: (leak, concept), the largest first."""
+        bounds: dict[GuardSet, list[tuple[float, str]]] = {}
+        for guards, names in self._by_set.items():
+            rest = ((self._outlines[name].metrics.get("leakage_rest", 0.0), name) for name in names)
+            bounds[guards] = sorted(rest, reverse=True)
+        return bounds

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 # Enough that two values never share a name.
 _DIGITS = 16
-LONGEST_CHAIN = 1000
-"""How many sets a chain of extensions may have."""
+LONGEST_CHAIN = 64
+"""How many sets a chain of extensions may have. Those that are made here have some log2 of the number of prompts."""
 
 
 def content_name(value: Mapping[str, Any]) -> str:
@@ -26,8 +26,8 @@ def content_name(value: Mapping[str, Any]) -> str:
 class GuardSet:
     """Prompts that increments leave alone. Immutable; two sets are equal if they hold the same in the same way.
 
-    A bank that grows by one concept at a time names one more set each time. That set extends the one before, so that
-    it lists one name and not all of them.
+    A bank that grows by one concept at a time names one more set each time. That set extends an earlier one, so that
+    it lists a few names and not all of them.
 
     Args:
         exact: Prompts that lie in the null space of the increments.
@@ -67,23 +67,29 @@ class GuardSet:
     def of(cls, exact: Iterable[str], damped: Iterable[str] = (), known: Iterable[GuardSet] = ()) -> GuardSet:
         """Make a set, as an extension of the largest known one that it contains.
 
+        What is extended holds at least twice what is added: where it does not, its own prompts are listed anew, and
+        what it extends is extended. So chains stay short, and n sets of 1 to n prompts list some n log2(n) in all.
+
         Args:
             exact: See the class.
             damped: See the class.
             known: Sets that may be extended.
         """
-        exact, damped = dict.fromkeys(exact), dict.fromkeys(damped)
-        best: GuardSet | None = None
-        for candidate in dict.fromkeys(known):
-            if len(candidate.chain()) >= LONGEST_CHAIN or (best is not None and len(candidate) <= len(best)):
-                continue
-            if exact.keys() >= set(candidate.all_exact) and damped.keys() >= set(candidate.all_damped):
-                best = candidate
-        if best is None:
-            return cls(tuple(exact), tuple(damped))
-        inside = set(best)
-        rest = [tuple(prompt for prompt in prompts if prompt not in inside) for prompts in (exact, damped)]
-        return best if not any(rest) else cls(rest[0], rest[1], best)
+        rest = [dict.fromkeys(exact), dict.fromkeys(damped)]
+        largest_first = sorted(dict.fromkeys(known), key=len, reverse=True)
+        best = next((candidate for candidate in largest_first if candidate.is_in(*rest)), None)
+        rest = [{p: None for p in prompts if best is None or p not in best} for prompts in rest]
+        if best is not None and not any(rest):
+            return best
+        while best is not None and best.n_own < 2 * sum(map(len, rest)):
+            rest = [dict.fromkeys((*own, *more)) for own, more in zip((best.exact, best.damped), rest, strict=True)]
+            best = best.extends
+        return cls(tuple(rest[0]), tuple(rest[1]), best)
+
+    def is_in(self, exact: Container[str], damped: Container[str]) -> bool:
+        """Tell whether all prompts of the set are among these."""
+        pairs = ((self.all_exact, exact), (self.all_damped, damped))
+        return all(prompt in known for own, known in pairs for prompt in own)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the set as plain values; what it extends is named by its id."""
@@ -130,6 +136,11 @@ class GuardSet:
     def has_own(self, prompt: str) -> bool:
         """Tell whether the set itself adds a prompt to those of the sets that it extends."""
         return prompt in self._own
+
+    @property
+    def n_own(self) -> int:
+        """How many prompts the set itself adds."""
+        return len(self._own)
 
     @cached_property
     def _own(self) -> frozenset[str]:

@@ -17,16 +17,17 @@ from jsonschema_rs import Draft202012Validator, ValidationError
 
 from sepme_diffusers.bank.errors import BankError, PolicyError
 from sepme_diffusers.bank.guard_sets import GuardSet, content_name
-from sepme_diffusers.bank.records import TABLES
+from sepme_diffusers.bank.records import SLOT, TABLES
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.encoding import TOKENS
 from sepme_diffusers.text.names import some
-from sepme_diffusers.text.spelling import look_alikes, slug
+from sepme_diffusers.text.spelling import is_visible, look_alikes, slug
 
 FORMAT_VERSION = 1
 # Parsed, JSON takes up to 30 times its bytes: this bounds the memory that a manifest can claim.
 MAX_BYTES = 16 * 2**20
 _MAX_DEPTH = 16
+_MAX_PROMPTS = 2**28
 # Beyond it integers are not the same in every JSON reader.
 _MAX_INTEGER = 2**53
 _NO_DIGEST = "0" * 64
@@ -142,6 +143,7 @@ def examine(data: bytes, wanted: Sequence[str] | None = None) -> tuple[dict[str,
         _fraction_faults(manifest),
         _table_faults(manifest),
         _name_faults(manifest),
+        _wording_faults(manifest),
         _file_faults(manifest),
     )
     return manifest, [fault for faults in checks for fault in faults]
@@ -326,10 +328,24 @@ def _chain_faults(sets: Mapping[str, Any]) -> Iterator[str]:
 
 def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     names = list(manifest["concepts"])
+    if unusable := [name for name in names if not name.isprintable() or not is_visible(name)]:
+        yield f"concepts need printable names, not {_some(unusable)}"
     for alike in look_alikes(names):
         yield f"concepts that look alike: {', '.join(map(repr, alike))}"
     if unknown := sorted(set(manifest["policy"]["always"]) - set(names)):
         yield f"the policy always erases {unknown}, which the bank lacks"
+
+
+def _wording_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Bound what prompts take once names stand in them: concepts share a wording, and not its prompts."""
+    texts = {name: _compact(values) for name, values in manifest["wordings"].items()}
+    sizes = {name: (len(text), text.count(SLOT)) for name, text in texts.items()}
+    taken = 0
+    for name, record in manifest["concepts"].items():
+        length, slots = sizes.get(record["wording"], (0, 0))
+        taken += (length + slots * len(name)) if slots else 0
+    if taken > _MAX_PROMPTS:
+        yield f"the concepts' prompts take {taken} characters; {_MAX_PROMPTS} are the most"
 
 
 def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:

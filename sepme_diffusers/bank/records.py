@@ -16,7 +16,8 @@ from sepme_diffusers.text.encoding import TOKENS
 
 TABLES = ("guard_sets", "wordings", "configs")
 """The tables of a manifest. What stands in them is named by the first digits of its SHA-256."""
-_SLOT = "{concept}"
+SLOT = "{concept}"
+"""What stands for a concept's name in the prompts of a wording."""
 # Beyond this many concepts what a guard set leaks is stated once per set, by its worst cases.
 _STATED_EACH = 1000
 _WORST = 10
@@ -113,9 +114,9 @@ def wording(concept: Concept) -> dict[str, Any]:
     Where a prompt has "{concept}" in it by itself, the prompts are given as they are, and `literal` says so.
     """
     values = {key: value for key, value in concept.to_dict().items() if key != "name"}
-    if any(_SLOT in text for text in _texts(values)):
+    if any(SLOT in text for text in _texts(values)):
         return {**values, "literal": True}
-    return {key: _replaced(value, concept.name, _SLOT) for key, value in values.items()}
+    return {key: _replaced(value, concept.name, SLOT) for key, value in values.items()}
 
 
 def worded(name: str, values: Mapping[str, Any]) -> Concept:
@@ -126,7 +127,7 @@ def worded(name: str, values: Mapping[str, Any]) -> Concept:
     """
     values = dict(values)
     if not values.pop("literal", False):
-        values = {key: _replaced(value, _SLOT, name) for key, value in values.items()}
+        values = {key: _replaced(value, SLOT, name) for key, value in values.items()}
     return Concept.from_dict({"name": name, **values})
 
 
@@ -148,8 +149,9 @@ def _texts(value: Any) -> Iterable[str]:
 def stated_metrics(outlines: Mapping[str, Outline]) -> dict[str, dict[str, Any]]:
     """Give each entry's metrics as the manifest states them, by concept.
 
-    `leakage_of` lists single guards. In a bank of very many concepts only the ten worst cases of each guard set are
-    listed; `leakage_rest` bounds what is not.
+    `leakage_of` lists single guards. In a bank of very many concepts only the ten worst cases of the damped guards of
+    each set are listed; `leakage_rest` bounds what is not. A guard that should be exact and is not stays listed: what
+    is not listed there counts as exact.
 
     Args:
         outlines: The bank's.
@@ -157,18 +159,16 @@ def stated_metrics(outlines: Mapping[str, Outline]) -> dict[str, dict[str, Any]]
     stated = {name: dict(outline.metrics) for name, outline in outlines.items()}
     if len(outlines) <= _STATED_EACH:
         return stated
-    cases: dict[str, list[tuple[float, str, str]]] = {}
+    cases: dict[GuardSet, list[tuple[float, str, str]]] = {}
     for name, outline in outlines.items():
-        listed = outline.metrics.get("leakage_of", {})
-        cases.setdefault(outline.guards.set.id, []).extend((leak, name, guard) for guard, leak in listed.items())
-    kept = {(name, guard) for of_set in cases.values() for _, name, guard in sorted(of_set)[-_WORST:]}
-    for name, metrics in stated.items():
-        listed = metrics.pop("leakage_of", {})
-        if unlisted := [leak for guard, leak in listed.items() if (name, guard) not in kept]:
-            metrics["leakage_rest"] = max(*unlisted, metrics.get("leakage_rest", 0.0))
-        if own := {guard: leak for guard, leak in listed.items() if (name, guard) in kept}:
-            metrics["leakage_of"] = own
-    return stated
+        for guard, leak in outline.metrics.get("leakage_of", {}).items():
+            cases.setdefault(outline.guards.set, []).append((leak, name, guard))
+    for guards, of_set in cases.items():
+        damped = set(guards.all_damped)
+        for leak, name, guard in sorted(case for case in of_set if case[2] in damped)[:-_WORST]:
+            stated[name]["leakage_of"] = {g: x for g, x in stated[name]["leakage_of"].items() if g != guard}
+            stated[name]["leakage_rest"] = max(leak, stated[name].get("leakage_rest", 0.0))
+    return {name: {k: v for k, v in metrics.items() if k != "leakage_of" or v} for name, metrics in stated.items()}
 
 
 # --- the base

@@ -13,7 +13,9 @@ from torch import Tensor
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.encoding import TOKENS
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""The types of numbers that an increment may have, as safetensors names them."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _C = f"{TOKENS}.C."
 
 
@@ -70,7 +72,7 @@ def digest(rows: Mapping[str, Tensor]) -> str:
     Args:
         rows: See `as_rows`.
     """
-    header = [[name, _DTYPES[rows[name].dtype], list(rows[name].shape)] for name in sorted(rows)]
+    header = [[name, _NAMES[rows[name].dtype], list(rows[name].shape)] for name in sorted(rows)]
     hashed = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
     for name in sorted(rows):
         hashed.update(as_bytes(rows[name]))

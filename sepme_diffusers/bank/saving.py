@@ -30,20 +30,37 @@ class Place:
         self.folder, self.former = folder, former
         # Names in the folder that are taken, and whether a file or folder of that name has to be moved there.
         self._taken: dict[str, bool] = {ASSETS: False}
+        self._undamaged: dict[str, bool] = {}
 
     @property
     def moves(self) -> list[str]:
         """The names that have been prepared and must be moved into place."""
         return [name for name, prepared in self._taken.items() if prepared]
 
-    def keep(self, name: str) -> None:
-        """Go on using a shard or folder that is there."""
-        self._taken.setdefault(name, False)
+    def keep(self, name: str, files: Mapping[str, str]) -> bool:
+        """Go on using a shard or folder that is there, if it is undamaged; tell whether it is.
+
+        Args:
+            name: Of the shard or folder.
+            files: {path: SHA-256} of its files.
+        """
+        if name not in self._undamaged:
+            self._undamaged[name] = all(self.folder.holds(path, digest) for path, digest in files.items())
+        if self._undamaged[name]:
+            self._taken.setdefault(name, False)
+        return self._undamaged[name]
 
     def put(self, name: str, data: bytes) -> None:
-        """Prepare a file whose name says its content."""
+        """Prepare a file whose name says its content.
+
+        Raises:
+            BankError: If a folder has its name.
+        """
         if name in self._taken:
             return
+        path = self.folder.folder / name
+        if path.is_dir() and not path.is_symlink():
+            raise BankError(f"{path} is a folder, and a file of the bank goes there; remove it and save again")
         self._taken[name] = not self._holds({name: data})
         if self._taken[name]:
             (self.folder.folder / STAGING / name).write_bytes(data)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.rows import digest
+from sepme_diffusers.bank.held import HeldFile
+from sepme_diffusers.bank.rows import DTYPES, digest
 
 SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
 """What a shard is called: the first digits of its SHA-256, so that no other content ever has its name."""
 # A shard is closed once it holds this much, so that a few concepts of many can be downloaded alone.
 _FULL = 8 * 2**20
+# A header names a tensor in some 150 bytes; a base has at most 10,000 modules.
+_LARGEST_HEADER = 4 * 2**20
 
 Rows = Mapping[str, Tensor]
 
@@ -81,22 +83,26 @@ def _shard(members: list[tuple[str, Rows]]) -> Shard:
 
 
 class ShardFile:
-    """A shard that is mapped into memory. It stays readable if the file is removed or replaced.
+    """A shard, of which rows are read when somebody asks.
 
     Args:
-        path: The file.
+        file: The file.
 
     Raises:
         BankError: If it is no safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: HeldFile) -> None:
+        self.path, self._file = file.path, file
         try:
-            self._file: Any = safe_open(path, "pt")
-            self._names: list[str] = list(self._file.keys())
-        except (SafetensorError, OSError) as error:
-            raise BankError(f"{path} cannot be read: {error}") from error
+            size = int.from_bytes(file.read(0, 8), "little")
+            if size > min(_LARGEST_HEADER, file.size - 8):
+                raise ValueError(f"a header of {size} bytes")
+            self._header: dict[str, Any] = dict(json.loads(file.read(8, size)))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise BankError(f"{self.path} is no safetensors file: {error}") from error
+        self._header.pop("__metadata__", None)
+        self._data = 8 + size
 
     def rows(self, places: Mapping[str, tuple[int, int]], expected: str) -> dict[str, Tensor]:
         """Copy the rows of one increment out, and check the copy.
@@ -110,17 +116,25 @@ class ShardFile:
         """
         try:
             # A copy: whoever changes the file after the check changes nothing that was checked.
-            rows = {name: self._slice(name, places).clone() for name in self._names if name.split(".")[0] in places}
-        except (SafetensorError, OSError, IndexError, ValueError, RuntimeError) as error:
+            rows = {name: self._rows(name, *places[door]) for door, name in self._named() if door in places}
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise BankError(f"{self.path} does not hold the rows {dict(places)}: {error}") from error
         if digest(rows) != expected:
             raise BankError(f"{self.path} is damaged or was changed (the SHA-256 of {dict(places)} is another)")
         return rows
 
-    def _slice(self, name: str, places: Mapping[str, tuple[int, int]]) -> Tensor:
-        first, behind = places[name.split(".")[0]]
-        part = self._file.get_slice(name)
-        shape = part.get_shape()
-        if len(shape) != 2 or behind > shape[0]:
-            raise ValueError(f"{name} has the shape {shape}")
-        return part[first:behind]
+    def _named(self) -> list[tuple[str, str]]:
+        """The tensors, each with its door."""
+        return [(name.split(".")[0], name) for name in self._header]
+
+    def _rows(self, name: str, first: int, behind: int) -> Tensor:
+        said = self._header[name]
+        (height, width), (start, end), dtype = said["shape"], said["data_offsets"], DTYPES[said["dtype"]]
+        of_row = width * dtype.itemsize
+        known = all(type(number) is int for number in (height, width, start, end))
+        if not known or width < 1 or not 0 <= first < behind <= height:
+            raise ValueError(f"{name} has the shape {said['shape']}")
+        if start < 0 or end - start != height * of_row or self._data + end > self._file.size:
+            raise ValueError(f"{name} stands at {said['data_offsets']}, and the file has {self._file.size} bytes")
+        data = self._file.read(self._data + start + first * of_row, (behind - first) * of_row)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(behind - first, width)

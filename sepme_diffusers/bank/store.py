@@ -12,10 +12,11 @@ from safetensors.torch import load as load_tensors
 from sepme_diffusers.bank.entries import Entries, StoredEntry
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.folder import BankFolder, hashes, sha256
+from sepme_diffusers.bank.folder import BankFolder, sha256
+from sepme_diffusers.bank.held import HeldFile
 from sepme_diffusers.bank.layout import LORA_FILE
 from sepme_diffusers.bank.records import Shared, Tables, base_from_dict
-from sepme_diffusers.bank.rows import from_rows
+from sepme_diffusers.bank.rows import as_rows, digest, from_rows
 from sepme_diffusers.bank.shards import ShardFile
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import from_lora
@@ -24,6 +25,8 @@ from sepme_diffusers.text.encoding import TOKENS
 # What a safetensors header takes for the two tensors of a module, generously.
 _HEADER = 2048
 _MAX_BYTES = 4 * 2**30
+# Files of up to so many bytes are read when a bank is loaded, and so are those beyond the first so many.
+_SMALL, _OPEN = 64 * 2**10, 64
 
 
 class Store:
@@ -39,24 +42,45 @@ class Store:
         self.base: BaseModel = base_from_dict(manifest["base"])
         self.tables = Tables.of(manifest)
         self.shared = Shared(self.tables)
+        self._held: dict[str, HeldFile] = {}
+        self._open = 0
         self._shards: dict[str, ShardFile] = {}
 
     def open(self) -> None:
-        """Check every file that the concepts need against its hash, and open the shards.
+        """Check every file that the concepts need against its hash, and keep it.
 
-        A shard that is open stays readable whatever becomes of the file, so that a bank is whole once it is loaded.
+        It stays readable whatever becomes of the folder, so that a bank is whole once it is loaded.
 
         Raises:
             BankError: If a file is missing, damaged, unsafe, or larger than its shapes allow.
         """
-        most = {name: shard["bytes"] for name, shard in self.manifest["shards"].items()}
+        for shard in self.manifest["shards"]:
+            self.shard(shard)
         for record in self.manifest["concepts"].values():
             if "folder" in record:
-                most[f"{record['folder']}/{LORA_FILE}"] = _largest(record, self.base)
-        for path, digest in hashes(self.manifest).items():
-            file = self.folder.check(path, digest, most[path])
-            if path in self.manifest["shards"]:
-                self._shards[path] = ShardFile(file)
+                self._lora(record)
+
+    def shard(self, name: str) -> ShardFile:
+        """Return a shard, checked against its hash.
+
+        Raises:
+            BankError: If it is missing, damaged, unsafe, larger than the manifest says, or no safetensors file.
+        """
+        if name not in self._shards:
+            said = self.manifest["shards"][name]
+            self._shards[name] = ShardFile(self._hold(name, said["sha256"], said["bytes"]))
+        return self._shards[name]
+
+    def _lora(self, record: Mapping[str, Any]) -> HeldFile:
+        path = f"{record['folder']}/{LORA_FILE}"
+        return self._hold(path, record["files"][LORA_FILE], _largest(record, self.base))
+
+    def _hold(self, path: str, digest: str, most: int) -> HeldFile:
+        if path not in self._held:
+            in_memory = _SMALL if self._open < _OPEN else most
+            self._held[path] = self.folder.hold(path, digest, most, in_memory)
+            self._open += self._held[path].size > in_memory
+        return self._held[path]
 
     def entries(self) -> Entries:
         """Return the entries; their numbers are read when somebody asks.
@@ -106,35 +130,36 @@ class Store:
         return increment
 
     def _from_shard(self, name: str, record: Mapping[str, Any]) -> Increment:
-        shard = record["shard"]
-        if shard not in self._shards:
-            declared = self.manifest["shards"][shard]
-            self._shards[shard] = ShardFile(self.folder.check(shard, declared["sha256"], declared["bytes"]))
         try:
-            rows = self._shards[shard].rows(record["rows"], record["digest"])
+            rows = self.shard(record["shard"]).rows(record["rows"], record["digest"])
         except BankError as error:
             raise BankError(f"concept {name!r}: {error}") from error
         return self._checked(name, lambda: from_rows(rows, record.get("gates", {})))
 
     def _from_folder(self, name: str, record: Mapping[str, Any]) -> Increment:
-        path = f"{record['folder']}/{LORA_FILE}"
-        data = self.folder.file(path, _largest(record, self.base))
-        if sha256(data) != record["files"][LORA_FILE]:
-            raise BankError(
-                f"concept {name!r}: {self.folder.folder / path} is damaged or was changed (its SHA-256 is not the "
-                "manifest's)"
-            )
+        file = self._lora(record)
         try:
-            tensors = load_tensors(data)
-        except SafetensorError as error:
-            raise BankError(f"concept {name!r}: {self.folder.folder / path} cannot be read: {error}") from error
-        return self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
+            tensors = load_tensors(_unchanged(file, record["files"][LORA_FILE]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BankError(f"concept {name!r}: {file.path} cannot be read: {error}") from error
+        increment = self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
+        if digest(as_rows(increment)) != record["digest"]:
+            raise BankError(f"concept {name!r}: {file.path} does not hold the increment that its digest is of")
+        return increment
 
     def _checked(self, name: str, make: Any) -> Any:
         try:
             return make()
         except (TypeError, ValueError) as error:
             raise BankError(f"concept {name!r} in {self.folder.folder} is not valid: {error}") from error
+
+
+def _unchanged(file: HeldFile, expected: str) -> bytes:
+    data = file.read(0, file.size)
+    # It may have been changed since it was opened.
+    if sha256(data) != expected:
+        raise ValueError("it was changed (its SHA-256 is not the manifest's)")
+    return data
 
 
 def _largest(record: Mapping[str, Any], base: BaseModel) -> int:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.contents import is_lora, lora_files
 from sepme_diffusers.bank.entries import Entries
-from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.entry import BaseModel, Entry, has_exact_guard
 from sepme_diffusers.bank.errors import BankError
 from sepme_diffusers.bank.folder import BankFolder, hashes
 from sepme_diffusers.bank.layout import CARD, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
@@ -153,7 +154,7 @@ def _read(folder: BankFolder) -> _Parts:
     faults += _strays(folder, manifest)
     store, entries = Store(folder, manifest), {}
     by_concept: dict[str, list[str]] = {name: [] for name in manifest["concepts"]}
-    unreadable = {shard: _faults(folder, shard, said["sha256"]) for shard, said in manifest["shards"].items()}
+    unreadable = {shard: _shard_faults(store, shard) for shard in manifest["shards"]}
     faults += [fault for of_shard in unreadable.values() for fault in of_shard]
     for name, record in manifest["concepts"].items():
         if unreadable.get(record.get("shard", "")):
@@ -167,12 +168,16 @@ def _read(folder: BankFolder) -> _Parts:
     return store.base, entries, faults, by_concept, []
 
 
-def _faults(folder: BankFolder, path: str, digest: str) -> list[str]:
+def _shard_faults(store: Store, name: str) -> list[str]:
     try:
-        folder.check(path, digest)
+        path = store.shard(name).path
     except BankError as error:
         return [str(error)]
-    return []
+    try:
+        with safe_open(path, "pt"):
+            return []
+    except (SafetensorError, OSError) as error:
+        return [f"{path} is no safetensors file to other readers: {error}"]
 
 
 def _strays(folder: BankFolder, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -213,7 +218,7 @@ def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry |
         if name == LORA_FILE and place is record:
             continue  # the increment itself, which has been read
         try:
-            folder.check(path, digest)
+            folder.hold(path, digest)
         except BankError as error:
             yield str(error)
             continue
@@ -246,7 +251,7 @@ def _entry_faults(entry: Entry, base: BaseModel) -> Iterator[str]:
         yield "its metrics do not say how far it moves its guards (metrics.leakage)"
     if not len(entry.guards):
         yield "it guards no prompt"
-    elif not entry.exact_guards:
+    elif not has_exact_guard(entry):
         yield "it guards no prompt exactly (metrics.leakage_of lists all of them), so no pipeline loads it"
 
 

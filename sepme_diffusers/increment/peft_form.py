@@ -86,6 +86,8 @@ def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Incre
             f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}"
         )
     first = next(iter(down.values()))
-    if different := [name for name, a in down.items() if not torch.equal(a, first)]:
+    # First of all: numbers of unusual types cannot be compared.
+    increment = Increment(first, C=up, gate=gate)
+    if different := [name for name, a in down.items() if a.dtype != first.dtype or not torch.equal(a, first)]:
         raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
-    return Increment(first, C=up, gate=gate)
+    return increment

@@ -12,8 +12,9 @@ from filelock import FileLock
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
-from folders import reseal, same, tree
+from folders import reseal, same, shard_of, tree
 from hub import serving
 from sepme_diffusers import (
     BankError,
@@ -28,7 +29,11 @@ from sepme_diffusers import (
     SepMETrainer,
 )
 from sepme_diffusers.algebra.subspace import leakage
+from sepme_diffusers.bank.entries import Entries
+from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import LOCK, MANIFEST
+from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.text.encoding import encode, rows
@@ -48,10 +53,12 @@ def test_disk_and_back_is_exact(mixed_bank, saved):
 
 
 def test_layout_is_the_documented_one(saved):
+    (shard,) = {shard_of(saved, name).name for name in ("neon", "cat", "pencil")}
+    assert SHARD.fullmatch(shard)
     assert set(tree(saved)) == {
-        "sepme_bank.json", "README.md", "neon/text_increment.safetensors", "cat/text_increment.safetensors",
-        "pencil/text_increment.safetensors", "woodcut/adapter_model.safetensors", "woodcut/adapter_config.json",
+        "sepme_bank.json", "README.md", shard, "woodcut/adapter_model.safetensors", "woodcut/adapter_config.json",
     }  # fmt: skip
+    assert set(load_file(saved / shard)) == {"tokens.A", "tokens.B"}
 
 
 def test_half_precision_keeps_the_basis_exact(mixed_bank, tmp_path):
@@ -65,28 +72,75 @@ def test_half_precision_keeps_the_basis_exact(mixed_bank, tmp_path):
 
 def test_saving_again_changes_no_byte(mixed_bank, saved):
     before = tree(saved)
-    times = {file: os.stat(saved / file).st_mtime_ns for file in before if "/" in file}
+    untouched = weights_untouched(saved)
     ConceptBank.from_pretrained(saved).save_pretrained(saved)
     assert tree(saved) == before
-    assert times == {file: os.stat(saved / file).st_mtime_ns for file in times}
+    assert weights_untouched(saved) == untouched
 
 
-def test_adding_a_concept_leaves_the_others_files_alone(text_bank, mixed_bank, tmp_path):
-    text_bank.save_pretrained(tmp_path / "bank")
-    before = tree(tmp_path / "bank")
-    mixed_bank.save_pretrained(tmp_path / "bank")
-    after = tree(tmp_path / "bank")
-    assert all(after[file] == data for file, data in before.items() if "/" in file)
-    assert "woodcut/adapter_model.safetensors" in after
+def weights_untouched(folder: Path) -> dict[str, tuple[int, int]]:
+    """Whose inode and time of change stay is a file that nobody touched."""
+    status = {str(file.relative_to(folder)): file.stat() for file in folder.rglob("*.safetensors")}
+    return {file: (found.st_ino, found.st_mtime_ns) for file, found in status.items()}
+
+
+def test_adding_a_concept_leaves_the_others_files_alone_and_writes_one(text_bank, mixed_bank, tmp_path):
+    text_bank.save_pretrained(tmp_path)
+    before = weights_untouched(tmp_path)
+    mixed_bank.save_pretrained(tmp_path)
+    after = weights_untouched(tmp_path)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {"woodcut/adapter_model.safetensors"}
+    more = replace(text_bank["neon"], concept=Concept("oil"))
+    ConceptBank.from_pretrained(tmp_path).with_entries([more]).save_pretrained(tmp_path)
+    assert after.items() <= weights_untouched(tmp_path).items()
+    assert len(weights_untouched(tmp_path)) == len(after) + 1
+
+
+def stronger(entry: Entry) -> Entry:
+    return replace(entry, increment=replace(entry.increment, B=entry.increment.B * 2))
+
+
+def test_replacing_a_concept_leaves_the_others_files_alone_and_writes_one(mixed_bank, saved):
+    before = weights_untouched(saved)
+    bank = mixed_bank.with_entries([stronger(mixed_bank["neon"])])
+    bank.save_pretrained(saved)
+    after = weights_untouched(saved)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {shard_of(saved, "neon").name}
+    assert same(bank, ConceptBank.from_pretrained(saved))
+
+
+def test_packing_drops_rows_that_nobody_refers_to(text_bank, tmp_path):
+    """The bank that is loaded is the same to the bit; the files of three saves become one."""
+    bank = text_bank
+    for name in ("neon", "cat"):
+        bank.save_pretrained(tmp_path)
+        bank = bank.with_entries([stronger(bank[name])])
+    bank.save_pretrained(tmp_path)
+    assert len(weights_untouched(tmp_path)) == 3
+    loose = ConceptBank.from_pretrained(tmp_path)
+    loose.save_pretrained(tmp_path, pack=True)
+    (shard,) = weights_untouched(tmp_path)
+    assert len(load_file(tmp_path / shard)["tokens.A"]) == sum(entry.increment.rank for entry in bank.values())
+    packed = ConceptBank.from_pretrained(tmp_path)
+    assert same(packed, bank)
+    assert packed.digest == loose.digest == bank.digest
+    before = tree(tmp_path)
+    packed.save_pretrained(tmp_path, pack=True)
+    assert tree(tmp_path) == before
 
 
 def test_removed_and_replaced_concepts_leave_nothing_behind(mixed_bank, saved):
-    increment = mixed_bank["neon"].increment
-    stronger = replace(mixed_bank["neon"], increment=Increment(increment.A, B=increment.B * 2))
-    bank = mixed_bank.subset(["neon", "pencil"]).with_entries([stronger])
-    bank.save_pretrained(saved)
+    """Not even where a shard was shared: packed, it holds the rows of what is there."""
+    bank = mixed_bank.subset(["neon", "pencil"]).with_entries([stronger(mixed_bank["neon"])])
+    bank.save_pretrained(saved, pack=True)
     assert same(bank, ConceptBank.from_pretrained(saved))
-    assert len([file for file in tree(saved) if "/" in file]) == 2
+    (shard,) = weights_untouched(saved)
+    assert set(tree(saved)) == {"sepme_bank.json", "README.md", shard}
+    bank.subset(["neon"]).save_pretrained(saved)
+    bank.with_entries([bank["neon"]]).subset(["pencil"]).save_pretrained(saved, pack=True)
+    assert len(weights_untouched(saved)) == 1
 
 
 def test_names_with_one_slug_do_not_collide(text_bank, tmp_path):
@@ -124,9 +178,14 @@ def test_a_trained_concept_is_a_plain_lora(loader, pipe, mixed_bank, saved):
 
 def test_some_concepts_of_a_folder(mixed_bank, saved):
     """Damage elsewhere in the bank does not matter to them, and order stays the bank's."""
-    (saved / "cat" / "text_increment.safetensors").unlink()
+    more = [replace(mixed_bank["neon"], concept=Concept(name)) for name in ("oil", "ink")]
+    mixed_bank.with_entries(more).save_pretrained(saved)
+    assert shard_of(saved, "oil") != shard_of(saved, "neon")
+    shard_of(saved, "oil").unlink()
     some = ConceptBank.from_pretrained(saved, concepts=["woodcut", "neon"])
     assert same(some, mixed_bank.subset(["neon", "woodcut"]))
+    with pytest.raises(BankError, match="is missing"):
+        ConceptBank.from_pretrained(saved)
     with pytest.raises(KeyError, match=r"\['ghost'\].*'neon'"):
         ConceptBank.from_pretrained(saved, concepts=["neon", "ghost"])
     with pytest.raises(TypeError, match=r"\['neon'\]"):
@@ -172,25 +231,38 @@ def test_a_loose_guard_promises_its_measured_leakage_and_no_more(pipe):
     assert promise.leakage == pytest.approx(measured, rel=0.01)
 
 
-def test_damage_is_found_and_named(saved):
-    file = saved / "neon" / "text_increment.safetensors"
+@pytest.mark.parametrize("concept", ["neon", "woodcut"])
+def test_damage_is_found_and_named(saved, concept):
+    file = shard_of(saved, "neon") if concept == "neon" else saved / "woodcut" / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BankError, match=r"'neon'.*damaged or was changed"):
+    with pytest.raises(BankError, match=f"{file.name} is damaged or was changed"):
         ConceptBank.from_pretrained(saved)
 
 
 def test_missing_file_is_named(saved):
-    shutil.rmtree(saved / "cat")
-    with pytest.raises(BankError, match=r"cat.text_increment.safetensors is missing"):
+    shard = shard_of(saved, "neon")
+    shard.unlink()
+    with pytest.raises(BankError, match=f"{shard.name} is missing"):
         ConceptBank.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x/y.safetensors", "neon/../../y", "a/b/c", "neon\\x/y", "neon"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.safetensors", "neon/../../y", "a/b", "neon\\x", "neon", "."])
 def test_a_manifest_cannot_lead_out_of_the_folder(saved, path):
-    reseal(saved, lambda m: m["concepts"]["neon"].update(file=path))
-    with pytest.raises(BankError, match="not a file of a concept's folder"):
+    def edit(manifest):
+        (shard,) = manifest["shards"]
+        manifest["shards"][path] = manifest["shards"].pop(shard)
+        for record in manifest["concepts"].values():
+            record.update({"shard": path} if "shard" in record else {})
+
+    sound = (saved / MANIFEST).read_bytes()
+    reseal(saved, edit)
+    with pytest.raises(BankError, match=r"\$\.shards"):
+        ConceptBank.from_pretrained(saved)
+    (saved / MANIFEST).write_bytes(sound)
+    reseal(saved, lambda m: m["concepts"]["woodcut"].update(folder=path))
+    with pytest.raises(BankError, match=r"not valid under any|does not match|is not named after it|woodcut\.folder"):
         ConceptBank.from_pretrained(saved)
 
 
@@ -200,7 +272,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(saved, path):
         (lambda m: m.update(version=99), "version 99.*Upgrade"),
         (lambda m: m.update(format="zip"), "not the manifest of a concept bank"),
         (lambda m: m.pop("base"), "not a valid bank manifest.*base"),
-        (lambda m: m["concepts"]["neon"]["config"].update(speed=1), "speed"),
+        (lambda m: next(iter(m["configs"].values())).update(speed=1), "speed"),
         (lambda m: m["policy"].update(always=["ghost"]), "ghost"),
         (lambda m: m.update(concepts=3), "not a valid bank manifest"),
     ],
@@ -294,9 +366,7 @@ def test_a_bank_loads_from_a_hub_and_then_without_it(mixed_bank, saved, tmp_path
             "me/my-bank", concepts=["neon", "woodcut"], endpoint=endpoint, cache_dir=tmp_path / "new"
         )
         assert same(some, mixed_bank.subset(["neon", "woodcut"]))
-        assert sorted(fetched) == [
-            "neon/text_increment.safetensors", MANIFEST, "woodcut/adapter_model.safetensors",
-        ]  # fmt: skip
+        assert set(fetched) == {shard_of(saved, "neon").name, MANIFEST, "woodcut/adapter_model.safetensors"}
         with pytest.raises(RepositoryNotFoundError):
             ConceptBank.from_pretrained("me/other", endpoint=endpoint, cache_dir=cache)
     assert same(mixed_bank, ConceptBank.from_pretrained("me/my-bank", cache_dir=cache, local_files_only=True))
@@ -316,8 +386,8 @@ def test_a_compact_bank_is_small_and_survives_the_disk(mixed_bank, tmp_path):
     back.save_pretrained(tmp_path / "again")
     wide, small = weights_of(tmp_path / "wide"), weights_of(tmp_path / "compact")
     assert weights_of(tmp_path / "again") == small
-    assert len(small["neon/text_increment.safetensors"]) < 0.7 * len(wide["neon/text_increment.safetensors"])
-    assert len(small["woodcut/module_increment.safetensors"]) < 0.5 * len(wide["woodcut/adapter_model.safetensors"])
+    assert len(small) == 2  # one shard for each form
+    assert sum(map(len, small.values())) < 0.6 * sum(map(len, wide.values()))
     assert verify(tmp_path / "compact", random_pipeline()).ok
 
 
@@ -360,7 +430,7 @@ def changed(bank, **changes):
 
 
 def test_the_digest_changes_with_all_that_a_bank_does_and_with_nothing_else(text_bank, tmp_path):
-    increment, guards = text_bank["neon"].increment, text_bank["neon"].guards
+    increment, guards = text_bank["neon"].increment, text_bank["neon"].guard_set
     b = increment.B.clone()
     b[-1, -1] += 1e-6
     others = [
@@ -368,9 +438,9 @@ def test_the_digest_changes_with_all_that_a_bank_does_and_with_nothing_else(text
         changed(text_bank, increment=replace(increment, B=b)),
         changed(text_bank, increment=replace(increment, B=increment.B.double())),
         changed(text_bank, increment=replace(increment, gate=0.5)),
-        changed(text_bank, guards=(*guards, "a fox")),
+        changed(text_bank, guard_set=GuardSet(("a fox",), extends=guards)),
         replace(text_bank, always=("neon",)),
-        replace(text_bank, entries=dict(reversed(text_bank.entries.items()))),
+        replace(text_bank, entries=Entries(dict(reversed(list(text_bank.entries.items()))))),
         text_bank.subset(["neon", "cat"]),
         text_bank.compact(),
     ]
@@ -385,12 +455,14 @@ def test_the_digest_does_not_depend_on_the_order_of_modules_and_doors(tmp_path):
     torch.manual_seed(0)
     modules = {f"mid.attn2.to_{kind}": torch.randn(4, 2) for kind in "kv"}
     doors = {name: Increment(torch.randn(2, 6), B=torch.randn(6, 2), gate=0.5) for name in ("pooled", "second")}
-    base = BaseModel("tiny", 8, 4, dict.fromkeys(modules, (4, 1.0)), dict.fromkeys(doors, 6))
     a, digests = torch.randn(2, 8), set()
     for turn in (list, reversed):
-        c, beside = (dict(turn(factors.items())) for factors in (modules, doors))
-        entry = Entry(Concept("neon"), Increment(a, C=c, doors=beside), SepMEConfig(), ("",), {"leakage": 0.0})
-        bank = ConceptBank(base, {"neon": entry})
+        c, further = (dict(turn(factors.items())) for factors in (modules, doors))
+        known = {"tokens": Door(8, 4), **dict.fromkeys(turn(doors), Door(6))}
+        base = BaseModel("tiny", known, projections=dict.fromkeys(turn(modules), (4, 1.0)))
+        increment = Increment(a, C=c, doors=further)
+        entry = Entry(Concept("neon"), increment, SepMEConfig(), GuardSet(("",)), {"leakage": 0.0})
+        bank = ConceptBank(base, Entries({"neon": entry}))
         bank.save_pretrained(tmp_path)
         digests |= {bank.digest, *(ConceptBank.from_pretrained(tmp_path).digest for _ in range(10))}
     assert len(digests) == 1

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
 from small import random_pipeline
 
@@ -19,9 +20,14 @@ def test_text_side_increments_fit_every_unet_and_per_module_ones_do_not(text_ban
         refuse_other_weights(mixed_bank, weights)
 
 
-def test_another_text_encoder_is_seen_by_its_leakage(text_bank):
+def test_another_text_encoder_is_seen_by_its_sketch_and_by_its_leakage(text_bank):
+    """Also where the base does not say how prompts are embedded."""
+    other = random_pipeline(text_seed=1)
+    with pytest.raises(ValueError, match=r"another text encoder.*prompts are embedded in another way"):
+        refuse_other_text(other, [text_bank])
+    doors = {name: replace(door, sketch=()) for name, door in text_bank.base.doors.items()}
     with pytest.raises(ValueError, match=r"another text encoder.*'neon'"):
-        refuse_other_text(random_pipeline(text_seed=1), [text_bank])
+        refuse_other_text(other, [replace(text_bank, base=replace(text_bank.base, doors=doors))])
 
 
 @pytest.mark.parametrize("excuse", ["every guard leaks", "no guard"])
@@ -30,7 +36,7 @@ def test_a_bank_cannot_excuse_itself_from_the_check_of_its_text_encoder(text_see
     """With no exact guard there is none by which another encoder could be seen."""
     entry = text_bank["neon"]
     leaky = {"leakage": 1.0, "leakage_of": dict.fromkeys(entry.guards, 1.0)}
-    excused = replace(entry, metrics=leaky) if excuse == "every guard leaks" else replace(entry, guards=())
+    excused = replace(entry, metrics=leaky) if excuse == "every guard leaks" else replace(entry, guard_set=GuardSet())
     pipe = random_pipeline(text_seed=text_seed)
     with pytest.raises(ValueError, match=r"\['neon'\]: no guard is exact"):
         refuse_other_text(pipe, [text_bank.with_entries([excused])])

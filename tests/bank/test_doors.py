@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import hub
-from folders import reseal, same, tree
-from sepme_diffusers import BankError, ConceptBank, Increment, SepMETrainer
+from folders import manifest_of, reseal, same, shard_of, tree
+from sepme_diffusers import BankError, BaseModel, ConceptBank, Increment, SepMETrainer
 from sepme_diffusers.bank.compatibility import refuse_other_text
+from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.leakage import leakage
@@ -32,7 +34,13 @@ def bank() -> ConceptBank:
         for name in bank
     }
     entries = [replace(entry, increment=replace(entry.increment, doors=doors[name])) for name, entry in bank.items()]
-    return replace(bank, base=replace(bank.base, doors={"pooled": POOLED})).with_entries(entries)
+    return replace(bank, base=with_door(bank.base, POOLED)).with_entries(entries)
+
+
+def with_door(base: BaseModel, width: int | None) -> BaseModel:
+    """The base with a pooled door of this width, or without one."""
+    further = {} if width is None else {"pooled": Door(width)}
+    return replace(base, doors={"tokens": base.doors["tokens"], **further})
 
 
 @pytest.fixture
@@ -54,17 +62,19 @@ def test_disk_and_back_is_exact(compact, bank, tmp_path):
 
 
 def test_tensors_stand_where_the_format_says(saved):
-    assert list(load_file(saved / "neon" / "text_increment.safetensors")) == ["A", "B", "pooled.A", "pooled.B"]
-    names = list(load_file(saved / "van-gogh" / "module_increment.safetensors"))
-    assert names == ["A", *PROJECTIONS, "pooled.A", "pooled.B"]
+    names = ["pooled.A", "pooled.B", "tokens.A", "tokens.B"]
+    assert sorted(load_file(shard_of(saved, "neon"))) == names
+    modules = [f"tokens.C.{module}" for module in PROJECTIONS]
+    assert sorted(load_file(shard_of(saved, "Van Gogh"))) == ["pooled.A", "pooled.B", "tokens.A", *modules]
+    assert manifest_of(saved)["concepts"]["neon"]["rows"] == {"pooled": [0, RANK + 1], "tokens": [0, RANK]}
 
 
 def test_a_part_of_an_increment_is_not_taken_for_the_whole(bank, saved):
     """A per-module increment is a LoRA that any tool may load. What it does at a further door would be left out."""
-    assert [file.name for file in (saved / "van-gogh").iterdir()] == ["module_increment.safetensors"]
+    assert not list(saved.glob("van-gogh*"))
     plain = replace(bank["Van Gogh"], increment=replace(bank["Van Gogh"].increment, doors={}))
     bank.with_entries([plain]).save_pretrained(saved)
-    (folder,) = saved.glob("van-gogh-*")
+    (folder,) = saved.glob("van-gogh*")
     assert {file.name for file in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     with pytest.raises(ValueError, match=r"acts at the further doors \['pooled'\] is not a LoRA"):
         to_lora(bank["Van Gogh"].increment)
@@ -78,9 +88,11 @@ def test_other_precision_is_for_further_doors_too(bank, tmp_path):
 
 
 def test_a_bank_refuses_doors_that_its_base_lacks(bank):
-    for doors in ({}, {"pooled": POOLED + 1}):
-        with pytest.raises(ValueError, match=r"further doors .*differ: .*'neon': \{'pooled': 12\}"):
-            replace(bank, base=replace(bank.base, doors=doors))
+    for width in (None, POOLED + 1):
+        with pytest.raises(ValueError, match=r"the base has the doors .*differ: .*'neon': \{'pooled': 12\}"):
+            replace(bank, base=with_door(bank.base, width))
+    with pytest.raises(ValueError, match="a base has a door 'tokens'"):
+        replace(bank.base, doors={"pooled": Door(POOLED)})
 
 
 def test_a_base_with_doors_serves_increments_without(bank):
@@ -91,31 +103,52 @@ def test_a_base_with_doors_serves_increments_without(bank):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m["base"].pop("doors"), "further doors that the base lacks|bytes; what the manifest says"),
-        (lambda m: m["base"].update(doors={"pooled": POOLED + 1}), "of other widths: .'pooled'"),
-        (lambda m: m["base"].update(doors={"Pooled": POOLED}), r"base\.doors"),
-        (lambda m: m["base"].update(doors={"pooled": 12.0}), r"base\.doors\.pooled: 12\.0 is not written as an int"),
+        (lambda m: m["base"]["doors"].pop("pooled"), "acts at the door 'pooled', which the base lacks"),
+        (lambda m: m["base"]["doors"].pop("tokens"), r"base\.doors"),
+        (lambda m: m["base"]["doors"].update(Pooled=m["base"]["doors"]["pooled"]), r"base\.doors"),
+        (lambda m: m["base"]["doors"]["pooled"].update(width=12.0), r"doors\.pooled\.width: 12\.0 is not written as"),
+        (lambda m: m["base"]["doors"]["pooled"].update(width=2), "a rank of 3 is not from 1 to the width 2"),
         (lambda m: m["concepts"]["Van Gogh"]["gates"].update(pooled=0), "gates"),
-        (lambda m: m["concepts"]["Van Gogh"].update(gates={"other": 1}), r"gates for further doors \['other'\]"),
-        (lambda m: m["concepts"]["neon"]["beside"].update({"doors.safetensors": "0" * 64}), "unknown files beside"),
+        (lambda m: m["concepts"]["Van Gogh"].update(gates={"other": 1}), r"gates at the doors \['other'\], where"),
+        (lambda m: m["concepts"]["neon"]["rows"].pop("tokens"), r"concepts\.neon"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[1, 1]), "a rank of 0 is not"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[2, 1]), "a rank of -1 is not"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[0, 1.0]), r"pooled\[1\]: 1\.0 is not written as an"),
     ],
 )  # fmt: skip
-def test_manifests_that_contradict_the_tensors_are_refused(edit, message, saved):
+def test_manifests_that_make_no_sense_are_refused(edit, message, saved):
     reseal(saved, edit)
     with pytest.raises(BankError, match=message):
         ConceptBank.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m["base"]["doors"]["pooled"].update(width=POOLED + 1), "width 12 at the door 'pooled'"),
+        (lambda m: m["concepts"]["neon"]["rows"].pop("pooled"), "damaged or was changed"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[0, 2]), "damaged or was changed"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[1, 4]), "does not hold the rows"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[2**53 - 3, 2**53]), "does not hold the rows"),
+    ],
+)
+def test_manifests_that_contradict_the_tensors_are_refused_when_these_are_read(edit, message, saved):
+    reseal(saved, edit)
+    bank = ConceptBank.from_pretrained(saved)
+    with pytest.raises(BankError, match=f"'neon'.*{message}"):
+        bank["neon"]
+    assert any("'neon'" in fault for fault in verify(saved).faults)
+
+
 def test_damage_is_found(saved):
-    file = saved / "van-gogh" / "module_increment.safetensors"
+    file = shard_of(saved, "Van Gogh")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(BankError, match=r"module_increment\.safetensors is damaged or was changed"):
+    with pytest.raises(BankError, match=f"{file.name} is damaged or was changed"):
         ConceptBank.from_pretrained(saved)
-    assert any("module_increment.safetensors is damaged" in fault for fault in verify(saved).faults)
-    file.unlink()
-    with pytest.raises(BankError, match=r"module_increment\.safetensors is missing"):
-        ConceptBank.from_pretrained(saved)
+    faults = verify(saved).faults
+    assert any(f"{file.name} is damaged" in fault for fault in faults)
+    assert not any("'neon'" in fault for fault in faults)
 
 
 def test_the_hub_has_them_and_a_partial_pull_fetches_them(bank, tmp_path):
@@ -123,7 +156,9 @@ def test_the_hub_has_them_and_a_partial_pull_fetches_them(bank, tmp_path):
         bank.push_to_hub("me/bank", endpoint=server.endpoint, token=hub.WRITER)
         place = {"endpoint": server.endpoint, "token": False, "cache_dir": tmp_path}
         assert same(ConceptBank.from_pretrained("me/bank", **place), bank)
-        assert "van-gogh/module_increment.safetensors" in server.fetched
+        shards = {file for file in server.files("me/bank") if SHARD.fullmatch(file)}
+        assert len(shards) == 2  # one for each form
+        assert shards <= set(server.fetched)
 
 
 def test_saving_again_changes_nothing(saved):
@@ -173,7 +208,7 @@ def test_another_encoder_of_a_further_door_is_refused(xl):
 def test_a_pipeline_without_the_door_is_refused(text_bank, pipe):
     door = {"pooled": Increment(torch.ones(1, 64), torch.ones(64, 1))}
     entries = [replace(entry, increment=replace(entry.increment, doors=door)) for entry in text_bank.values()]
-    bank = replace(text_bank, base=replace(text_bank.base, doors={"pooled": 64})).with_entries(entries)
+    bank = replace(text_bank, base=with_door(text_bank.base, 64)).with_entries(entries)
     for check in (lambda: refuse_other_text(pipe, [bank]), lambda: verify(bank, pipe)):
         with pytest.raises(ValueError, match=r"doors \['pooled'\], for which th.* pipeline has no embedding"):
             check()

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from folders import reseal, same, tree
+from folders import replace_shard, reseal, same, shard_of, tree
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, pocket
 from sepme_diffusers.bank.folder import BankFolder, sha256
 from sepme_diffusers.bank.layout import LOCK, MANIFEST
-from sepme_diffusers.bank.manifest import FORMAT_VERSION
+from sepme_diffusers.bank.rows import digest
 from tiny import tiny_bank
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-VERSION_1 = FIXTURES / "bank-version-1"
-TEXT, LORA = "neon/text_increment.safetensors", "van-gogh/adapter_model.safetensors"
+LORA = "van-gogh/adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -34,32 +32,20 @@ def refused(folder: Path, message: str, file: str = "") -> None:
     assert str(folder / file) in str(error.value)
 
 
-def replace_weights(folder: Path, data: bytes, name: str = "neon", file: str = TEXT) -> None:
-    """Other weights, with the hash that they have: only what is in them can give them away."""
-    (folder / file).write_bytes(data)
-    reseal(folder, lambda m: m["concepts"][name].update(sha256=sha256(data)))
+def refused_when_read(folder: Path, message: str, concept: str = "neon") -> None:
+    """The bank loads, with what can be known of it; the concept's numbers are refused, and no other's are."""
+    bank = ConceptBank.from_pretrained(folder)
+    with pytest.raises(BankError, match=message) as error:
+        bank[concept]
+    assert str(folder) in str(error.value)
+    assert repr(concept) in str(error.value)
+    assert bank[next(name for name in bank if name != concept)].increment.rank == 2
 
 
-def test_a_bank_of_version_1_still_loads_and_becomes_one_of_today(tmp_path):
-    bank = ConceptBank.from_pretrained(VERSION_1)
-    assert same(bank, tiny_bank())
-    assert bank.always == ("neon",)
-    shutil.copytree(VERSION_1, tmp_path / "bank")
-    bank.save_pretrained(tmp_path / "bank")
-    manifest = json.loads((tmp_path / "bank" / MANIFEST).read_bytes())
-    assert manifest["version"] == FORMAT_VERSION
-    assert set(manifest["concepts"]["Van Gogh"]["beside"]) == {"adapter_config.json"}
-    assert same(ConceptBank.from_pretrained(tmp_path / "bank"), bank)
-    weights = {file: data for file, data in tree(VERSION_1).items() if file.endswith(".safetensors")}
-    assert weights.items() <= tree(tmp_path / "bank").items()
-
-
-@pytest.mark.parametrize("version", [2, 3, 4])
-def test_a_bank_of_an_older_version_still_loads_and_becomes_one_of_today(tmp_path, version):
-    bank = ConceptBank.from_pretrained(FIXTURES / f"bank-version-{version}")
-    assert same(bank, tiny_bank())
-    bank.save_pretrained(tmp_path / "bank")
-    assert json.loads((tmp_path / "bank" / MANIFEST).read_bytes())["version"] == FORMAT_VERSION
+def replace_lora(folder: Path, data: bytes) -> None:
+    """Other weights of the LoRA, with the hash that they have: only what is in them can give them away."""
+    (folder / LORA).write_bytes(data)
+    reseal(folder, lambda m: m["concepts"]["Van Gogh"]["files"].update({Path(LORA).name: sha256(data)}))
 
 
 def test_gates_survive_the_disk_in_both_forms(tmp_path):
@@ -74,7 +60,7 @@ def test_gates_survive_the_disk_in_both_forms(tmp_path):
 
 @pytest.mark.parametrize("gate", [0, -1.0, "0.5", None])
 def test_a_gate_that_is_none_is_refused(saved, gate):
-    reseal(saved, lambda m: m["concepts"]["neon"].update(gate=gate))
+    reseal(saved, lambda m: m["concepts"]["neon"].update(gates={"tokens": gate}))
     refused(saved, "gate", MANIFEST)
 
 
@@ -83,57 +69,66 @@ def test_shipped_banks_load(name):
     assert len(pocket.bank(name)) >= 10
 
 
-def test_a_renamed_concept_of_version_1_is_refused(tmp_path):
-    """It has no digest; the folder's name gives it away."""
-    shutil.copytree(VERSION_1, tmp_path / "bank")
-    text = (VERSION_1 / MANIFEST).read_text("utf-8").replace('"neon": {', '"noen": {').replace('"neon"\n', '"noen"\n')
-    (tmp_path / "bank" / MANIFEST).write_text(text, "utf-8")
-    refused(tmp_path / "bank", "'neon' is not named after it", MANIFEST)
-
-
-@pytest.mark.parametrize("what", ["manifest", "weights", "folder"])
+@pytest.mark.parametrize("what", ["manifest", "shard", "weights", "folder"])
 def test_links_are_refused(saved, tmp_path, what):
     """Wherever they lead: what they lead to may change, or be none of the reader's business."""
-    link = saved / {"manifest": MANIFEST, "weights": TEXT, "folder": "neon"}[what]
+    places = {"manifest": saved / MANIFEST, "shard": shard_of(saved, "neon"), "weights": saved / LORA}
+    link = places.get(what, saved / "van-gogh")
     os.rename(link, tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
-    refused(saved, "symbolic link", MANIFEST if what == "manifest" else TEXT)
+    refused(saved, "symbolic link", LORA if what == "folder" else str(link.relative_to(saved)))
 
 
-@pytest.mark.parametrize("file", [MANIFEST, TEXT])
-def test_what_is_no_plain_file_is_refused_and_not_waited_for(saved, file):
-    (saved / file).unlink()
-    os.mkfifo(saved / file)
-    refused(saved, "not a plain file", file)
-    (saved / file).unlink()
-    (saved / file).mkdir()
-    refused(saved, "not a plain file", file)
+@pytest.mark.parametrize("what", ["manifest", "shard", "weights"])
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(saved, what):
+    file = {"manifest": saved / MANIFEST, "shard": shard_of(saved, "neon"), "weights": saved / LORA}[what]
+    file.unlink()
+    os.mkfifo(file)
+    refused(saved, "not a plain file", str(file.relative_to(saved)))
+    file.unlink()
+    file.mkdir()
+    refused(saved, "not a plain file", str(file.relative_to(saved)))
 
 
 def test_sizes_are_looked_at_before_anything_is_read(saved):
-    """A sparse terabyte in place of the weights, a gigabyte in place of the manifest."""
-    os.truncate(saved / TEXT, 2**40)
-    refused(saved, f"has {2**40} bytes; what the manifest says needs at most", TEXT)
-    os.truncate(saved / MANIFEST, 2**30)
-    refused(saved, f"has {2**30} bytes", MANIFEST)
+    """A sparse terabyte in place of a shard or of weights, a gigabyte in place of the manifest."""
+    for file in (saved / LORA, shard_of(saved, "neon"), saved / MANIFEST):
+        size = 2**30 if file.name == MANIFEST else 2**40
+        os.truncate(file, size)
+        refused(saved, f"has {size} bytes; what the manifest says needs at most", str(file.relative_to(saved)))
+
+
+def test_a_shard_that_is_larger_than_declared_is_refused(saved):
+    """Even by one byte, under a hash that is right."""
+    file = replace_shard(saved, "neon", shard_of(saved, "neon").read_bytes() + b"x")
+    reseal(saved, lambda m: m["shards"][file.name].update(bytes=file.stat().st_size - 1))
+    refused(saved, f"has {file.stat().st_size} bytes; what the manifest says needs at most", file.name)
 
 
 def test_a_header_that_claims_terabytes_is_refused(saved):
     tensor = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
-    header = json.dumps({"A": tensor, "B": tensor}).encode()
-    for size in (len(header), 2**42, 2**63):
-        replace_weights(saved, struct.pack("<Q", size) + header + bytes(8))
-        refused(saved, "holds no increment", TEXT)
+    header = json.dumps({"tokens.A": tensor, "tokens.B": tensor}).encode()
+    for size, message in ((2**42, "is no safetensors file"), (2**63, "is no safetensors file")):
+        data = struct.pack("<Q", size) + header + bytes(8)
+        refused(saved, message, replace_shard(saved, "neon", data).name)
+    replace_shard(saved, "neon", struct.pack("<Q", len(header)) + header + bytes(8))
+    refused_when_read(saved, "does not hold the rows")
+    replace_lora(saved, struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(BankError, match=f"'Van Gogh'.*{saved}"):
+        ConceptBank.from_pretrained(saved)["Van Gogh"]
 
 
-@pytest.mark.parametrize("file", [TEXT, LORA])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_are_refused(saved, file, value):
-    tensors = load_file(saved / file)
-    list(tensors.values())[-1][0, 0] = value
-    save_file(tensors, saved / file)
-    replace_weights(saved, (saved / file).read_bytes(), "neon" if file == TEXT else "Van Gogh", file)
-    refused(saved, "must be finite", file)
+def test_numbers_that_are_not_finite_are_refused(saved, value):
+    tensors = load_file(shard_of(saved, "neon"))
+    tensors["tokens.B"][0, 0] = value
+    replace_shard(saved, "neon", save(tensors), digest(tensors))
+    refused_when_read(saved, "must be finite")
+    lora = load_file(saved / LORA)
+    list(lora.values())[-1][0, 0] = value
+    replace_lora(saved, save(lora))
+    with pytest.raises(BankError, match=r"'Van Gogh'.*must be finite"):
+        ConceptBank.from_pretrained(saved)["Van Gogh"]
 
 
 class Boom:
@@ -143,41 +138,70 @@ class Boom:
 
 def test_a_pickle_is_refused_and_never_run(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    replace_weights(saved, pickle.dumps(Boom()))
-    refused(saved, "holds no increment", TEXT)
-    torch.save({"A": torch.zeros(2, 8)}, saved / TEXT)
-    replace_weights(saved, (saved / TEXT).read_bytes()[:1500])
-    refused(saved, "holds no increment", TEXT)
+    torch.save({"A": torch.zeros(2, 8)}, tmp_path / "tensors")
+    for data in (pickle.dumps(Boom()), (tmp_path / "tensors").read_bytes()):
+        refused(saved, "is no safetensors file", replace_shard(saved, "neon", data).name)
+    tiny_bank().save_pretrained(tmp_path / "again")
+    replace_lora(tmp_path / "again", pickle.dumps(Boom()))
+    refused_when_read(tmp_path / "again", LORA, "Van Gogh")
     assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"A": torch.ones(3, 8), "B": torch.ones(8, 3)}, "rank 3, not 2"),
-        ({"A": torch.ones(2, 7), "B": torch.ones(7, 2)}, "width 7, not 8"),
-        ({"A": torch.ones(2, 8), "B": torch.ones(8, 3)}, "cannot hold"),
-        ({"A": torch.ones(2, 8)}, "has the tensors A and B, not"),
-        ({"A": torch.ones(2, 8), "B": torch.ones(8, 2), "C": torch.ones(1)}, "holds no increment"),
-        ({"A": torch.ones(2, 8, dtype=torch.int32), "B": torch.ones(8, 2)}, "floating point"),
-        ({"A": torch.ones(2, 8).to(torch.float8_e4m3fn), "B": torch.ones(8, 2)}, "floating point"),
+        ({"tokens.A": torch.ones(2, 7), "tokens.B": torch.ones(2, 7)}, "width 7 at the door 'tokens'"),
+        ({"tokens.A": torch.ones(2, 8), "tokens.B": torch.ones(2, 9)}, "cannot hold"),
+        ({"tokens.A": torch.ones(2, 8)}, "these tensors are not an increment's"),
+        ({"tokens.B": torch.ones(2, 8)}, "these tensors are not an increment's"),
+        ({f"tokens.{x}": torch.ones(2, 8) for x in "ABC"}, "these tensors are not an increment's"),
+        ({f"tokens.{x}": torch.ones(2, 8) for x in ("A", "C.x")}, "form 'module', not 'text'"),
+        ({f"tokens.{x}": torch.ones(2, 8, 1) for x in "AB"}, "does not hold the rows"),
+        ({f"tokens.{x}": torch.ones(1, 8) for x in "AB"}, "does not hold the rows"),
+        ({f"tokens.{x}": torch.ones(2, 0) for x in "AB"}, "does not hold the rows"),
+        ({f"tokens.{x}": torch.ones(2) for x in "AB"}, "does not hold the rows"),
+        ({f"tokens.{x}": torch.ones(2, 8, dtype=torch.int32) for x in "AB"}, "does not hold the rows"),
+        ({f"tokens.{x}": torch.ones(2, 8).to(torch.float8_e4m3fn) for x in "AB"}, "does not hold the rows"),
+        ({"A": torch.ones(2, 8), "B": torch.ones(2, 8)}, "these tensors are not an increment's"),
     ],
 )
-def test_weights_that_do_not_fit_the_manifest_are_refused(saved, tensors, message):
-    save_file(tensors, saved / TEXT)
-    replace_weights(saved, (saved / TEXT).read_bytes())
-    refused(saved, message, TEXT)
+def test_rows_that_do_not_fit_the_manifest_are_refused(saved, tensors, message):
+    """Under a digest that is true of them, where they can have one."""
+    own = {name: rows for name, rows in tensors.items() if name.startswith("tokens.")}
+    fit = all(rows.dtype == torch.float32 and rows.numel() for rows in own.values())
+    replace_shard(saved, "neon", save(tensors), digest(own) if fit else None)
+    refused_when_read(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "not the LoRA of an increment"),
+        ({"base_model.model.mid.attn2.to_k.lora_A.weight": torch.ones(2, 8)}, "not the LoRA of an increment"),
+        (lambda t: {**t, "x": torch.ones(1)}, "unexpected or unpaired keys"),
+        (lambda t: {k: v[:1] if "_A" in k else v[:, :1].clone() for k, v in t.items()}, "its digest is of"),
+        (lambda t: {k: v * 2 if "_A" in k else v for k, v in t.items()}, "the increment that its digest is of"),
+        (lambda t: {k: v * (1 + i) if "_A" in k else v for i, (k, v) in enumerate(t.items())}, "share one lora_A"),
+        (lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, "floating point"),
+    ],
+)
+def test_a_lora_that_does_not_fit_the_manifest_is_refused(saved, tensors, message):
+    """Its hash is true of it; the increment that it makes is not the one that the record's digest is of."""
+    replace_lora(saved, save(tensors(load_file(saved / LORA)) if callable(tensors) else tensors))
+    refused_when_read(saved, message, "Van Gogh")
 
 
 def test_modules_that_the_base_lacks_are_refused(saved):
-    reseal(saved, lambda m: m["base"]["projections"].pop("mid.attn2.to_v"))
-    refused(saved, r"mid\.attn2\.to_v", LORA)
+    reseal(saved, lambda m: m["base"]["projections"].update({"mid.attn2.to_q": [4, 1.0]}))
+    refused_when_read(saved, r"mid\.attn2\.to_q", "Van Gogh")
+    reseal(saved, lambda m: m["base"].pop("projections"))
+    refused(saved, "is per-module, and the base has no projections", MANIFEST)
 
 
 def test_a_broken_manifest_is_not_saved_over(saved):
     """Whatever the old manifest is, saving says so and loses nothing."""
     whole = (saved / MANIFEST).read_bytes()
-    for broken in (b"", b"[", b'{"format": "sepme_bank", "version": 4}', whole.replace(b"neon", b"noen"), whole[:-9]):
+    for broken in (b"", b"[", b'{"format": "sepme_bank", "version": 5}', whole.replace(b"neon", b"noen"), whole[:-9]):
         (saved / MANIFEST).write_bytes(broken)
         before = tree(saved)
         with pytest.raises(BankError, match=MANIFEST):
@@ -204,11 +228,15 @@ def test_saving_writes_through_no_link(saved, tmp_path):
     """Links that someone planted lead to nothing being written or removed elsewhere."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    shutil.rmtree(saved / "neon")
-    (saved / "neon").symlink_to(tmp_path / "mine")
+    shutil.rmtree(saved / "van-gogh")
+    (saved / "van-gogh").symlink_to(tmp_path / "mine")
     (saved / ".sepme_bank.writing").symlink_to(tmp_path / "mine")
-    (saved / "README.md").unlink()
-    (saved / "README.md").symlink_to(tmp_path / "mine" / "notes.txt")
+    planted = [saved / "README.md", shard_of(saved, "neon")]
+    tiny_bank(1).save_pretrained(tmp_path / "other")
+    planted.append(saved / shard_of(tmp_path / "other", "neon").name)
+    for file in planted:
+        file.unlink(missing_ok=True)
+        file.symlink_to(tmp_path / "mine" / "notes.txt")
     tiny_bank(1).save_pretrained(saved)
     assert tree(tmp_path / "mine") == {"notes.txt": b"mine"}
     assert same(ConceptBank.from_pretrained(saved), tiny_bank(1))
@@ -216,20 +244,45 @@ def test_saving_writes_through_no_link(saved, tmp_path):
 
 def test_saving_neither_opens_nor_removes_what_stands_in_the_way(saved):
     """A pipe, which would be waited for, and a file, in the places of concepts' folders."""
-    shutil.rmtree(saved / "neon")
-    os.mkfifo(saved / "neon")
-    shutil.rmtree(saved / "van-gogh")
-    (saved / "van-gogh").write_text("mine")
-    tiny_bank(1).save_pretrained(saved)
-    assert same(ConceptBank.from_pretrained(saved), tiny_bank(1))
-    assert (saved / "neon").is_fifo()
-    assert (saved / "van-gogh").read_text() == "mine"
+    bank = grown(tiny_bank(1))
+    for seed in (0, 1):
+        grown(tiny_bank(seed)).save_pretrained(saved)
+    shutil.rmtree(saved / "van-gogh-0", ignore_errors=True)
+    for folder in saved.glob("van-gogh*"):
+        shutil.rmtree(folder)
+    os.mkfifo(saved / "van-gogh")
+    (saved / "van-gogh-0").write_text("mine")
+    bank.save_pretrained(saved)
+    assert same(ConceptBank.from_pretrained(saved), bank)
+    assert (saved / "van-gogh").is_fifo()
+    assert (saved / "van-gogh-0").read_text() == "mine"
 
 
-def test_damaged_files_are_mended_by_saving_again(saved):
-    bank = ConceptBank.from_pretrained(saved)
-    for pattern in ("neon*/*", "van-gogh*/*.safetensors", "van-gogh*/*.json", "README.md"):
+def grown(bank: ConceptBank) -> ConceptBank:
+    entry = bank["Van Gogh"]
+    return bank.with_entries([replace(entry, concept=Concept("Van Gogh 0"))])
+
+
+def test_a_folder_in_the_place_of_a_shard_is_refused_and_nothing_is_lost(saved, tmp_path):
+    tiny_bank(1).save_pretrained(tmp_path / "other")
+    (saved / shard_of(tmp_path / "other", "neon").name / "mine").mkdir(parents=True)
+    before = sorted(saved.rglob("*"))
+    with pytest.raises(BankError, match="is a folder, and a file of the bank goes there"):
+        tiny_bank(1).save_pretrained(saved)
+    assert sorted(saved.rglob("*")) == before
+    assert same(ConceptBank.from_pretrained(saved), tiny_bank())
+
+
+@pytest.mark.parametrize("pattern", ["increments-*", "van-gogh*/*.safetensors", "van-gogh*/*.json", "README.md"])
+def test_damaged_files_are_mended_by_saving_again(saved, pattern):
+    """The bank was loaded, and has read what it held; or the file was replaced, and the bank still has the old one."""
+    for replaced in (False, True):
+        bank = ConceptBank.from_pretrained(saved)
         (file,) = saved.glob(pattern)
+        if replaced:
+            file.unlink()
+        else:
+            assert len(dict(bank)) == 2
         file.write_bytes(b"damaged")
         bank.save_pretrained(saved)
         assert same(ConceptBank.from_pretrained(saved), bank)
@@ -248,7 +301,7 @@ def test_every_file_is_on_the_disk_before_the_manifest_refers_to_it(tmp_path, mo
     def look(source, target):
         if Path(target) == tmp_path / MANIFEST:
             files = {file: file.stat().st_ino in synced for file in tmp_path.rglob("*") if file.name != LOCK}
-            assert len(files) >= 8
+            assert len(files) >= 6
             assert not [file for file, written in files.items() if not written]
             synced.clear()
         move(source, target)
@@ -263,34 +316,32 @@ def test_reading_while_another_process_saves_gives_the_new_bank(tmp_path, monkey
     """The files of the old manifest are gone once it was read: it is read again."""
     old, new = tiny_bank(0), tiny_bank(1)
     old.save_pretrained(tmp_path)
-    read = BankFolder.increment
-    saves = iter([new])
+    hold, saves = BankFolder.hold, iter([new])
 
     def saved_meanwhile(folder, *args):
         for bank in saves:
             bank.save_pretrained(tmp_path)
-        return read(folder, *args)
+        return hold(folder, *args)
 
-    monkeypatch.setattr(BankFolder, "increment", saved_meanwhile)
+    monkeypatch.setattr(BankFolder, "hold", saved_meanwhile)
     assert same(ConceptBank.from_pretrained(tmp_path), new)
 
 
-def test_damage_is_not_read_over_and_over(tmp_path, monkeypatch):
-    tiny_bank().save_pretrained(tmp_path)
-    (tmp_path / TEXT).unlink()
-    reads = []
-    read = BankFolder.increment
-    monkeypatch.setattr(BankFolder, "increment", lambda *args: (reads.append(args), read(*args))[1])
-    refused(tmp_path, "is missing", TEXT)
+def test_damage_is_not_read_over_and_over(saved, monkeypatch):
+    file, reads, hold = shard_of(saved, "neon"), [], BankFolder.hold
+    file.unlink()
+    monkeypatch.setattr(BankFolder, "hold", lambda *args: (reads.append(args), hold(*args))[1])
+    refused(saved, "is missing", file.name)
     assert len(reads) == 1
 
 
 @pytest.mark.parametrize("name", ["CON", "nul", "Aux", "com1", "a" * 200])
 def test_folders_are_such_as_every_system_takes(name, tmp_path):
     bank = tiny_bank()
-    bank = bank.with_entries([replace(bank["neon"], concept=Concept(name, bank["neon"].concept.pairs))])
+    bank = bank.with_entries([replace(bank["Van Gogh"], concept=Concept(name, bank["neon"].concept.pairs))])
     bank.save_pretrained(tmp_path)
     assert same(ConceptBank.from_pretrained(tmp_path), bank)
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert not folders & {"con", "nul", "aux", "com1"}
+    assert len(folders) == 2
     assert max(map(len, folders)) <= 100
