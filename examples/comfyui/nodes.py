@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from sepme_diffusers import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.compatibility import has_per_module, refuse_other_weights
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.doors.unet import UNET
 from sepme_diffusers.interchange.lora_files import kohya_tensors
 from sepme_diffusers.interchange.merge import merged_factors, strengths_of
+
+
+_PREFIX = "lora_unet_"
+_READS_TEXT = re.compile(_PREFIX + r".*_attn2_to_[kv]")
 
 
 class EraseConcepts:
@@ -77,14 +82,17 @@ def base_weights(bank: ConceptBank, keys: Mapping[str, str], patches: Mapping[st
     """W_m by module name, as they were before any LoRA.
 
     Args:
-        bank: Says which modules.
+        bank: Says which modules, if it has per-module increments. Text-side ones act on whatever reads the text.
         keys: ComfyUI's {LoRA key: weight key}.
         patches: ComfyUI's {weight key: [the weight as loaded, its patches ...]}.
 
     Raises:
         ValueError: If the model lacks one of the bank's modules.
     """
-    return _weights(bank, bank.base.projections, keys, patches)
+    modules: Iterable[str] = bank.base.projections if has_per_module(bank) else _text_projections(keys)
+    if not modules:
+        raise ValueError(f"the bank is for {bank.base.name!r}; this model has no attn2.to_k and attn2.to_v")
+    return _weights(bank, modules, keys, patches)
 
 
 def door_linears(
@@ -100,10 +108,16 @@ def door_linears(
     return {door: (module, weights[module]) for door, module in modules.items()}
 
 
+def _text_projections(keys: Mapping[str, str]) -> list[str]:
+    """The modules that read the text, each under one of the names that ComfyUI has for it."""
+    names = {weight: key.removeprefix(_PREFIX) for key, weight in keys.items() if _READS_TEXT.fullmatch(key)}
+    return list(names.values())
+
+
 def _weights(
     bank: ConceptBank, modules: Iterable[str], keys: Mapping[str, str], patches: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    found = {name: keys.get(f"lora_unet_{name.replace('.', '_')}") for name in modules}
+    found = {name: keys.get(_PREFIX + name.replace(".", "_")) for name in modules}
     if missing := [name for name, key in found.items() if key not in patches]:
         raise ValueError(f"the bank is for {bank.base.name!r}; this model has no {missing[:3]}")
     originals = {name: patches[key][0] for name, key in found.items()}

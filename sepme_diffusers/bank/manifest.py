@@ -329,7 +329,7 @@ def _chain_faults(sets: Mapping[str, Any]) -> Iterator[str]:
 def _name_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     names = list(manifest["concepts"])
     if unusable := [name for name in names if not name.isprintable() or not is_visible(name)]:
-        yield f"concepts need printable names, not {_some(unusable)}"
+        yield f"concepts need printable names, not {some(unusable)}"
     for alike in look_alikes(names):
         yield f"concepts that look alike: {', '.join(map(repr, alike))}"
     if unknown := sorted(set(manifest["policy"]["always"]) - set(names)):

@@ -306,9 +306,8 @@ class SepMELoaderMixin:
 
     def _refuse_other_base(self, bank: ConceptBank) -> None:
         """Check that a bank was made for this pipeline's text encoders and, where that matters, denoiser."""
-        per_module = has_per_module(bank)
-        for name, denoiser in drawing_denoisers(self).items():
-            if per_module and (others := other_text_readers(denoiser)):
+        for name, denoiser in drawing_denoisers(self).items() if has_per_module(bank) else ():
+            if others := other_text_readers(denoiser):
                 raise ValueError(
                     f"the bank has per-module increments, which act behind attn2.to_k and attn2.to_v alone, but in "
                     f"this {name} other modules read the text as well: {others[:5]}. Text-side increments "
