@@ -16,7 +16,6 @@ from sepme_diffusers.doors.unet import UNET
 from sepme_diffusers.interchange.lora_files import kohya_tensors
 from sepme_diffusers.interchange.merge import merged_factors, strengths_of
 
-
 _PREFIX = "lora_unet_"
 _READS_TEXT = re.compile(_PREFIX + r".*_attn2_to_[kv]")
 
