@@ -246,7 +246,7 @@ class _Draft:
             "libraries": libraries(),
             "base": base_to_dict(self._contents.base),
             "policy": {"always": list(self._contents.always)},
-            "shards": self._shards,
+            "shards": dict(sorted(self._shards.items())),
             **{table: getattr(self._tables, table) for table in TABLES},
             "concepts": self._records,
         }
@@ -264,7 +264,8 @@ class _Draft:
             return kept, None
         increment = increment or outline.increment
         if not is_lora(increment):
-            return {"digest": wanted}, as_rows(increment)
+            # Now, so that a record's keys have one order whether its rows are put into a shard or are there already.
+            return {"digest": wanted, "shard": "", "rows": {}}, as_rows(increment)
         files = lora_files(increment)
         folder = self._place.put_folder(slug(name), name, files)
         hashed = {file: sha256(data) for file, data in files.items()}

@@ -468,7 +468,7 @@ def _tables(records: Mapping[str, Any], head: Mapping[str, Any], drafted: Mappin
         tables.adopt(record, mine if is_mine else theirs)
         if "shard" in record:
             shards[record["shard"]] = (drafted if is_mine else head)["shards"][record["shard"]]
-    return {"shards": shards, **{table: getattr(tables, table) for table in TABLES}}
+    return {"shards": dict(sorted(shards.items())), **{table: getattr(tables, table) for table in TABLES}}
 
 
 def _refuse_conflicts(head: _Head, change: _Change, mine: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from sepme_diffusers.bank.errors import BankError
 from sepme_diffusers.bank.folder import BankFolder, hashes, sha256
 from sepme_diffusers.bank.layout import LORA_FILE
 from sepme_diffusers.bank.records import Shared, Tables, base_from_dict
-from sepme_diffusers.bank.rows import from_rows
+from sepme_diffusers.bank.rows import as_rows, digest, from_rows
 from sepme_diffusers.bank.shards import ShardFile
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import from_lora
@@ -53,8 +53,8 @@ class Store:
         for record in self.manifest["concepts"].values():
             if "folder" in record:
                 most[f"{record['folder']}/{LORA_FILE}"] = _largest(record, self.base)
-        for path, digest in hashes(self.manifest).items():
-            file = self.folder.check(path, digest, most[path])
+        for path, expected in hashes(self.manifest).items():
+            file = self.folder.check(path, expected, most[path])
             if path in self.manifest["shards"]:
                 self._shards[path] = ShardFile(file)
 
@@ -128,7 +128,11 @@ class Store:
             tensors = load_tensors(data)
         except SafetensorError as error:
             raise BankError(f"concept {name!r}: {self.folder.folder / path} cannot be read: {error}") from error
-        return self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
+        increment = self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
+        if digest(as_rows(increment)) != record["digest"]:
+            # A bank's digest, and so a receipt, would name another erasure than the one that acts.
+            raise BankError(f"concept {name!r}: {self.folder.folder / path} does not have the digest of the manifest")
+        return increment
 
     def _checked(self, name: str, make: Any) -> Any:
         try:
