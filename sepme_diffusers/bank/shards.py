@@ -94,7 +94,7 @@ class ShardFile:
         self.path = path
         try:
             self._file: Any = safe_open(path, "pt")
-            self._names: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]  # safetensors types nothing
+            self._names: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
         except (SafetensorError, OSError) as error:
             raise BankError(f"{path} cannot be read: {error}") from error
 

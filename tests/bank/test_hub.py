@@ -15,8 +15,8 @@ from PIL import Image
 import hub
 from folders import same, tree
 from hub import NARROW, STRANGER, WRITER, Fault
-from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, pocket
-from sepme_diffusers.bank.entry import Entry
+from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, SepMEConfig, pocket
+from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Door
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.hub import DownloadError
@@ -174,6 +174,34 @@ class TestPack:
         assert of["pencil"] in left
         assert not {of["neon"], of["cat"]} & left
         assert len(left) == 2
+
+
+@pytest.mark.slow
+def test_one_more_concept_on_ten_thousand_uploads_four_files_and_six_megabytes_at_most(push, pull, server):
+    """d 768, rank 1, float16, gates, one wording; every name is damped in one guard set. Seen: 3 files, 3.60 MB."""
+    torch.manual_seed(0)
+    names = [f"synthetic concept {number}" for number in range(10_000)]
+    guards = GuardSet(("", "watermark"), tuple(names))
+    config = SepMEConfig(solver="closed_form", rank=1, gain=1.0, gate=0.5)
+
+    def synthetic(name: str) -> Entry:
+        a, b = torch.randn(1, 768), torch.randn(768, 1)
+        concept = Concept.from_template(name, ["a {concept}", "a picture of {concept}"], without=["", "a picture"])
+        return Entry(
+            concept, Increment((a / a.norm()).half(), B=b.half(), gate=0.5), config, guards, {"leakage": 0.01}
+        )
+
+    base = BaseModel("me/base", {"tokens": Door(768, 77)})
+    push(ConceptBank(base, {name: synthetic(name) for name in names}))
+    bank = pull()
+    assert list(bank) == names
+    server.forget()
+    push(bank.with_entries([synthetic("one more")]))
+    [files] = server.commits
+    sizes = {file: len(server.files(REPOSITORY)[file]) for file in files}
+    assert len(sizes) <= 4, sizes
+    assert sum(sizes.values()) <= 6e6, sizes
+    assert len(pull()) == 10_001
 
 
 def test_half_precision_stays_and_is_not_uploaded_again(text_bank, push, pull, server):
