@@ -19,8 +19,9 @@ from sepme_diffusers.bank.layout import ASSETS
 from sepme_diffusers.text.encoding import TOKENS
 
 _PICTURE = re.compile(r"(?!.{201})[a-z0-9]+(-[a-z0-9]+)*")
-# So many concepts have a row, and so many names are listed.
-_ROWS, _NAMED = 200, 50
+# A card stays small, however large the bank: so many concepts have a row, so many names are in a list, so many
+# settings are shown, and so much of a text.
+_ROWS, _NAMED, _SETTINGS, _TEXT = 200, 50, 20, 200
 _PLACEHOLDER = "path/or/repository/of/this/bank"
 
 _TEMPLATE = """---
@@ -57,7 +58,10 @@ pipe.set_erased([{{ first }}])
 
 An increment leaves the prompts that it guards exactly as they were. Guarded by increments of this bank:
 {{ guards }}.
-
+{% if damped %}
+These were damped instead, because not all of them fit; they move by what the measurements say:
+{{ damped }}.
+{% endif %}
 ## Settings
 {% for names, config in settings %}
 {{ names }}:
@@ -66,6 +70,9 @@ An increment leaves the prompts that it guards exactly as they were. Guarded by 
 {{ config }}
 ```
 {% endfor %}
+{%- if more_settings %}
+And {{ more_settings }} more, in `sepme_bank.json`.
+{% endif %}
 ## Limits
 
 - An increment that is not merged into the base can be removed by whoever holds the weights. Erasure is for a host who
@@ -130,7 +137,7 @@ def model_card(
         previous: The card that this one replaces.
     """
     base, always, concepts = manifest["base"]["name"], manifest["policy"]["always"], manifest["concepts"]
-    data = _metadata(base, license, pictures, previous)
+    data, settings = _metadata(base, license, pictures, previous), _settings(manifest)
     widget = data.to_dict().get("widget")  # type: ignore[no-untyped-call]  # huggingface_hub has not typed it
     card = ModelCard.from_template(
         data,
@@ -139,13 +146,15 @@ def model_card(
         base=_quoted(base),
         repository=_quoted(repository or _PLACEHOLDER),
         first=_quoted(next(iter(concepts), "")),
-        policy=_escaped(f", except {', '.join(always)}, which its policy always erases" if always else ""),
+        policy=f", except {_some(always)}, which its policy always erases" if always else "",
         gallery=bool(widget),
         count=len(concepts),
         rows=[_row(name, record, manifest) for name, record in list(concepts.items())[:_ROWS]],
         more=max(len(concepts) - _ROWS, 0),
-        guards=_guards(manifest),
-        settings=_settings(manifest),
+        guards=_guards(manifest, "exact"),
+        damped=_guards(manifest, "damped"),
+        settings=settings[:_SETTINGS],
+        more_settings=max(len(settings) - _SETTINGS, 0),
     )
     return str(card)
 
@@ -193,10 +202,15 @@ def _row(name: str, record: Mapping[str, Any], manifest: Mapping[str, Any]) -> l
     return [_escaped(str(cell)) for cell in (*cells, ", ".join(figures))]
 
 
-def _guards(manifest: Mapping[str, Any]) -> str:
-    """List the prompts that increments guard, the first of them by name."""
+def _guards(manifest: Mapping[str, Any], how: str) -> str:
+    """List the prompts that increments guard, the first of them by name.
+
+    Args:
+        manifest: The bank's.
+        how: "exact" or "damped".
+    """
     sets = manifest["guard_sets"].values()
-    prompts = dict.fromkeys(prompt for part in sets for prompt in (*part["exact"], *part.get("damped", ())))
+    prompts = dict.fromkeys(prompt for part in sets for prompt in part.get(how, ()))
     return _some([prompt or "the blank prompt" for prompt in prompts])
 
 
@@ -211,7 +225,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _some(texts: Sequence[str]) -> str:
     """List texts in their order, and count what is beyond the first."""
     more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
-    return ", ".join(map(_escaped, texts[:_NAMED])) + more
+    return ", ".join(_escaped(text if len(text) <= _TEXT else f"{text[:_TEXT]}…") for text in texts[:_NAMED]) + more
 
 
 def _quoted(text: str) -> str:

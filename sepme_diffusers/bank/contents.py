@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from sepme_diffusers.bank.folder import BankFolder, in_folder, sha256
 from sepme_diffusers.bank.layout import CARD, MANIFEST
 from sepme_diffusers.bank.records import TABLES, Tables, base_to_dict, stated_metrics
 from sepme_diffusers.bank.rows import as_rows, digest
-from sepme_diffusers.bank.saving import Place, replace_bank
+from sepme_diffusers.bank.saving import replace_bank
 from sepme_diffusers.bank.shards import Rows, shards_of
 from sepme_diffusers.bank.signing import verify_signature
 from sepme_diffusers.bank.store import Store
@@ -170,28 +170,65 @@ def write(
     previous = (folder / CARD).read_text("utf-8", errors="replace") if (folder / CARD).is_file() else None
     replace_bank(
         BankFolder(folder),
-        lambda place: _Draft(contents, place, how or Layout()).manifest(),
+        lambda place: draft(contents, place, how or Layout()),
         lambda manifest: model_card(manifest, None, license, pictures, previous),
         {picture.path: picture.png() for picture in pictures},
     )
 
 
-class _Draft:
-    """A bank on its way into a folder."""
+class Target(Protocol):
+    """Where a bank's files go."""
 
-    def __init__(self, contents: Contents, place: Place, how: Layout) -> None:
+    @property
+    def former(self) -> Mapping[str, Any] | None:
+        """The manifest of the bank that is there."""
+        ...
+
+    def keep(self, name: str) -> None:
+        """Go on using a shard or folder that is there."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Put a file there, whose name says its content."""
+        ...
+
+    def put_folder(self, slug: str, concept: str, files: Mapping[str, bytes]) -> str:
+        """Put a concept's folder there, and return its name: the slug, perhaps with digits behind it."""
+        ...
+
+
+def draft(contents: Contents, place: Target, how: Layout, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Put a bank's files in place, but for those that are there already, and return its manifest, not sealed.
+
+    Args:
+        contents: The bank.
+        place: Where the files go.
+        how: See `Layout`.
+        names: Concepts: then these alone are put there, and are in the manifest. Default: all.
+
+    Raises:
+        BankError: If a number is too large for the precision, or an increment cannot be read.
+    """
+    return _Draft(contents, place, how).manifest(contents.entries if names is None else names)
+
+
+class _Draft:
+    """A bank on its way to where it is kept."""
+
+    def __init__(self, contents: Contents, place: Target, how: Layout) -> None:
         self._contents, self._place, self._how = contents, place, how
         self._former: Mapping[str, Any] = place.former or {"concepts": {}, "shards": {}}
         self._tables = Tables()
         self._records: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, dict[str, Any]] = {}
 
-    def manifest(self) -> dict[str, Any]:
-        """Put the bank's files in place, but for those that are there already, and return its manifest."""
+    def manifest(self, names: Collection[str]) -> dict[str, Any]:
+        """Put the files of these concepts in place, and return the manifest."""
         entries, waiting = self._contents.entries, []
+        # Of all concepts, whichever are put there: what is said of one does not depend on what goes along.
         metrics = stated_metrics(entries.outlines())
-        for name, outline in entries.outlines().items():
-            stored = entries.stored(name)
+        for name in names:
+            outline, stored = entries.outline(name), entries.stored(name)
             shared = (
                 self._tables.adopt(stored.record, stored.tables)
                 if stored is not None
@@ -232,7 +269,8 @@ class _Draft:
             return kept, None
         increment = increment or outline.increment
         if not is_lora(increment):
-            return {"digest": wanted}, as_rows(increment)
+            # Now, so that a record's keys have one order whether its rows are put into a shard or are there already.
+            return {"digest": wanted, "shard": "", "rows": {}}, as_rows(increment)
         files = lora_files(increment)
         folder = self._place.put_folder(slug(name), name, files)
         hashed = {file: sha256(data) for file, data in files.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +22,12 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from sepme_diffusers.bank.card import Picture, model_card
-from sepme_diffusers.bank.contents import Contents, Layout, read, write
+from sepme_diffusers.bank.contents import Contents, Layout, draft, read
 from sepme_diffusers.bank.entry import Origin
 from sepme_diffusers.bank.errors import BankError, PolicyError
-from sepme_diffusers.bank.folder import BankFolder, hashes
+from sepme_diffusers.bank.folder import BankFolder, hashes, sha256, top_names
 from sepme_diffusers.bank.layout import ASSETS, CARD, MANIFEST, SIGNATURE
-from sepme_diffusers.bank.manifest import records_in, seal
+from sepme_diffusers.bank.manifest import parse, records_in, seal
 from sepme_diffusers.bank.records import TABLES, Tables, base_from_dict, base_to_dict
 from sepme_diffusers.bank.signing import sign
 from sepme_diffusers.text.names import listed, some
@@ -222,20 +222,21 @@ class HubBank(Contents):
             endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
         )
         repository = _prepare(api, repo_id, private, None if create_pr else revision)
+        change = _Change.of(self, self.origin, repository, named, removed, Layout(dtype, pack))
+        dress = _Dress(repository, license, tuple(pictures), signing_key)
+        expected = None
         with TemporaryDirectory(prefix="sepme-push-") as scratch:
-            folder, how = Path(scratch) / "bank", Layout(dtype)
-            change = _Change.of(self, self.origin, repository, named, removed, folder, how, pack)
-            dress = _Dress(repository, license, tuple(pictures), signing_key)
-            expected = None
             for attempt in range(_ATTEMPTS):
                 head = _Head.of(api, repository, revision, Path(scratch) / "cache")
                 expected = change.expected(head) if expected is None else expected
-                manifest = _merged(head, change, expected)
-                files = dress.files(head, manifest, Path(scratch) / f"attempt-{attempt}")
+                upload = _Upload(head, Path(scratch) / f"attempt-{attempt}")
+                drafted = change.draft(head, upload)
+                manifest = _merged(head, change, drafted, expected)
+                dress.put(head, manifest, upload.folder)
                 try:
                     info = api.create_commit(
                         repository,
-                        [*_operations(head, manifest, change), *files],
+                        _operations(head, manifest, upload.folder),
                         commit_message=commit_message or change.message,
                         revision=revision,
                         create_pr=create_pr,
@@ -246,7 +247,7 @@ class HubBank(Contents):
                         raise
                     continue
                 if not create_pr:
-                    object.__setattr__(self, "origin", change.origin_after(manifest, self.origin))
+                    object.__setattr__(self, "origin", change.origin_after(manifest, drafted))
                 return info
         raise PushConflict(
             f"others pushed to {repository!r} {_ATTEMPTS} times in a row meanwhile; nothing was published"
@@ -298,24 +299,73 @@ class _Head:
         return self.manifest["concepts"] if self.manifest else {}
 
     @property
+    def shards(self) -> dict[str, Any]:
+        return self.manifest["shards"] if self.manifest else {}
+
+    @property
     def always(self) -> list[str]:
         return self.manifest["policy"]["always"] if self.manifest else []
 
-    def inside(self, folder: str) -> set[str]:
-        return {file for file in self.files if file.startswith(f"{folder}/")}
+
+class _Upload:
+    """Where a push puts what it draws up: a folder here, of which everything goes to the Hub.
+
+    Args:
+        head: What the Hub has. What is there already stays there.
+        folder: A new one.
+    """
+
+    def __init__(self, head: _Head, folder: Path) -> None:
+        self.former, self.folder = head.manifest, folder
+        self._there = head.shards.keys() & head.files
+        self._taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
+        folder.mkdir()
+
+    def keep(self, name: str) -> None:
+        """Go on using a shard or folder that is on the Hub."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Put a shard there, unless the Hub has it."""
+        if name not in self._there:
+            (self.folder / name).write_bytes(data)
+
+    def put_folder(self, slug: str, concept: str, files: Mapping[str, bytes]) -> str:
+        """Put a concept's folder there: where the one that it replaces is, or else where nothing is."""
+        former = self.former["concepts"].get(concept) if self.former else None
+        other = sha256(b"\0".join([concept.encode(), *files.values()]))[:12]
+        free = [name for name in (slug, f"{slug}-{other}", f"{slug}-{other}-{other}") if name not in self._taken]
+        folder = next(iter([*_folders(former or {}), *free]))
+        self._taken.add(folder)
+        (self.folder / folder).mkdir(exist_ok=True)
+        for file, data in files.items():
+            (self.folder / folder / file).write_bytes(data)
+        return folder
+
+
+def _folders(record: Mapping[str, Any]) -> list[str]:
+    """The folders of a record: a per-module increment's, an adapter's; a record has one at most."""
+    return [part["folder"] for part in (record, record.get("adapter", {})) if "folder" in part]
 
 
 @dataclass(frozen=True)
 class _Change:
-    """What a push wants to be different on the Hub: concepts, written to a folder as a bank is, and removals."""
+    """What a push wants to be different on the Hub: concepts that are new or another, and removals.
+
+    Args:
+        bank: The bank.
+        origin: The repository as the bank's holder last saw it; None for a bank that does not come from there.
+        named: See `push_to_hub`, as `remove`.
+        remove: See there.
+        how: How increments are laid out.
+        changed: The concepts that are not what they were when they were pulled; or those that are named.
+    """
 
     bank: Contents
     origin: Origin | None
     named: tuple[str, ...] | None
     remove: tuple[str, ...]
-    pack: bool
-    folder: Path
-    manifest: dict[str, Any]
+    how: Layout
+    changed: tuple[str, ...]
 
     @classmethod
     def of(
@@ -325,28 +375,21 @@ class _Change:
         repository: str,
         named: tuple[str, ...] | None,
         remove: tuple[str, ...],
-        folder: Path,
         how: Layout,
-        pack: bool,
     ) -> _Change:
         origin = origin if origin and origin.repository == repository else None
         pulled = origin.outlines if origin else {}
-        outlines = bank.entries.outlines()
-        changed = [name for name in outlines if pack or pulled.get(name) is not outlines[name]]
-        names = changed if named is None else named
+        changed = (name for name, outline in bank.entries.outlines().items() if pulled.get(name) is not outline)
+        names = tuple(changed) if named is None else named
         if both := sorted(set(names) & set(remove)):
             raise ValueError(f"{both} cannot be both pushed and removed")
-        write(Contents(bank.base, bank.entries.only(names)), folder, how)
-        return cls(bank, origin, named, remove, pack, folder, BankFolder(folder).manifest())
-
-    @property
-    def records(self) -> dict[str, Any]:
-        return self.manifest["concepts"]
+        return cls(bank, origin, named, remove, how, names)
 
     @property
     def message(self) -> str:
-        parts = {"Push": self.records, "Remove": self.remove}
-        return "; ".join(f"{verb} {_shown(names)}" for verb, names in parts.items() if names) or "Update the card"
+        parts = {"Push": self.changed, "Remove": self.remove}
+        said = [f"{verb} {_shown(names)}" for verb, names in parts.items() if names]
+        return "; ".join(said) or ("Pack the increments" if self.how.pack else "Update the card")
 
     @property
     def relaxed(self) -> set[str]:
@@ -363,15 +406,31 @@ class _Change:
         known = {*pulled, *(self.named or ()), *self.remove}
         if unknown := [name for name in self.remove if name not in {**seen, **head.records}]:
             raise KeyError(f"cannot remove {unknown}: the bank on the Hub has {some(head.records)}")
-        return {name: seen.get(name) if name in known else None for name in (*self.records, *self.remove)}
+        return {name: seen.get(name) if name in known else None for name in (*self.changed, *self.remove)}
 
-    def origin_after(self, manifest: Mapping[str, Any], origin: Origin | None) -> Origin | None:
+    def draft(self, head: _Head, upload: _Upload) -> dict[str, Any]:
+        """Put there what the Hub lacks, and return a manifest of what this change brings, as a reader has it."""
+        changed = set(self.changed)
+        names = [name for name in self.bank.entries if name in changed or self._is_packed(name, head)]
+        manifest = draft(self.bank, upload, self.how, names) | {"policy": {"always": []}}
+        file = upload.folder / MANIFEST
+        return parse(seal(manifest, file), file)
+
+    def _is_packed(self, name: str, head: _Head) -> bool:
+        """Tell whether a concept gets another place, because the Hub has it as it was pulled."""
+        if not self.how.pack or self.origin is None or self.named is not None or name in self.remove:
+            return False
+        return name in head.records and _alike(head.records[name], self.origin.records.get(name))
+
+    def origin_after(self, manifest: Mapping[str, Any], drafted: Mapping[str, Any]) -> Origin | None:
         """Return what the bank knows once this is pushed: its next push is no conflict with this one."""
-        if self.origin is None or origin is None:
-            return origin
-        records = {name: manifest["concepts"][name] for name in self.records}
-        outlines = {name: self.bank.entries.outline(name) for name in self.records}
-        return replace(origin, records={**origin.records, **records}, outlines={**origin.outlines, **outlines})
+        if self.origin is None:
+            return cast(HubBank, self.bank).origin
+        records = {name: record for name, record in self.origin.records.items() if name not in self.remove}
+        records |= {name: manifest["concepts"][name] for name in drafted["concepts"]}
+        outlines = {name: self.bank.entries.outline(name) for name in drafted["concepts"]}
+        always = self.bank.always if self.named is None else self.origin.always
+        return replace(self.origin, always=always, records=records, outlines={**self.origin.outlines, **outlines})
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -379,51 +438,44 @@ def _shown(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    head: _Head, change: _Change, drafted: Mapping[str, Any], expected: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Return the manifest that the Hub shall have; the present one itself, if nothing is different."""
-    _refuse_conflicts(head, change, expected)
-    if head.manifest is not None:
-        per_module = _has_per_module(head.records) or _has_per_module(change.records)
-        _refuse_other_base(head.manifest["base"], change.manifest["base"], per_module)
-    records = {name: record for name, record in head.records.items() if name not in change.remove}
-    taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
-    for name, record in change.records.items():
-        former = records.get(name)
-        if change.pack or not _alike(record, former) or not _same_adapter(record, former):
-            records[name] = _placed(record, former, taken)
+    _refuse_conflicts(head, change, drafted["concepts"], expected)
+    if head.manifest is None:
+        merged = dict(drafted)
+    else:
+        _refuse_other_base(head.manifest["base"], drafted["base"], _has_per_module(drafted["concepts"]))
+        kept = {name: record for name, record in head.records.items() if name not in change.remove}
+        merged = {**drafted, "base": _base(head.manifest, drafted, change), "concepts": kept | drafted["concepts"]}
+        merged |= _tables(merged["concepts"], head.manifest, drafted)
     always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
-    if missing := [name for name in always if name not in records]:
+    if missing := [name for name in always if name not in merged["concepts"]]:
         raise PolicyError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
-    merged = {
-        **change.manifest,
-        "base": _base(head, change),
-        "policy": {**change.manifest["policy"], "always": always},
-        **_tables(head, change, records),
-        "concepts": records,
-    }
+    merged["policy"] = {"always": always}
     if head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts")):
         return head.manifest
     return merged
 
 
-def _tables(head: _Head, change: _Change, records: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the shards and tables that records refer to, of the bank on the Hub or of the change."""
+def _tables(records: Mapping[str, Any], head: Mapping[str, Any], drafted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shards and tables that records refer to, of the bank on the Hub and of the change."""
     tables, shards = Tables(), {}
-    manifests = [head.manifest] if head.manifest else []
-    known = {id(m): Tables.of(m) for m in (*manifests, change.manifest)}
+    theirs, mine = Tables.of(head), Tables.of(drafted)
     for name, record in records.items():
-        source = head.manifest if head.manifest and record is head.records.get(name) else change.manifest
-        tables.adopt(record, known[id(source)])
+        is_mine = name in drafted["concepts"]
+        tables.adopt(record, mine if is_mine else theirs)
         if "shard" in record:
-            shards[record["shard"]] = source["shards"][record["shard"]]
-    return {"shards": shards, **{table: getattr(tables, table) for table in TABLES}}
+            shards[record["shard"]] = (drafted if is_mine else head)["shards"][record["shard"]]
+    return {"shards": dict(sorted(shards.items())), **{table: getattr(tables, table) for table in TABLES}}
 
 
-def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any]) -> None:
+def _refuse_conflicts(head: _Head, change: _Change, mine: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     conflicts = [
         name
         for name, record in expected.items()
-        if not _alike(head.records.get(name), record) and not _alike(head.records.get(name), change.records.get(name))
+        if not _alike(head.records.get(name), record) and not _alike(head.records.get(name), mine.get(name))
     ]
     if not conflicts:
         return
@@ -439,7 +491,7 @@ def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any])
 
 
 def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any], per_module: bool) -> None:
-    """Check that the bank on the Hub and this one are for one base: for the same text encoders, if that is enough."""
+    """Check that what is pushed fits the bank on the Hub: text-side increments need the same text encoders alone."""
     there, here = base_from_dict(theirs).fingerprint, base_from_dict(mine).fingerprint
     if reason := there.differs(here) if per_module else there.text_side.differs(here):
         raise BankError(
@@ -448,85 +500,48 @@ def _refuse_other_base(theirs: Mapping[str, Any], mine: Mapping[str, Any], per_m
         )
 
 
-def _base(head: _Head, change: _Change) -> dict[str, Any]:
+def _base(head: Mapping[str, Any], drafted: Mapping[str, Any], change: _Change) -> dict[str, Any]:
     """Name the base for the bank on the Hub: as the push does, or as it is there if only some are pushed.
 
-    What one of the two does not know, the other may.
+    What one of the two does not know, the other may. Per-module increments on the Hub keep the base that they are of.
     """
-    mine = change.manifest["base"]
-    theirs = head.manifest["base"] if head.manifest else mine
-    first, second = (theirs, mine) if change.named is not None or _has_per_module(head.records) else (mine, theirs)
-    return base_to_dict(base_from_dict(first).completed_by(base_from_dict(second)))
+    mine, theirs = base_from_dict(drafted["base"]), base_from_dict(head["base"])
+    keep = change.named is not None or _has_per_module(head["concepts"])
+    return base_to_dict(theirs.completed_by(mine) if keep else mine.completed_by(theirs))
 
 
 def _has_per_module(records: Mapping[str, Any]) -> bool:
     return any(record["form"] == "module" for record in records.values())
 
 
-_WHERE = ("shard", "rows", "folder")
+# Where a record says that its files are, and what is derived from the increment for other tools.
+_ASIDE = ("shard", "rows", "folder", "adapter")
 
 
 def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Tell whether two records say the same of an erasure, wherever its files are."""
     if record is None or other is None:
         return record is other
-    first, second = ({k: v for k, v in each.items() if k not in (*_WHERE, "adapter")} for each in (record, other))
+    first, second = ({k: v for k, v in each.items() if k not in _ASIDE} for each in (record, other))
     return first == second
 
 
-def _same_adapter(record: Mapping[str, Any], former: Mapping[str, Any] | None) -> bool:
-    """Tell whether a record brings no adapter that the former one lacks."""
-    if former is None or "adapter" not in record:
-        return True
-    return {**record["adapter"], "folder": ""} == {**former.get("adapter", {}), "folder": ""}
-
-
-def _placed(record: Mapping[str, Any], former: Mapping[str, Any] | None, taken: set[str]) -> dict[str, Any]:
-    """Choose where the folder of a record goes: the concept's former one, or one that nothing on the Hub has.
-
-    An adapter that is there is kept while its increment is the same.
-    """
-    placed = dict(record)
-    if former is not None and "adapter" in former and former["digest"] == record["digest"]:
-        placed.setdefault("adapter", former["adapter"])
-    for part in ("folder", "adapter"):
-        if part not in record:
-            continue
-        folder = record["folder"] if part == "folder" else record["adapter"]["folder"]
-        kept = next(iter(_folders(former or {})), None)
-        if kept is None and folder in taken:
-            folder = f"{folder}-{record['digest'][:12]}"
-        taken.add(kept or folder)
-        placed[part] = kept or folder if part == "folder" else {**record["adapter"], "folder": kept or folder}
-    return placed
-
-
-def _folders(record: Mapping[str, Any]) -> list[str]:
-    """The folders of a record: a per-module increment's, an adapter's; a record has one at most."""
-    return [part["folder"] for part in (record, record.get("adapter", {})) if "folder" in part]
-
-
 def _operations(
-    head: _Head, manifest: Mapping[str, Any], change: _Change
-) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
-    """List the shards and the concepts' files that a commit adds, replaces and deletes."""
-    records, added = manifest["concepts"], set()
-    for shard in manifest["shards"]:
-        if shard not in head.files:
-            yield CommitOperationAdd(shard, change.folder / shard)
-    for name, record in change.records.items():
-        if records[name] is head.records.get(name):
-            continue
-        for source, target in zip(_folders(record), _folders(records[name]), strict=False):
-            for file in sorted((change.folder / source).iterdir()):
-                added.add(f"{target}/{file.name}")
-                yield CommitOperationAdd(f"{target}/{file.name}", file)
-    kept = {folder for record in records.values() for folder in _folders(record)}
-    gone = {folder for record in head.records.values() for folder in _folders(record)} - kept
-    stale = {path for folder in gone for path in head.inside(folder)}
-    shards = set(head.manifest["shards"] if head.manifest else ()) - manifest["shards"].keys()
-    for path in sorted((stale | shards) - added):
-        yield CommitOperationDelete(path)
+    head: _Head, manifest: Mapping[str, Any], folder: Path
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """List what a commit adds, all that is in the folder, and what it deletes: what nothing refers to any more."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    added = {file.relative_to(folder).as_posix(): file for file in files}
+    gone: set[str] = set()
+    if head.manifest is not None and manifest is not head.manifest:
+        gone = hashes(head.manifest, adapters=True).keys() - hashes(manifest, adapters=True).keys()
+        tops = top_names(head.manifest) - top_names(manifest)
+        gone |= {file for file in head.files if file.split("/")[0] in tops}
+        gone.add(SIGNATURE)  # it is not true any more
+    return [
+        *(CommitOperationAdd(path, file) for path, file in added.items()),
+        *(CommitOperationDelete(path) for path in sorted((gone & head.files) - added.keys())),
+    ]
 
 
 @dataclass(frozen=True)
@@ -538,12 +553,8 @@ class _Dress:
     pictures: tuple[Picture, ...]
     signing_key: str | Path | None
 
-    def files(
-        self, head: _Head, manifest: Mapping[str, Any], folder: Path
-    ) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
-        folder.mkdir()
-        changed = manifest is not head.manifest
-        data = seal(manifest, folder / MANIFEST) if changed else head.data
+    def put(self, head: _Head, manifest: Mapping[str, Any], folder: Path) -> None:
+        data = head.data if manifest is head.manifest else seal(manifest, folder / MANIFEST)
         (folder / MANIFEST).write_bytes(data)
         card = model_card(manifest, self.repository, self.license, self.pictures, head.card)
         (folder / CARD).write_text(card, "utf-8")
@@ -552,7 +563,3 @@ class _Dress:
             (folder / picture.path).write_bytes(picture.png())
         if self.signing_key is not None:
             sign(folder, self.signing_key)
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            yield CommitOperationAdd(file.relative_to(folder).as_posix(), file)
-        if SIGNATURE in head.files and changed and self.signing_key is None:
-            yield CommitOperationDelete(SIGNATURE)

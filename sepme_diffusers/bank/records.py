@@ -175,8 +175,10 @@ def stated_metrics(outlines: Mapping[str, Outline]) -> dict[str, dict[str, Any]]
 
 
 def base_to_dict(base: BaseModel) -> dict[str, Any]:
-    """Give a base as plain values."""
+    """Give a base as plain values, as JSON has them."""
     values = {**asdict(base), "doors": {name: _door(door) for name, door in base.doors.items()}}
+    if base.projections is not None:
+        values["projections"] = {name: list(said) for name, said in base.projections.items()}
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -1,7 +1,8 @@
 """Signatures of a bank: who vouches for it. By OpenSSF's `model-signing`; install `sepme-diffusers[sign]`.
 
-The manifest is what is signed. It holds the SHA-256 of every concept's files, and the reader checks each file that it
-loads; so a signature also covers a bank that was pulled in part.
+The manifest is what is signed. It holds the SHA-256 of every file and the digest of every increment. The reader checks
+each file that it loads, and the numbers that it copies out of it; so a signature also covers a bank that was pulled in
+part, and files that somebody replaces after they were loaded.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import hub
-from folders import same, tree
+from folders import reseal, same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment
 from sepme_diffusers.bank.folder import BankFolder
 from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
+from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.signing import sign, verify_signature
 from sepme_diffusers.cli.app import app
 
@@ -69,10 +70,11 @@ def test_one_key_does_not_lend_its_signature_to_another_bank(text_bank, signed, 
         ConceptBank.from_pretrained(tmp_path / "other", require_signature=keys[1])
 
 
-@pytest.mark.parametrize("file", [MANIFEST, SIGNATURE, "cat/text_increment.safetensors"])
+@pytest.mark.parametrize("file", [MANIFEST, SIGNATURE, "increments-*", "woodcut/adapter_model.safetensors"])
 def test_no_altered_byte_loads_anything_else(file, mixed_bank, signed, keys):
     """Of the signature's file, a few bytes mean nothing to anyone."""
-    data = (signed / file).read_bytes()
+    [path] = signed.glob(file)
+    file, data = path.relative_to(signed).as_posix(), path.read_bytes()
     refused = 0
     for place in range(0, len(data), len(data) // 20):
         (signed / file).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
@@ -104,6 +106,28 @@ def test_what_is_verified_is_what_is_loaded(moment, mixed_bank, signed, keys, tm
     assert same(mixed_bank, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
 
 
+@pytest.mark.parametrize("concept", ["cat", "woodcut"])
+def test_what_is_used_is_what_was_signed(concept, mixed_bank, signed, keys):
+    """Whoever can write to the folder changes numbers after the bank was loaded, and before they are read."""
+    bank = ConceptBank.from_pretrained(signed, require_signature=keys[1])
+    [file] = signed.glob("woodcut/*.safetensors" if concept == "woodcut" else "increments-*")
+    size = len(file.read_bytes())
+    with file.open("r+b") as stream:  # in place, as somebody does who knows that it is mapped
+        stream.seek(size // 2)
+        stream.write(b"\0" * (size - size // 2))
+    with pytest.raises(BankError, match=rf"'{concept}'.*damaged or was changed"):
+        _ = bank[concept].increment
+
+
+def test_the_digest_that_is_signed_is_that_of_the_lora(signed, keys):
+    """A manifest may not vouch for one increment and bring another: receipts name erasures by their digests."""
+    reseal(signed, lambda manifest: manifest["concepts"]["woodcut"].update(digest="0" * 63 + "1"))
+    sign(signed, keys[0])
+    bank = ConceptBank.from_pretrained(signed, require_signature=keys[1])
+    with pytest.raises(BankError, match=r"'woodcut'.*does not have the digest"):
+        _ = bank["woodcut"].increment
+
+
 def test_a_bank_signed_anew_while_it_is_read_is_read_again(mixed_bank, signed, keys, monkeypatch):
     """The manifest of the old bank was read, and the signature found is that of the new one."""
     new, file = mixed_bank.subset(["neon"]), BankFolder.file
@@ -129,7 +153,7 @@ def test_what_is_no_signature_is_refused(data, signed, keys):
 
 def test_saving_something_else_makes_the_signature_void(mixed_bank, signed, keys):
     mixed_bank.save_pretrained(signed)
-    ConceptBank.from_pretrained(signed, require_signature=keys[1])
+    assert same(mixed_bank, ConceptBank.from_pretrained(signed, require_signature=keys[1]))
     mixed_bank.subset(["neon"]).save_pretrained(signed)
     with pytest.raises(BankError, match="no signature of"):
         ConceptBank.from_pretrained(signed, require_signature=keys[1])
@@ -181,7 +205,8 @@ def test_on_the_hub(text_bank, keys, tmp_path):
             return ConceptBank.from_pretrained("me/bank", **place, **options)
 
         assert list(pull(concepts=["cat"])) == ["cat"]
-        assert sorted(server.fetched) == ["cat/text_increment.safetensors", MANIFEST, SIGNATURE]
+        [shard] = (file for file in server.files("me/bank") if SHARD.fullmatch(file))
+        assert sorted(server.fetched) == [shard, MANIFEST, SIGNATURE]
         text_bank.push_to_hub("me/bank", **place)
         pull()
         entry = text_bank["cat"]
