@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -207,32 +208,21 @@ def _size(manifest: Any) -> int:
     size, level = 0, [manifest]
     for _ in range(_MAX_DEPTH):
         size += len(level)
-        "".join(text for value in level for text in _texts(value)).encode()
-        for value in level:
-            _refuse_extreme(value)
-        level = [child for value in level for child in _children(value)]
+        # By type and not by value: there may be millions.
+        objects, arrays, texts, integers, floats = (_of(kind, level) for kind in (dict, list, str, int, float))
+        "".join(chain(texts, *objects)).encode()
+        if not all(map(math.isfinite, floats)):
+            raise ValueError("a number is not finite")
+        if integers and not -_MAX_INTEGER <= min(integers) <= max(integers) <= _MAX_INTEGER:
+            raise ValueError("an integer is out of range")
+        level = list(chain(*(members.values() for members in objects), *arrays))
     if level:
         raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
     return size
 
 
-def _refuse_extreme(value: Any) -> None:
-    if type(value) is float and not math.isfinite(value):
-        raise ValueError("a number is not finite")
-    if type(value) is int and abs(value) > _MAX_INTEGER:
-        raise ValueError("an integer is out of range")
-
-
-def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, dict):
-        return value
-    return [value] if isinstance(value, str) else []
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else []
+def _of(kind: type, values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if type(value) is kind]
 
 
 def _other_version(version: Any) -> str | None:
