@@ -184,8 +184,8 @@ class Target(Protocol):
         """The manifest of the bank that is there."""
         ...
 
-    def keep(self, name: str) -> None:
-        """Go on using a shard or folder that is there."""
+    def keep(self, name: str, files: Mapping[str, str]) -> bool:
+        """Go on using a shard or folder with these files, {path: SHA-256}, if they are there; tell whether they are."""
         ...
 
     def put(self, name: str, data: bytes) -> None:

@@ -317,12 +317,13 @@ class _Upload:
 
     def __init__(self, head: _Head, folder: Path) -> None:
         self.former, self.folder = head.manifest, folder
-        self._there = head.shards.keys() & head.files
+        self._there = head.files
         self._taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
         folder.mkdir()
 
-    def keep(self, name: str) -> None:
-        """Go on using a shard or folder that is on the Hub."""
+    def keep(self, name: str, files: Mapping[str, str]) -> bool:
+        """Go on using a shard or folder that is on the Hub; tell whether it is."""
+        return files.keys() <= self._there
 
     def put(self, name: str, data: bytes) -> None:
         """Put a shard there, unless the Hub has it."""
