@@ -185,7 +185,7 @@ class Target(Protocol):
         ...
 
     def keep(self, name: str, files: Mapping[str, str]) -> bool:
-        """Go on using a shard or folder with these files, {path: SHA-256}, if they are there; tell whether they are."""
+        """Go on using a shard or folder with these files, {path: SHA-256}, if they are there; tell if they are."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
