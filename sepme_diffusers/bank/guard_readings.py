@@ -38,11 +38,11 @@ class GuardReading:
     """What was measured.
 
     Args:
-        largest: The largest reading of all.
+        largest: The largest reading of each entry, by its key.
         foreign: {concept: its largest reading} where precision does not explain it.
     """
 
-    largest: float
+    largest: Mapping[Any, float]
     foreign: Mapping[str, float]
 
 
@@ -61,7 +61,7 @@ class GuardReadings:
         for key, guards in exact.items():
             rows, own = [index for index, prompt in enumerate(self.prompts) if prompt in set(guards)], entries[key]
             for door, increment in {TOKENS: own.increment, **own.increment.doors}.items():
-                basis = _Basis(own.guards.own, increment.A, increment.coarseness, rows)
+                basis = _Basis(key, own.guards.own, increment.A, increment.coarseness, rows)
                 self._doors.setdefault(door, []).append(basis)
 
     def measure(self, pipe: Any, **settings: Any) -> GuardReading:
@@ -75,16 +75,16 @@ class GuardReadings:
             ValueError: If its embeddings have another width, or it has none for a door at which increments act.
         """
         if not self.prompts:
-            return GuardReading(0.0, {})
+            return GuardReading({}, {})
         embeddings = encode_doors(pipe, self.prompts, **settings)
         if missing := sorted(self._doors.keys() - embeddings.keys()):
             raise ValueError(f"increments act at the doors {missing}, for which this pipeline has no embedding")
         explained = max((_EXPLAINED.get(dtype, 0.0) for dtype in working_dtypes(pipe)), default=0.0)
-        largest = 0.0
+        largest: dict[Any, float] = {}
         foreign: dict[str, float] = {}
         for door, bases in self._doors.items():
             for basis, reading in zip(bases, _readings(bases, embeddings[door]), strict=True):
-                largest = max(largest, reading)
+                largest[basis.key] = max(reading, largest.get(basis.key, 0.0))
                 stored = rounding_share(basis.A.shape[1], basis.coarseness)
                 if not reading <= max(explained, _EXPLAINED_IN_FULL) + stored:
                     foreign[basis.concept] = max(round(reading, 4), foreign.get(basis.concept, 0.0))
@@ -93,8 +93,9 @@ class GuardReadings:
 
 @dataclass(frozen=True)
 class _Basis:
-    """The A of a concept's increment at a door, how coarsely it is stored, and which of the prompts are its guards."""
+    """The A of an entry's increment at a door, how coarsely it is stored, and which of the prompts are its guards."""
 
+    key: Any
     concept: str
     A: Tensor
     coarseness: float

@@ -77,13 +77,11 @@ class TextCheck:
             state, chosen = _state(pipe, self.prompts), str(sorted(settings.items()))
             known, least, others = self._known.get(chosen, (None, 0.0, {}))
             if state != known or self._calls % EVERY == 0:
-                least, others = _measured(self._readings, pipe, settings), {}
+                least, others = max(_measured(self._readings, pipe, settings).values(), default=0.0), {}
                 self._known = {**dict(list(self._known.items())[-7:]), chosen: (state, least, others)}
             rest = [key for key in keys if key not in self._sampled]
-            for key in rest:
-                if key not in others:
-                    outline = self.banks[key[0]].entries.outline(key[1])
-                    others[key] = _measured(GuardReadings({key: outline}), pipe, settings)
+            if new := {key: self.banks[key[0]].entries.outline(key[1]) for key in rest if key not in others}:
+                others |= _measured(GuardReadings(new), pipe, settings)
             self._calls += 1
             return max([least, *(others[key] for key in rest)])
 
@@ -95,8 +93,8 @@ class TextCheck:
         self._lock = threading.Lock()
 
 
-def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -> float:
-    """What a reading must exceed on a pipeline, or an exception."""
+def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -> dict[Any, float]:
+    """What a reading must exceed for each increment on a pipeline, or an exception."""
     try:
         reading = readings.measure(pipe, **settings)
     except ValueError as error:
@@ -108,7 +106,7 @@ def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -
             f"{some(reading.foreign.items())}). Undo what changed the text encoder or tokenizer, or load a bank that "
             "was made with them"
         )
-    return _MARGIN * reading.largest
+    return {key: _MARGIN * largest for key, largest in reading.largest.items()}
 
 
 def _state(pipe: Any, prompts: list[str]) -> Any:
