@@ -62,11 +62,12 @@ def disk_module(runner: Runner) -> Iterator[Figure]:
 
 def _on_disk(bank: ConceptBank, form: str, otherwise: str) -> Figure:
     (compact, whole), (wide, _) = sizes_on_disk(bank.compact()), sizes_on_disk(bank)
+    tensors, folder, otherwise_tensors = (size / 1e3 / len(bank) for size in (compact, whole, wide))
     detail = (
-        f"the tensor file of a compact bank, rank {RANK}; the whole folder of {len(bank)} concepts: "
-        f"{whole / 1e3 / len(bank):.1f} KB per concept; {otherwise}: {wide / 1e3:.1f} KB"
+        f"tensors of a compact bank, rank {RANK}, of {len(bank)} concepts; the folder: {folder:.1f} KB each; "
+        f"{otherwise}: {otherwise_tensors:.1f} KB"
     )
-    return Figure(f"a concept on disk, {form} form", f"{compact / 1e3:.1f} KB", detail)
+    return Figure(f"a concept on disk, {form} form", f"{tensors:.1f} KB", detail)
 
 
 def held(bank: ConceptBank, pipe: SepMEPipeline) -> int:
