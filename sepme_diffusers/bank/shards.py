@@ -16,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.rows import digest
 
 SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
@@ -46,7 +47,7 @@ class Shard:
     @property
     def name(self) -> str:
         """What the file is called."""
-        return f"increments-{self.sha256[:16]}.safetensors"
+        return shard_name(self.sha256)
 
 
 def shards_of(increments: Iterable[tuple[str, Rows]]) -> Iterator[Shard]:
