@@ -15,3 +15,8 @@ LOCK = ".sepme_bank.lock"
 STAGING = ".sepme_bank.writing"
 # There: the manifest that is being replaced.
 FORMER = "former.json"
+
+
+def shard_name(sha256: str) -> str:
+    """Name a shard by the SHA-256 of its content, so that no other content ever has its name."""
+    return f"increments-{sha256[:16]}.safetensors"

@@ -18,6 +18,7 @@ from jsonschema_rs import Draft202012Validator, ValidationError
 
 from sepme_diffusers.bank.errors import BankError, PolicyError
 from sepme_diffusers.bank.guard_sets import GuardSet, content_name
+from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.records import SLOT, TABLES
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.encoding import TOKENS
@@ -339,7 +340,9 @@ def _wording_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _file_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Check rows, and that each concept with a folder has one of its own, named after it."""
+    """Check shards and rows, and that each concept with a folder has one of its own, named after it."""
+    if wrong := [name for name, shard in manifest["shards"].items() if name != shard_name(shard["sha256"])]:
+        yield f"shards: {some(wrong)} are not named by their content"
     holders: dict[str, str] = {}
     doors = manifest["base"]["doors"]
     for name, record in manifest["concepts"].items():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sepme_diffusers.bank.errors import BankError
 from sepme_diffusers.bank.held import HeldFile
+from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.rows import DTYPES, digest
 
 SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
@@ -48,7 +49,7 @@ class Shard:
     @property
     def name(self) -> str:
         """What the file is called."""
-        return f"increments-{self.sha256[:16]}.safetensors"
+        return shard_name(self.sha256)
 
 
 def shards_of(increments: Iterable[tuple[str, Rows]]) -> Iterator[Shard]:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from PIL import Image
 
 import hub
-from folders import same, tree
+from folders import reseal, same, tree
 from hub import NARROW, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, SepMEConfig, pocket
 from sepme_diffusers.bank.entry import BaseModel, Entry
@@ -598,6 +598,20 @@ class TestOtherPeoplesRepositories:
         server.publish(REPOSITORY, {**files, MANIFEST: json.dumps(manifest).encode()})
         with pytest.raises(BankError, match="version 99"):
             push(grown(text_bank, "chalk"))
+
+    def test_a_shard_is_named_by_its_content(self, text_bank, push, pull, server, tmp_path):
+        """Otherwise a push would take another file of its name for the one that it means."""
+        push(text_bank)
+        files = server.files(REPOSITORY)
+        [shard] = shards(files)
+        renamed = files[MANIFEST].replace(shard.encode(), b"increments-" + b"0" * 16 + b".safetensors")
+        (tmp_path / MANIFEST).write_bytes(renamed)
+        reseal(tmp_path, lambda manifest: None)
+        server.publish(REPOSITORY, {**files, MANIFEST: (tmp_path / MANIFEST).read_bytes()})
+        with pytest.raises(BankError, match="not named by their content"):
+            push(grown(text_bank, "chalk"))
+        with pytest.raises(BankError, match="not named by their content"):
+            pull()
 
 
 class TestTrouble:
