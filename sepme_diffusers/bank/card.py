@@ -181,7 +181,7 @@ def _metadata_of(card: str | None) -> dict[str, Any]:
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]  # as above
         widget = [entry for entry in data.get("widget") or [] if str(entry["output"]["url"]).startswith(f"{ASSETS}/")]
-    except (YAMLError, ValueError, TypeError, KeyError):
+    except (YAMLError, ValueError, TypeError, KeyError, RecursionError):
         return {}
     return {"license": data.get("license"), "widget": widget}
 

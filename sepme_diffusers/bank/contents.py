@@ -14,7 +14,7 @@ import torch
 from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
-from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.folder import BankFolder, in_folder, sha256
 from sepme_diffusers.bank.layout import CARD, MANIFEST
 from sepme_diffusers.bank.records import TABLES, Tables, base_to_dict, stated_metrics
@@ -118,7 +118,7 @@ def _parsed(bank: BankFolder, data: bytes, wanted: Sequence[str] | None) -> Cont
     except (TypeError, ValueError) as error:
         if isinstance(error, BankError):
             raise
-        raise BankError(f"{bank.folder / MANIFEST} is not a valid bank manifest: {error}") from error
+        raise BankError(f"{bank.folder / MANIFEST} is not a valid bank manifest: {short(error)}") from error
 
 
 class AdapterMaker(Protocol):

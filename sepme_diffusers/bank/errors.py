@@ -9,3 +9,9 @@ class BankError(ValueError):
 
 class PolicyError(ValueError):
     """A request would lift what a bank's policy, or the owner of a request, always erases."""
+
+
+def short(text: object) -> str:
+    """Cut out the middle of a long text that comes from a file: it may be megabytes."""
+    text = str(text)
+    return text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"

@@ -37,13 +37,18 @@ class Guarantees(Mapping[str, Guarantee]):
             elif damped[guards]:
                 rest = (leak for leak, name in self._rest[guards] if name != prompt and name not in listed)
                 leakage = max(leakage, next(rest, 0.0))
-        return Guarantee(not leakage and not unaware, leakage, tuple(unaware))
+        return Guarantee(not leakage and not unaware, leakage, tuple(sorted(unaware, key=self._places.__getitem__)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._prompts)
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Where each concept stands in the bank's order."""
+        return {name: place for place, name in enumerate(self._outlines)}
 
     @cached_property
     def _by_set(self) -> dict[GuardSet, list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from jsonschema_rs import Draft202012Validator, ValidationError
 
-from sepme_diffusers.bank.errors import BankError, PolicyError
+from sepme_diffusers.bank.errors import BankError, PolicyError, short
 from sepme_diffusers.bank.guard_sets import GuardSet, content_name
 from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.records import SLOT, TABLES
@@ -127,7 +127,7 @@ def examine(data: bytes, wanted: Sequence[str] | None = None) -> tuple[dict[str,
     try:
         manifest = json.loads(data.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        return None, [f"it is not JSON as the format wants it: {_short(error)}"]
+        return None, [f"it is not JSON as the format wants it: {short(error)}"]
     if not isinstance(manifest, dict) or manifest.get("format") != "sepme_bank":
         return None, ["it is not the manifest of a concept bank"]
     if fault := _other_version(manifest.get("version")):
@@ -137,7 +137,7 @@ def examine(data: bytes, wanted: Sequence[str] | None = None) -> tuple[dict[str,
     try:
         size = _size(manifest)
     except (ValueError, RecursionError) as error:
-        return None, [f"it is not JSON as the format wants it: {_short(error)}"]
+        return None, [f"it is not JSON as the format wants it: {short(error)}"]
     if faults := _schema_faults(manifest, all_of_them=size <= _MANY):
         return None, faults
     checks = (
@@ -230,7 +230,7 @@ def _other_version(version: Any) -> str | None:
     if type(version) is int and version == FORMAT_VERSION:
         return None
     return (
-        f"it is of format version {_short(repr(version))}; this release reads version {FORMAT_VERSION}. "
+        f"it is of format version {short(repr(version))}; this release reads version {FORMAT_VERSION}. "
         "Upgrade sepme_diffusers to read newer banks"
     )
 
@@ -252,12 +252,7 @@ def _schema_faults(manifest: Any, all_of_them: bool) -> list[str]:
 
 
 def _schema_fault(error: ValidationError) -> str:
-    return f"{_short('.'.join(map(str, ['$', *error.instance_path])))}: {_short(error.message)}"
-
-
-def _short(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
+    return f"{short('.'.join(map(str, ['$', *error.instance_path])))}: {short(error.message)}"
 
 
 def _digest_faults(manifest: Mapping[str, Any], data: bytes) -> Iterator[str]:

@@ -168,7 +168,7 @@ def stated_metrics(outlines: Mapping[str, Outline]) -> dict[str, dict[str, Any]]
         for leak, name, guard in sorted(case for case in of_set if case[2] in damped)[:-_WORST]:
             stated[name]["leakage_of"] = {g: x for g, x in stated[name]["leakage_of"].items() if g != guard}
             stated[name]["leakage_rest"] = max(leak, stated[name].get("leakage_rest", 0.0))
-    return {name: {k: v for k, v in metrics.items() if k != "leakage_of" or v} for name, metrics in stated.items()}
+    return stated
 
 
 # --- the base

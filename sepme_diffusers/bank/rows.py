@@ -83,9 +83,3 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """Return the numbers of a contiguous tensor on the CPU as bytes."""
     numbers: Any = tensor.view(torch.uint8).numpy()
     return memoryview(numbers).cast("B")
-
-
-def ranks_of(rows: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the number of rows of each door, the tokens' first."""
-    ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in rows.items() if name.endswith(".A")}
-    return {TOKENS: ranks.pop(TOKENS)} | ranks

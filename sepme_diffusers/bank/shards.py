@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.held import HeldFile
 from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.rows import DTYPES, digest
@@ -101,7 +101,7 @@ class ShardFile:
                 raise ValueError(f"a header of {size} bytes")
             self._header: dict[str, Any] = dict(json.loads(file.read(8, size)))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise BankError(f"{self.path} is no safetensors file: {error}") from error
+            raise BankError(f"{self.path} is no safetensors file: {short(error)}") from error
         self._header.pop("__metadata__", None)
         self._data = 8 + size
 
@@ -119,9 +119,9 @@ class ShardFile:
             # A copy: whoever changes the file after the check changes nothing that was checked.
             rows = {name: self._rows(name, *places[door]) for door, name in self._named() if door in places}
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise BankError(f"{self.path} does not hold the rows {dict(places)}: {error}") from error
+            raise BankError(f"{self.path} does not hold the rows {short(dict(places))}: {short(error)}") from error
         if digest(rows) != expected:
-            raise BankError(f"{self.path} is damaged or was changed (the SHA-256 of {dict(places)} is another)")
+            raise BankError(f"{self.path} is damaged or was changed (the SHA-256 of {short(dict(places))} is another)")
         return rows
 
     def _named(self) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from safetensors.torch import load as load_tensors
 
 from sepme_diffusers.bank.entries import Entries, StoredEntry
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.folder import BankFolder, sha256
 from sepme_diffusers.bank.held import HeldFile
 from sepme_diffusers.bank.layout import LORA_FILE
@@ -126,7 +126,7 @@ class Store:
         record = self.manifest["concepts"][name]
         increment = self._from_folder(name, record) if "folder" in record else self._from_shard(name, record)
         if wrong := _misfit(increment, record, self.base):
-            raise BankError(f"concept {name!r} in {self.folder.folder} does not fit the manifest: {wrong}")
+            raise BankError(f"concept {name!r} in {self.folder.folder} does not fit the manifest: {short(wrong)}")
         return increment
 
     def _from_shard(self, name: str, record: Mapping[str, Any]) -> Increment:
@@ -141,7 +141,7 @@ class Store:
         try:
             tensors = load_tensors(_unchanged(file, record["files"][LORA_FILE]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise BankError(f"concept {name!r}: {file.path} cannot be read: {error}") from error
+            raise BankError(f"concept {name!r}: {file.path} cannot be read: {short(error)}") from error
         increment = self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
         if digest(as_rows(increment)) != record["digest"]:
             raise BankError(f"concept {name!r}: {file.path} does not hold the increment that its digest is of")
@@ -151,7 +151,7 @@ class Store:
         try:
             return make()
         except (TypeError, ValueError) as error:
-            raise BankError(f"concept {name!r} in {self.folder.folder} is not valid: {error}") from error
+            raise BankError(f"concept {name!r} in {self.folder.folder} is not valid: {short(error)}") from error
 
 
 def _unchanged(file: HeldFile, expected: str) -> bytes:

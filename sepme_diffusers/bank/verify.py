@@ -19,7 +19,7 @@ from sepme_diffusers.bank.compatibility import refuse_other_weights
 from sepme_diffusers.bank.contents import is_lora, lora_files
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry, has_exact_guard
-from sepme_diffusers.bank.errors import BankError
+from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.folder import BankFolder, hashes
 from sepme_diffusers.bank.layout import CARD, LOCK, LORA_CONFIG, LORA_FILE, MANIFEST, SIGNATURE
 from sepme_diffusers.bank.manifest import examine
@@ -177,7 +177,7 @@ def _shard_faults(store: Store, name: str) -> list[str]:
         with safe_open(path, "pt"):
             return []
     except (SafetensorError, OSError) as error:
-        return [f"{path} is no safetensors file to other readers: {error}"]
+        return [f"{path} is no safetensors file to other readers: {short(error)}"]
 
 
 def _strays(folder: BankFolder, manifest: Mapping[str, Any]) -> Iterator[str]:

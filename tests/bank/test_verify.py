@@ -10,21 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from folders import reseal, tree
-from sepme_diffusers import ConceptBank, Increment, SepMEPipeline, pocket
+from folders import manifest_of, replace_shard, reseal, shard_of, tree
+from sepme_diffusers import Concept, Increment, SepMEPipeline, pocket
 from sepme_diffusers.bank.folder import sha256
 from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.rows import digest
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.cli import banks
 from sepme_diffusers.cli.app import app
 from small import random_pipeline
 
-TEXT, LORA, CONFIG = (
-    "neon/text_increment.safetensors", "woodcut/adapter_model.safetensors", "woodcut/adapter_config.json"
-)  # fmt: skip
+LORA, CONFIG = "woodcut/adapter_model.safetensors", "woodcut/adapter_config.json"
 
 
 @pytest.fixture
@@ -34,16 +33,12 @@ def saved(mixed_bank, tmp_path) -> Path:
 
 
 def with_weights(folder: Path, edit) -> None:
-    """Other weights of "neon", sealed as a knowing tamperer would."""
-    tensors = load_file(folder / TEXT)
+    """Other numbers of the text-side concepts, sealed as a knowing tamperer would."""
+    tensors = load_file(shard_of(folder, "neon"))
     edit(tensors)
-    save_file(tensors, folder / TEXT)
-    with_bytes(folder, (folder / TEXT).read_bytes())
-
-
-def with_bytes(folder: Path, data: bytes) -> None:
-    (folder / TEXT).write_bytes(data)
-    reseal(folder, lambda m: m["concepts"]["neon"].update(sha256=sha256(data)))
+    rows = {"neon": [0, 6], "cat": [6, 12]}
+    assert all(manifest_of(folder)["concepts"][name]["rows"]["tokens"] == place for name, place in rows.items())
+    replace_shard(folder, "neon", save(tensors), digest({name: part[:6] for name, part in tensors.items()}))
 
 
 def test_a_sound_bank_has_no_fault(saved, mixed_bank, pipe):
@@ -55,8 +50,9 @@ def test_a_sound_bank_has_no_fault(saved, mixed_bank, pipe):
         assert all(found.leakage < 1e-5 and found.norm < 100 for found in report.concepts.values())
 
 
-@pytest.mark.parametrize("file", [MANIFEST, TEXT, LORA, CONFIG])
+@pytest.mark.parametrize("file", [MANIFEST, "shard", LORA, CONFIG])
 def test_any_flipped_byte_is_found(saved, file):
+    file = shard_of(saved, "neon").name if file == "shard" else file
     data = (saved / file).read_bytes()
     for place in range(0, len(data), max(1, len(data) // 25)):
         (saved / file).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
@@ -68,35 +64,28 @@ def test_any_flipped_byte_is_found(saved, file):
 
 def rename(folder: Path) -> None:
     text = (folder / MANIFEST).read_text("utf-8")
-    (folder / MANIFEST).write_text(text.replace('"woodcut": {', '"etching": {'), "utf-8")
+    (folder / MANIFEST).write_text(text.replace('"woodcut":{', '"etching":{'), "utf-8")
 
 
 def rename_and_seal(folder: Path) -> None:
     reseal(folder, lambda m: m["concepts"].update(etching=m["concepts"].pop("woodcut")))
 
 
-def swap(folder: Path) -> None:
-    other = folder / "cat" / "text_increment.safetensors"
-    neon, cat = (folder / TEXT).read_bytes(), other.read_bytes()
-    (folder / TEXT).write_bytes(cat)
-    other.write_bytes(neon)
-
-
 def swap_records(manifest: dict) -> None:
     neon, cat = manifest["concepts"]["neon"], manifest["concepts"]["cat"]
-    for key in ("file", "sha256"):
-        neon[key], cat[key] = cat[key], neon[key]
+    neon["rows"], cat["rows"] = cat["rows"], neon["rows"]
 
 
 def link(folder: Path) -> None:
-    os.rename(folder / TEXT, folder.parent / "elsewhere")
-    (folder / TEXT).symlink_to(folder.parent / "elsewhere")
+    shard = shard_of(folder, "neon")
+    os.rename(shard, folder.parent / "elsewhere")
+    shard.symlink_to(folder.parent / "elsewhere")
 
 
 def claim_terabytes(folder: Path) -> None:
     tensor = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
-    header = json.dumps({"A": tensor}).encode()
-    with_bytes(folder, struct.pack("<Q", len(header)) + header)
+    header = json.dumps({"tokens.A": tensor, "tokens.B": tensor}).encode()
+    replace_shard(folder, "neon", struct.pack("<Q", len(header)) + header)
 
 
 def look_alike(manifest: dict) -> None:
@@ -107,7 +96,7 @@ def other_alpha(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_bytes())
     data = json.dumps(config | {"lora_alpha": 800}).encode()
     (folder / CONFIG).write_bytes(data)
-    reseal(folder, lambda m: m["concepts"]["woodcut"]["beside"].update({"adapter_config.json": sha256(data)}))
+    reseal(folder, lambda m: m["concepts"]["woodcut"]["files"].update({"adapter_config.json": sha256(data)}))
 
 
 @pytest.mark.parametrize(
@@ -115,34 +104,35 @@ def other_alpha(folder: Path) -> None:
     [
         (rename, "its SHA-256 is not its digest"),
         (rename_and_seal, "'woodcut' is not named after it"),
-        (swap, "SHA-256 is not the manifest's"),
-        (lambda f: reseal(f, swap_records), "not named after it"),
-        (lambda f: (f / "neon" / "more.safetensors").write_bytes(b""), "more.safetensors is not named"),
+        (lambda f: reseal(f, swap_records), "'neon'.* is damaged or was changed"),
+        (lambda f: (f / "woodcut" / "more.safetensors").write_bytes(b""), "more.safetensors is not named"),
+        (lambda f: (f / f"increments-{'0' * 16}.safetensors").write_bytes(b""), "0000.safetensors is not named"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(1)), "pytorch_model.bin is not named"),
-        (lambda f: with_bytes(f, pickle.dumps([1])), "holds no increment"),
-        (lambda f: with_weights(f, lambda t: t["B"].fill_(float("nan"))), "must be finite"),
-        (lambda f: with_weights(f, lambda t: t["A"].fill_(float("inf"))), "must be finite"),
-        (lambda f: with_weights(f, lambda t: t["B"].mul_(1e4)), "its increment is huge"),
+        (lambda f: replace_shard(f, "neon", pickle.dumps([1])), "is no safetensors file"),
+        (lambda f: with_weights(f, lambda t: t["tokens.B"].fill_(float("nan"))), "must be finite"),
+        (lambda f: with_weights(f, lambda t: t["tokens.A"].fill_(float("inf"))), "must be finite"),
+        (lambda f: with_weights(f, lambda t: t["tokens.B"][:6].mul_(1e4)), "its increment is huge"),
         (link, "symbolic link"),
-        (lambda f: (f / "cats").symlink_to(f / "cat"), "cats is a symbolic link"),
+        (lambda f: (f / "cats").symlink_to(f / "woodcut"), "cats is a symbolic link"),
         (lambda f: os.mkfifo(f / "pipe"), "pipe is not a plain file"),
-        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="../neon/x")), "not a file of a concept's"),
-        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="/etc/passwd")), "not a file of a concept's"),
-        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="")), "not a file of a concept's"),
-        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(file="a\0b/c")), "not a file of a concept's"),
-        (lambda f: (f / "NEON").mkdir(), r"\['NEON', 'neon'\] for one name"),
+        (lambda f: reseal(f, lambda m: m["concepts"]["woodcut"].update(folder="../x")), r"\$\.concepts\.woodcut"),
+        (lambda f: reseal(f, lambda m: m["concepts"]["woodcut"].update(folder="/etc")), r"\$\.concepts\.woodcut"),
+        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(shard="a\0b/c")), r"\$\.concepts\.neon"),
+        (lambda f: (f / "WOODCUT").mkdir(), r"\['WOODCUT', 'woodcut'\] for one name"),
         (lambda f: reseal(f, look_alike), "look alike: 'neon', 'nеon'"),
         (lambda f: (f / MANIFEST).write_text('{"format": "sepme_bank", "format": 1}'), "a key is given twice"),
         (lambda f: os.truncate(f / MANIFEST, 2**30), f"has {2**30} bytes"),
         (lambda f: (f / MANIFEST).write_text('{"a":' * 10_000 + "1" + "}" * 10_000), "not JSON"),
         (lambda f: (f / MANIFEST).unlink(), "it has no sepme_bank.json"),
-        (claim_terabytes, "holds no increment"),
-        (lambda f: os.truncate(f / TEXT, 2**42), f"has {2**42} bytes"),
-        (lambda f: shutil.rmtree(f / "cat"), "cat/text_increment.safetensors is missing"),
+        (claim_terabytes, "is no safetensors file to other readers"),
+        (lambda f: os.truncate(shard_of(f, "neon"), 2**42), f"has {2**42} bytes"),
+        (lambda f: shard_of(f, "neon").unlink(), r"increments-.*\.safetensors is missing"),
+        (lambda f: shutil.rmtree(f / "woodcut"), r"woodcut/adapter_model\.safetensors is missing"),
         (lambda f: (f / CONFIG).unlink(), "adapter_config.json is missing"),
         (other_alpha, r"tells other tools something else than the manifest: \['lora_alpha'\]"),
         (lambda f: reseal(f, lambda m: m["concepts"]["neon"]["metrics"].pop("leakage")), r"metrics\.leakage"),
-        (lambda f: reseal(f, lambda m: m["concepts"]["neon"].update(rank=5)), "rank 6, not 5"),
+        (lambda f: reseal(f, lambda m: m["concepts"]["neon"]["rows"].update(tokens=[0, 5])), "damaged or was changed"),
+        (lambda f: reseal(f, lambda m: m["concepts"]["woodcut"].update(rank=9)), "rank 8, not 9"),
         (lambda f: reseal(f, lambda m: m["base"]["projections"].popitem()), "other modules or heights"),
         (lambda f: reseal(f, lambda m: m.update(version=6)), "version 6"),
     ],
@@ -244,14 +234,20 @@ def test_a_folder_that_is_no_bank_is_not_walked(tmp_path, monkeypatch):
 def test_every_fault_is_listed_at_once(saved, pipe):
     (saved / "woodcut" / "adapter_config.json").write_text("{}")
     (saved / "stray.txt").write_text("")
-    shutil.rmtree(saved / "cat")
-    with_weights(saved, lambda tensors: tensors["B"].mul_(1e6))
-    reseal(saved, lambda m: m["concepts"]["pencil"]["metrics"].clear())
+    with_weights(saved, lambda tensors: tensors["tokens.B"].mul_(1e6))
+    reseal(saved, lambda m: m["concepts"]["neon"]["metrics"].clear())
     faults = verify(saved, pipe).faults
-    for words in ("adapter_config.json is damaged", "stray.txt", "cat/text_increment", "huge", "metrics.leakage"):
-        assert any(words in fault for fault in faults), words
-    with pytest.raises(ValueError, match=r"missing|SHA-256"):
-        ConceptBank.from_pretrained(saved)
+    for words in ("adapter_config.json is damaged", "stray.txt", "'cat'.*changed", "neon.*huge", "metrics.leakage"):
+        assert any(re.search(words, fault) for fault in faults), words
+
+
+def test_what_a_damaged_shard_holds_is_named(mixed_bank, saved):
+    """Every concept in it, and no other."""
+    more = replace(mixed_bank["neon"], concept=Concept("oil"))
+    mixed_bank.with_entries([more]).save_pretrained(saved)
+    shard_of(saved, "neon").write_bytes(b"")
+    faults = verify(saved).concepts
+    assert [name for name, found in faults.items() if found.faults] == ["neon", "cat", "pencil"]
 
 
 @pytest.mark.parametrize("name", ["styles", "objects"])
@@ -259,12 +255,6 @@ def test_the_shipped_banks_are_sound(name, pocket_pipe):
     report = verify(Path(pocket.__file__).parent / "banks" / name, pocket_pipe)
     assert report.ok, report.faults
     assert not report.notes
-
-
-def test_a_bank_of_version_1_is_checked_as_far_as_it_goes():
-    report = verify(Path(__file__).parents[1] / "fixtures" / "bank-version-1")
-    assert report.ok
-    assert any("version 1 has no digest" in note for note in report.notes)
 
 
 def test_what_people_keep_beside_a_bank_is_let_be(saved):
@@ -287,13 +277,13 @@ def test_the_command_line_prints_one_table_and_exits_by_it(saved, monkeypatch):
     assert sound.exit_code == 0, sound.output
     assert "No faults" in sound.output
     assert "guards and base were not checked" in sound.output
-    (saved / TEXT).write_bytes(b"")
+    shard_of(saved, "neon").write_bytes(b"")
     (saved / "[red]stray\x1b[2J").write_text("")
     faulty = CliRunner().invoke(app, ["verify", str(saved)])
     assert faulty.exit_code == 1
     assert "SHA-256 is not the manifest's" in faulty.output
     assert "[red]stray?[2J" in faulty.output
-    assert "2 faults" in faulty.output
+    assert "5 faults" in faulty.output  # the stray file, the shard, and the three concepts in it
 
 
 def test_the_command_line_takes_a_base(tmp_path, mixed_bank):
