@@ -21,6 +21,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from sepme_diffusers.bank.adapters import MOST, KnownDenoiser, choose
 from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.contents import Contents, Layout, read, write
 from sepme_diffusers.bank.entry import Origin
@@ -158,9 +159,11 @@ class HubBank(Contents):
         entries: See there.
         always: See there.
         origin: The repository as last seen; None for a bank that comes from elsewhere. No part of what the bank is.
+        denoiser: The one that adapters are made for; None if it is not known. No part of what the bank is.
     """
 
     origin: Origin | None = field(default=None, compare=False)
+    denoiser: KnownDenoiser | None = field(default=None, compare=False)
 
     def push_to_hub(
         self,
@@ -177,6 +180,8 @@ class HubBank(Contents):
         pictures: Iterable[Picture] = (),
         dtype: torch.dtype | None = None,
         pack: bool = False,
+        adapters: bool | None = None,
+        base: Any = None,
         signing_key: str | Path | None = None,
         endpoint: str | None = None,
     ) -> CommitInfo:
@@ -201,6 +206,9 @@ class HubBank(Contents):
             dtype: Of B or C. Default: as they are.
             pack: Upload all of the bank's increments in few new shards. Otherwise those that are new are uploaded as
                 one small shard, and the rows of those that are gone stay in the older ones.
+            adapters: Whether concepts also have PEFT LoRAs, see `save_pretrained`. True makes those of this bank that
+                the Hub lacks, and False takes them off the Hub. Default: as there; the 200 concepts are the Hub's.
+            base: See `save_pretrained`.
             signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed
                 is signed too. Without one, a signature on the Hub that is no longer true is removed.
             endpoint: Of the Hub.
@@ -211,20 +219,22 @@ class HubBank(Contents):
             KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
             PolicyError: If it would leave out or remove a concept that a policy always erases.
             TypeError: If `concepts` or `remove` is a single string.
-            ValueError: If `private` is asked for and the repository is public.
+            ValueError: If `private` is asked for and the repository is public; or adapters are asked for and no
+                denoiser is known, or they cannot be made for this `base`.
             HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
         """
         named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
         if unknown := [name for name in named or () if name not in self.entries]:
             raise KeyError(f"cannot push {unknown}: the bank has {list(self.entries)}")
         removed = tuple(listed(remove))
+        how = Layout(dtype, True, *choose(self.base, self.entries, self.denoiser, adapters, base))
         api = HfApi(
             endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
         )
         repository = _prepare(api, repo_id, private, None if create_pr else revision)
         with TemporaryDirectory(prefix="sepme-push-") as scratch:
-            folder, how = Path(scratch) / "bank", Layout(dtype)
-            change = _Change.of(self, self.origin, repository, named, removed, folder, how, pack)
+            folder = Path(scratch) / "bank"
+            change = _Change.of(self, self.origin, repository, named, removed, folder, how, pack, adapters)
             dress = _Dress(repository, license, tuple(pictures), signing_key)
             expected = None
             for attempt in range(_ATTEMPTS):
@@ -314,6 +324,7 @@ class _Change:
     named: tuple[str, ...] | None
     remove: tuple[str, ...]
     pack: bool
+    adapters: bool | None
     folder: Path
     manifest: dict[str, Any]
 
@@ -328,16 +339,18 @@ class _Change:
         folder: Path,
         how: Layout,
         pack: bool,
+        adapters: bool | None,
     ) -> _Change:
         origin = origin if origin and origin.repository == repository else None
-        pulled = origin.outlines if origin else {}
+        pulled, seen = (origin.outlines, origin.records) if origin else ({}, {})
+        bare = {name for name, record in seen.items() if adapters and not _folders(record)}
         outlines = bank.entries.outlines()
-        changed = [name for name in outlines if pack or pulled.get(name) is not outlines[name]]
+        changed = [name for name in outlines if pack or name in bare or pulled.get(name) is not outlines[name]]
         names = changed if named is None else named
         if both := sorted(set(names) & set(remove)):
             raise ValueError(f"{both} cannot be both pushed and removed")
         write(Contents(bank.base, bank.entries.only(names)), folder, how)
-        return cls(bank, origin, named, remove, pack, folder, BankFolder(folder).manifest())
+        return cls(bank, origin, named, remove, pack, adapters, folder, BankFolder(folder).manifest())
 
     @property
     def records(self) -> dict[str, Any]:
@@ -347,6 +360,12 @@ class _Change:
     def message(self) -> str:
         parts = {"Push": self.records, "Remove": self.remove}
         return "; ".join(f"{verb} {_shown(names)}" for verb, names in parts.items() if names) or "Update the card"
+
+    def refuses_adapter(self, name: str, n_concepts: int) -> bool:
+        """Tell whether a concept of a bank of so many shall have no adapter on the Hub."""
+        if self.adapters is None:
+            return n_concepts > MOST
+        return not self.adapters and name in (self.bank.entries if self.named is None else self.named)
 
     @property
     def relaxed(self) -> set[str]:
@@ -389,8 +408,12 @@ def _merged(head: _Head, change: _Change, expected: Mapping[str, Any]) -> dict[s
     taken = {ASSETS, *(file.split("/")[0] for file in head.files)}
     for name, record in change.records.items():
         former = records.get(name)
-        if change.pack or not _alike(record, former) or not _same_adapter(record, former):
+        if change.pack or not _alike(record, former):
             records[name] = _placed(record, former, taken)
+        elif not _same_adapter(record, former):
+            records[name] = _placed({**records[name], "adapter": record["adapter"]}, former, taken)
+    for name in [name for name, r in records.items() if "adapter" in r and change.refuses_adapter(name, len(records))]:
+        records[name] = {key: value for key, value in records[name].items() if key != "adapter"}
     always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
     if missing := [name for name in always if name not in records]:
         raise PolicyError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
@@ -411,12 +434,19 @@ def _tables(head: _Head, change: _Change, records: Mapping[str, Any]) -> dict[st
     tables, shards = Tables(), {}
     manifests = [head.manifest] if head.manifest else []
     known = {id(m): Tables.of(m) for m in (*manifests, change.manifest)}
+    # The name of a shard says what is in it.
+    known_shards = {**change.manifest["shards"], **(head.manifest["shards"] if head.manifest else {})}
     for name, record in records.items():
-        source = head.manifest if head.manifest and record is head.records.get(name) else change.manifest
-        tables.adopt(record, known[id(source)])
+        theirs = head.manifest and _refers_alike(record, head.records.get(name))
+        tables.adopt(record, known[id(head.manifest if theirs else change.manifest)])
         if "shard" in record:
-            shards[record["shard"]] = source["shards"][record["shard"]]
+            shards[record["shard"]] = known_shards[record["shard"]]
     return {"shards": shards, **{table: getattr(tables, table) for table in TABLES}}
+
+
+def _refers_alike(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Tell whether two records refer to the same in the tables."""
+    return other is not None and all(record[key] == other[key] for key in ("wording", "guards", "config"))
 
 
 def _refuse_conflicts(head: _Head, change: _Change, expected: Mapping[str, Any]) -> None:
