@@ -117,7 +117,7 @@ def _unlike(factors: Factors, increment: Increment, maker: Adapters | None) -> I
     if strange := sorted(wanted.keys() ^ factors.keys()):
         yield f"its adapter changes other modules than its increment does: {_some(strange)}"
     elif other := [module for module in wanted if _apart(factors[module], wanted[module])]:
-        yield f"its adapter does something else than its increment, in {_some(other)}"
+        yield f"its adapter does something else than its increment with these weights of its base, in {_some(other)}"
 
 
 def other_settings(data: bytes, ours: bytes) -> list[str]:

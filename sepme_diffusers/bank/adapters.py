@@ -94,8 +94,10 @@ class Adapters:
                 f"adapters cannot be made for {name!r}, which is another base: embeddings are {base.width} wide in "
                 f"the bank, and {sorted(wrong)} there"
             )
-        here = Fingerprint.of_weights(self.weights)
-        self.name = base.name if base.projections and not base.fingerprint.differs(here) else name
+        self.name = name
+        if base.projections is not None:
+            other = base.fingerprint.differs(Fingerprint.of_weights(self.weights))
+            self.name = base.name if not other else f"{name} (other weights)" if name == base.name else name
 
     def factors(self, increment: Increment) -> Factors:
         """Give an increment as the factors of its adapter, in float16, by module name.

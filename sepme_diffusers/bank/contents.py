@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)  # see adapters.py
 # How often a bank that others save meanwhile is read before that is given up.
 _ATTEMPTS = 10
 # Where a record says its increment is.
-_LOCATION = ("shard", "rows", "folder", "files", "rank", "adapter")
+_LOCATION = ("shard", "rows", "folder", "files", "rank")
+# A record's keys in the order in which they are written, so that saving again changes no byte.
+_RECORD = ("form", "digest", *_LOCATION, "adapter", "gates", "wording", "guards", "config", "metrics")
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,11 @@ class _Draft:
             "libraries": libraries(),
             "base": base_to_dict(self._contents.base),
             "policy": {"always": list(self._contents.always)},
-            "shards": self._shards,
+            "shards": dict(sorted(self._shards.items())),
             **{table: getattr(self._tables, table) for table in TABLES},
-            "concepts": self._records,
+            "concepts": {
+                name: {key: record[key] for key in _RECORD if key in record} for name, record in self._records.items()
+            },
         }
 
     def _located(self, name: str, outline: Outline) -> tuple[dict[str, Any], Rows | None]:
