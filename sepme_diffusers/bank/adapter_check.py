@@ -116,7 +116,10 @@ def _unlike(factors: Factors, increment: Increment, maker: Adapters | None) -> I
         return
     if strange := sorted(wanted.keys() ^ factors.keys()):
         yield f"its adapter changes other modules than its increment does: {_some(strange)}"
-    elif other := [module for module in wanted if _apart(factors[module], wanted[module])]:
+        return
+    # Weights that were loaded in half precision are not exactly those that the adapter was made with.
+    rounded = max(_ROUNDED, *(2 * torch.finfo(weight.dtype).eps for weight in maker.weights.values()))
+    if other := [module for module in wanted if _apart(factors[module], wanted[module], rounded)]:
         yield f"its adapter does something else than its increment with these weights of its base, in {_some(other)}"
 
 
@@ -162,15 +165,15 @@ def _outside(rows: Tensor, own: Tensor) -> bool:
     return bool((rest.norm(dim=1) > _ROUNDED * rows.norm(dim=1)).any())
 
 
-def _apart(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
-    """Tell whether two changes C A differ by more than rounding makes of them."""
+def _apart(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], rounded: float) -> bool:
+    """Tell whether two changes C A differ by more than rounding by this share makes of them."""
     (a, c), (own_a, own_c) = ((x.double(), y.double()) for x, y in (found, wanted))
     if a.shape[1] != own_a.shape[1] or len(c) != len(own_c):
         return True
     rows, columns = torch.cat([a, own_a]), torch.cat([c, -own_c], dim=1)
     # ‖Y X‖² = tr(YᵀY XXᵀ), by r numbers, not d.
     squared = float(((columns.T @ columns) * (rows @ rows.T)).sum())
-    bound = _ROUNDED * float((own_c.norm(dim=0) * own_a.norm(dim=1)).sum())
+    bound = rounded * float((own_c.norm(dim=0) * own_a.norm(dim=1)).sum())
     return not squared <= bound**2
 
 

@@ -68,7 +68,8 @@ pipe.unet.load_lora_adapter(
 ```
 
 So does `PeftModel.from_pretrained`. A LoRA has no gate: it acts on every prompt in proportion to what it reads, and in
-half precision guards move by some thousandths. `adapter leakage` is what was measured of one without its gate.
+half precision guards move by about a thousandth of their projections. `adapter leakage` is what was measured of one
+that was made without a gate.
 {% endif %}
 ## Guard
 
