@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 WRITER, STRANGER, NARROW = "hf_writer", "hf_stranger", "hf_narrow"
 Files = dict[str, bytes]
@@ -111,6 +111,7 @@ class Hub:
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Make it the Hub that huggingface_hub talks to by itself, logged in as the writer."""
         monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.endpoint)  # which PEFT asks whether a file is there
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.endpoint + "".join(template[1:]))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

@@ -48,7 +48,7 @@ def main(target: Path = Path(pocket.__file__).parent / "banks") -> None:
     pipe = SepMEPipeline.from_pretrained(pocket.path())
     for name, bank in (("styles", styles(pipe)), ("objects", objects(pipe))):
         named = replace(bank, base=replace(bank.base, name="sepme_diffusers/pocket"))
-        named.save_pretrained(target / name, torch.float16, license="apache-2.0")
+        named.save_pretrained(target / name, torch.float16, license="apache-2.0", adapters=False)
     SoftGuards.from_prompts(pipe, concepts.regular_for_anything()).save(target.parent / "soft_guards.safetensors")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sepme_diffusers.bank.adapters import KnownDenoiser, choose
 from sepme_diffusers.bank.card import Picture
 from sepme_diffusers.bank.contents import Layout, read, write
 from sepme_diffusers.bank.entry import Entry, Guarantee
@@ -37,6 +38,7 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         always: Names that may never be restored while the bank is loaded.
         origin: The Hub repository that it was pulled from, as last seen; set by `from_pretrained` and by
             `push_to_hub`, and no part of what the bank is.
+        denoiser: The one that its adapters are made for, see `remembering`; no part of what the bank is.
 
     Raises:
         ValueError: If an entry's key is not its concept's name, two names look alike, widths, edited modules or
@@ -146,6 +148,19 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
             bank = f"bank {name!r}" if name else "the bank"
             raise PolicyError(f"the policy of {bank} always erases {left_out} at full strength; include them")
 
+    def remembering(self, base: Any) -> ConceptBank:
+        """Remember a denoiser, for which saves and pushes make adapters, as long as something else holds it.
+
+        Banks that are derived from this one remember it too. It is never stored, and a pickled bank forgets it.
+
+        Args:
+            base: A pipeline or a denoiser. A pipeline that has several, or none, is forgotten.
+        """
+        try:
+            return replace(self, denoiser=KnownDenoiser.of(base))
+        except (TypeError, ValueError):
+            return replace(self, denoiser=None)
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -153,6 +168,8 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
         license: str | None = None,
         pictures: Iterable[Picture] = (),
         pack: bool = False,
+        adapters: bool | None = None,
+        base: Any = None,
     ) -> None:
         """Write the bank into a folder, wholly or not at all, whenever the process dies.
 
@@ -167,12 +184,21 @@ class ConceptBank(HubBank, Mapping[str, Entry]):
             pictures: Shown by the card, beside those it has, see `card_pictures`.
             pack: Write text-side increments into few new shards. Otherwise those that are new are added as one shard,
                 and the rows of those that are gone stay in the older ones.
+            adapters: Whether each concept also has a PEFT LoRA in a folder of its own, in float16, for tools that know
+                no banks. A per-module increment is stored as one anyway. Default: they are made if a denoiser is known
+                whose text-only Linears can hold them, and the bank has at most 200 concepts; those that are there are
+                kept while their increments are the same. A larger bank has none.
+            base: A pipeline or a denoiser, only read, to make adapters for. Default: what the bank was made on, as
+                long as it is in memory; a bank that was loaded knows none.
 
         Raises:
             BankError: If the folder holds something else than a bank that can be read, the bank cannot be written
                 down (metrics that are no JSON, say), or another process is saving there.
+            ValueError: If adapters are asked for and no denoiser is known, or they cannot be made for this `base`.
+                Nothing is written.
         """
-        write(self, Path(folder), Layout(dtype, pack), license, pictures)
+        how = Layout(dtype, pack, *choose(self.base, self.entries, self.denoiser, adapters, base))
+        write(self, Path(folder), how, license, pictures)
 
     @classmethod
     def from_pretrained(

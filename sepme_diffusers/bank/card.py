@@ -53,7 +53,25 @@ pipe.set_erased([{{ first }}])
 {% if more %}And {{ more }} more.
 
 {% endif %}Prompts, anchors and every measurement are in `sepme_bank.json`.
+{% if adapter %}
+## Without this package
 
+{{ adapters }} also PEFT LoRAs, in folders of their own, for one erasure at a time:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({{ adapter.base }})
+pipe.unet.load_lora_adapter(
+    {{ repository }}, subfolder={{ adapter.folder }}, prefix="base_model.model",
+    weight_name="adapter_model.safetensors",
+)
+```
+
+So does `PeftModel.from_pretrained`. A LoRA has no gate: it acts on every prompt in proportion to what it reads, and in
+half precision guards move by about a thousandth of their projections. `adapter leakage` is what was measured of one
+that was made without a gate.
+{% endif %}
 ## Guard
 
 An increment leaves the prompts that it guards exactly as they were. Guarded by increments of this bank:
@@ -151,6 +169,7 @@ def model_card(
         count=len(concepts),
         rows=[_row(name, record, manifest) for name, record in list(concepts.items())[:_ROWS]],
         more=max(len(concepts) - _ROWS, 0),
+        **_adapters(manifest),
         guards=_guards(manifest, "exact"),
         damped=_guards(manifest, "damped"),
         settings=settings[:_SETTINGS],
@@ -196,10 +215,26 @@ def _is_repository(name: str) -> bool:
 
 
 def _row(name: str, record: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    figures = [f"{key} {value:.4g}" for key, value in record["metrics"].items() if isinstance(value, (int, float))]
+    measured = {**record["metrics"], "adapter leakage": record.get("adapter", {}).get("leakage")}
+    measured.pop("adapter_leakage", None)  # said once
+    figures = [f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, (int, float))]
     rank = record["rank"] if "rank" in record else record["rows"][TOKENS][1] - record["rows"][TOKENS][0]
     cells = (name, record["form"], rank, manifest["configs"][record["config"]]["solver"])
     return [_escaped(str(cell)) for cell in (*cells, ", ".join(figures))]
+
+
+def _adapters(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which concepts other tools can load, and where the first of them is."""
+    concepts = manifest["concepts"].items()
+    loras = {
+        name: record.get("adapter", record) for name, record in concepts if "folder" in record.get("adapter", record)
+    }
+    if not loras:
+        return {"adapter": None}
+    first = next(iter(loras.values()))
+    said = {"base": _quoted(first.get("base", manifest["base"]["name"])), "folder": _quoted(first["folder"])}
+    subject = "All concepts are" if len(loras) == len(concepts) else f"Of the concepts, {_some(list(loras))} are"
+    return {"adapter": said, "adapters": subject}
 
 
 def _guards(manifest: Mapping[str, Any], how: str) -> str:

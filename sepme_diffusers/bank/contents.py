@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from sepme_diffusers.bank.adapters import Adapters
 from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.entries import Entries
-from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
+from sepme_diffusers.bank.entry import BaseModel, Outline
 from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.folder import BankFolder, in_folder, sha256
 from sepme_diffusers.bank.layout import CARD, MANIFEST
@@ -27,6 +29,8 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import peft_files, to_lora
 from sepme_diffusers.text.names import some
 from sepme_diffusers.text.spelling import look_alikes, slug
+
+logger = logging.getLogger(__name__)  # see adapters.py
 
 # How often a bank that others save meanwhile is read before that is given up.
 _ATTEMPTS = 10
@@ -121,14 +125,6 @@ def _parsed(bank: BankFolder, data: bytes, wanted: Sequence[str] | None) -> Cont
         raise BankError(f"{bank.folder / MANIFEST} is not a valid bank manifest: {short(error)}") from error
 
 
-class AdapterMaker(Protocol):
-    """What makes the adapter of an entry that other tools read."""
-
-    def adapter(self, entry: Entry) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Return the files of the adapter's folder, and what the record says of it beside."""
-        ...
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a bank is laid out on the disk.
@@ -136,15 +132,15 @@ class Layout:
     Args:
         dtype: Of B or C; None leaves every number as it is.
         pack: Write all shards anew, instead of adding one to those that are there.
-        adapters: Whether there are adapters beside increments that are no LoRA. One that is there is kept while its
-            increment is the same.
-        maker: Makes the adapters that are not there. Default: they are left out.
+        adapters: Whether there are adapters beside increments that are no LoRA. One that is there, or where the bank
+            was loaded from, is kept while its increment is the same.
+        maker: Makes the adapters that are not there, or are of another base. Default: they are left out.
     """
 
     dtype: torch.dtype | None = None
     pack: bool = False
     adapters: bool = True
-    maker: AdapterMaker | None = None
+    maker: Adapters | None = None
 
 
 def write(
@@ -221,6 +217,7 @@ class _Draft:
         self._tables = Tables()
         self._records: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, dict[str, Any]] = {}
+        self._without: dict[str, str] = {}
 
     def manifest(self, names: Collection[str]) -> dict[str, Any]:
         """Put the files of these concepts in place, and return the manifest."""
@@ -237,7 +234,7 @@ class _Draft:
             location, rows = self._located(name, outline)
             gates = {"gates": dict(outline.gates)} if outline.gates else {}
             self._records[name] = {"form": outline.form, **location, **gates, **shared, "metrics": metrics[name]}
-            self._records[name] |= self._adapter(name, location["digest"])
+            self._records[name] |= self._adapter(name, location)
             waiting += [] if rows is None else [(name, rows)]
         for shard in shards_of(waiting):
             self._place.put(shard.name, shard.data)
@@ -245,6 +242,8 @@ class _Draft:
             for name, places in shard.places.items():
                 rows_of = {door: list(place) for door, place in places.items()}
                 self._records[name] |= {"shard": shard.name, "rows": rows_of}
+        if self._without:
+            logger.warning("these concepts have no adapter for PEFT: %s", self._without)
         return {
             "libraries": libraries(),
             "base": base_to_dict(self._contents.base),
@@ -258,12 +257,7 @@ class _Draft:
 
     def _located(self, name: str, outline: Outline) -> tuple[dict[str, Any], Rows | None]:
         """Say where an increment is, as its record does; or give its rows, which a new shard has to hold."""
-        increment = None
-        if self._how.dtype is not None:
-            try:
-                increment = as_stored(outline.increment, self._how.dtype)
-            except ValueError as error:
-                raise BankError(f"concept {name!r} cannot be saved as {self._how.dtype}: {error}") from error
+        increment = None if self._how.dtype is None else self._as_stored(name, outline)
         wanted = outline.digest if increment is None else digest(as_rows(increment))
         if (kept := self._kept(name, wanted)) is not None:
             return kept, None
@@ -275,6 +269,14 @@ class _Draft:
         folder = self._place.put_folder(slug(name), name, files)
         hashed = {file: sha256(data) for file, data in files.items()}
         return {"digest": wanted, "folder": folder, "files": hashed, "rank": increment.rank}, None
+
+    def _as_stored(self, name: str, outline: Outline) -> Increment:
+        if self._how.dtype is None:
+            return outline.increment
+        try:
+            return as_stored(outline.increment, self._how.dtype)
+        except ValueError as error:
+            raise BankError(f"concept {name!r} cannot be saved as {self._how.dtype}: {error}") from error
 
     def _kept(self, name: str, wanted: str) -> dict[str, Any] | None:
         """Where the folder has the increment already, undamaged; None if it has not, or shards are packed anew."""
@@ -290,19 +292,58 @@ class _Draft:
             return None
         return {"digest": wanted} | {key: former[key] for key in _LOCATION if key in former}
 
-    def _adapter(self, name: str, wanted: str) -> dict[str, Any]:
-        """Keep or make the adapter that other tools read; see `Layout`."""
-        former = self._former["concepts"].get(name, {})
-        if not self._how.adapters:
+    def _adapter(self, name: str, location: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep, copy or make the adapter that other tools read; see `Layout`."""
+        if not self._how.adapters or "folder" in location:
             return {}
-        kept = "adapter" in former and former["digest"] == wanted
-        if kept and self._place.keep(former["adapter"]["folder"], in_folder(former["adapter"])):
-            return {"adapter": former["adapter"]}
-        if self._how.maker is None or is_lora(self._contents.entries[name].increment):
+        if (kept := self._kept_adapter(name, location["digest"])) is not None:
+            return {"adapter": kept}
+        found = self._copied_adapter(name, location["digest"]) or self._made_adapter(name)
+        if found is None:
             return {}
-        files, said = self._how.maker.adapter(self._contents.entries[name])
+        files, said = found
         folder = self._place.put_folder(slug(name), name, files)
         return {"adapter": {"folder": folder, "files": {f: sha256(data) for f, data in files.items()}, **said}}
+
+    def _kept_adapter(self, name: str, wanted: str) -> dict[str, Any] | None:
+        """The adapter that the folder has already."""
+        former = self._former["concepts"].get(name, {})
+        if not self._serves(name, wanted, former):
+            return None
+        adapter: dict[str, Any] = former["adapter"]
+        return adapter if self._place.keep(adapter["folder"], in_folder(adapter)) else None
+
+    def _copied_adapter(self, name: str, wanted: str) -> tuple[dict[str, bytes], dict[str, Any]] | None:
+        """The adapter that is where the entry was loaded from, with what its record says."""
+        stored = self._contents.entries.stored(name)
+        if stored is None or not self._serves(name, wanted, stored.record):
+            return None
+        try:
+            files = stored.adapter_files()
+        except BankError as error:
+            logger.info("the adapter of %r is not copied: %s", name, error)
+            return None
+        said = stored.record["adapter"]
+        return files, {key: value for key, value in said.items() if key not in ("folder", "files")}
+
+    def _serves(self, name: str, wanted: str, record: Mapping[str, Any]) -> bool:
+        """Tell whether a record has an adapter of the increment that is being written, for the wanted base."""
+        if "adapter" not in record or record["digest"] != wanted:
+            return False
+        maker, made = self._how.maker, self._contents.entries.in_memory().get(name)
+        if maker is not None and maker.name != record["adapter"]["base"]:
+            return False
+        return made is None or made.adapter is None or digest(as_rows(made.adapter)) == record["adapter"]["of"]
+
+    def _made_adapter(self, name: str) -> tuple[dict[str, bytes], dict[str, Any]] | None:
+        if self._how.maker is None:
+            return None
+        entries = self._contents.entries
+        try:
+            return self._how.maker.adapter(entries[name], self._as_stored(name, entries.outline(name)))
+        except ValueError as error:
+            self._without[name] = str(error)
+            return None
 
 
 def libraries() -> dict[str, str]:

@@ -20,11 +20,19 @@ class StoredEntry:
         tables: What the record refers to.
         guards: The prompts that it leaves alone.
         read: Reads the entry.
+        read_adapter: Reads the files of its adapter by name.
     """
 
-    def __init__(self, record: Mapping[str, Any], tables: Tables, guards: Guarded, read: Callable[[], Entry]) -> None:
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        tables: Tables,
+        guards: Guarded,
+        read: Callable[[], Entry],
+        read_adapter: Callable[[], dict[str, bytes]],
+    ) -> None:
         self.record, self.tables, self.guards = record, tables, guards
-        self._read = read
+        self._read, self._read_adapter = read, read_adapter
 
     @property
     def entry(self) -> Entry:
@@ -38,6 +46,14 @@ class StoredEntry:
             vars(self).setdefault("_entry", self._read())
         entry: Entry = vars(self)["_entry"]
         return entry
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """Read the files of the adapter that the record tells of, by name. Nothing else here needs them.
+
+        Raises:
+            BankError: If one is missing, damaged or unsafe.
+        """
+        return self._read_adapter()
 
     @property
     def increment(self) -> Increment:

@@ -55,7 +55,8 @@ class Entry:
         config: The settings it was made with.
         guard_set: The prompts that it leaves as they were, but for its concept's own name. Other entries share it.
         metrics: Anything measured about it (steps, leakage ...), plain JSON values.
-        adapter: The increment that stands for it where there is no gate, as in a LoRA. Default: the increment.
+        adapter: The increment that stands for it where there is no gate, as in a LoRA: solved once more without one.
+            What it leaks is `metrics["adapter_leakage"]`. Default: the increment, without its gate.
     """
 
     concept: Concept

@@ -21,6 +21,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from sepme_diffusers.bank.adapters import MOST, KnownDenoiser, choose
 from sepme_diffusers.bank.card import Picture, model_card
 from sepme_diffusers.bank.contents import Contents, Layout, draft, read
 from sepme_diffusers.bank.entry import Origin
@@ -158,9 +159,11 @@ class HubBank(Contents):
         entries: See there.
         always: See there.
         origin: The repository as last seen; None for a bank that comes from elsewhere. No part of what the bank is.
+        denoiser: The one that adapters are made for; None if it is not known. No part of what the bank is.
     """
 
     origin: Origin | None = field(default=None, compare=False)
+    denoiser: KnownDenoiser | None = field(default=None, compare=False)
 
     def push_to_hub(
         self,
@@ -177,6 +180,8 @@ class HubBank(Contents):
         pictures: Iterable[Picture] = (),
         dtype: torch.dtype | None = None,
         pack: bool = False,
+        adapters: bool | None = None,
+        base: Any = None,
         signing_key: str | Path | None = None,
         endpoint: str | None = None,
     ) -> CommitInfo:
@@ -201,6 +206,9 @@ class HubBank(Contents):
             dtype: Of B or C. Default: as they are.
             pack: Upload all of the bank's increments in few new shards. Otherwise those that are new are uploaded as
                 one small shard, and the rows of those that are gone stay in the older ones.
+            adapters: Whether concepts also have PEFT LoRAs, see `save_pretrained`. True makes those of this bank that
+                the Hub lacks, and False takes them off the Hub. Default: as there; the 200 concepts are the Hub's.
+            base: See `save_pretrained`.
             signing_key: A private key (PEM file) to sign the bank with, as it will be on the Hub: what others pushed
                 is signed too. Without one, a signature on the Hub that is no longer true is removed.
             endpoint: Of the Hub.
@@ -211,18 +219,20 @@ class HubBank(Contents):
             KeyError: If the bank lacks one of `concepts`, or the Hub one of `remove`.
             PolicyError: If it would leave out or remove a concept that a policy always erases.
             TypeError: If `concepts` or `remove` is a single string.
-            ValueError: If `private` is asked for and the repository is public.
+            ValueError: If `private` is asked for and the repository is public; or adapters are asked for and no
+                denoiser is known, or they cannot be made for this `base`.
             HfHubHTTPError: What huggingface_hub raises: not found, not allowed, ...
         """
         named = None if concepts is None else tuple(dict.fromkeys(listed(concepts)))
         if unknown := [name for name in named or () if name not in self.entries]:
             raise KeyError(f"cannot push {unknown}: the bank has {some(self.entries)}")
         removed = tuple(listed(remove))
+        how = Layout(dtype, pack, *choose(self.base, self.entries, self.denoiser, adapters, base))
         api = HfApi(
             endpoint=endpoint, token=token, library_name="sepme_diffusers", library_version=version("sepme_diffusers")
         )
         repository = _prepare(api, repo_id, private, None if create_pr else revision)
-        change = _Change.of(self, self.origin, repository, named, removed, Layout(dtype, pack))
+        change = _Change.of(self, self.origin, repository, named, removed, how, adapters)
         dress = _Dress(repository, license, tuple(pictures), signing_key)
         expected = None
         with TemporaryDirectory(prefix="sepme-push-") as scratch:
@@ -358,6 +368,7 @@ class _Change:
         named: See `push_to_hub`, as `remove`.
         remove: See there.
         how: How increments are laid out.
+        adapters: See `push_to_hub`.
         changed: The concepts that are not what they were when they were pulled; or those that are named.
     """
 
@@ -366,6 +377,7 @@ class _Change:
     named: tuple[str, ...] | None
     remove: tuple[str, ...]
     how: Layout
+    adapters: bool | None
     changed: tuple[str, ...]
 
     @classmethod
@@ -377,20 +389,29 @@ class _Change:
         named: tuple[str, ...] | None,
         remove: tuple[str, ...],
         how: Layout,
+        adapters: bool | None,
     ) -> _Change:
         origin = origin if origin and origin.repository == repository else None
-        pulled = origin.outlines if origin else {}
-        changed = (name for name, outline in bank.entries.outlines().items() if pulled.get(name) is not outline)
-        names = tuple(changed) if named is None else named
+        pulled, seen = (origin.outlines, origin.records) if origin else ({}, {})
+        bare = {name for name, record in seen.items() if adapters and not _folders(record)}
+        outlines = bank.entries.outlines().items()
+        changed = tuple(name for name, outline in outlines if name in bare or pulled.get(name) is not outline)
+        names = changed if named is None else named
         if both := sorted(set(names) & set(remove)):
             raise ValueError(f"{both} cannot be both pushed and removed")
-        return cls(bank, origin, named, remove, how, names)
+        return cls(bank, origin, named, remove, how, adapters, names)
 
     @property
     def message(self) -> str:
         parts = {"Push": self.changed, "Remove": self.remove}
         said = [f"{verb} {_shown(names)}" for verb, names in parts.items() if names]
         return "; ".join(said) or ("Pack the increments" if self.how.pack else "Update the card")
+
+    def refuses_adapter(self, name: str, n_concepts: int) -> bool:
+        """Tell whether a concept of a bank of so many shall have no adapter on the Hub."""
+        if self.adapters is None:
+            return n_concepts > MOST
+        return not self.adapters and name in (self.bank.entries if self.named is None else self.named)
 
     @property
     def relaxed(self) -> set[str]:
@@ -451,6 +472,7 @@ def _merged(
         kept = {name: record for name, record in head.records.items() if name not in change.remove}
         merged = {**drafted, "base": _base(head.manifest, drafted, change), "concepts": kept | drafted["concepts"]}
         merged |= _tables(merged["concepts"], head.manifest, drafted)
+    merged["concepts"] = _without_refused_adapters(merged["concepts"], change)
     always = [name for name in dict.fromkeys((*head.always, *change.bank.always)) if name not in change.relaxed]
     if missing := [name for name in always if name not in merged["concepts"]]:
         raise PolicyError(f"the bank's policy always erases {missing}; the bank on the Hub would lack them")
@@ -458,6 +480,12 @@ def _merged(
     if head.manifest and all(head.manifest[key] == merged[key] for key in ("base", "policy", "concepts")):
         return head.manifest
     return merged
+
+
+def _without_refused_adapters(records: Mapping[str, Any], change: _Change) -> dict[str, Any]:
+    refused = {name for name, r in records.items() if "adapter" in r and change.refuses_adapter(name, len(records))}
+    bare = {name: {key: value for key, value in records[name].items() if key != "adapter"} for name in refused}
+    return {name: bare.get(name, record) for name, record in records.items()}
 
 
 def _tables(records: Mapping[str, Any], head: Mapping[str, Any], drafted: Mapping[str, Any]) -> dict[str, Any]:

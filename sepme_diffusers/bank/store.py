@@ -14,7 +14,7 @@ from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.folder import BankFolder, sha256
 from sepme_diffusers.bank.held import HeldFile
-from sepme_diffusers.bank.layout import LORA_FILE
+from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.bank.records import Shared, Tables, base_from_dict
 from sepme_diffusers.bank.rows import as_rows, digest, from_rows
 from sepme_diffusers.bank.shards import ShardFile
@@ -24,7 +24,7 @@ from sepme_diffusers.text.encoding import TOKENS
 
 # What a safetensors header takes for the two tensors of a module, generously.
 _HEADER = 2048
-_MAX_BYTES = 4 * 2**30
+_MAX_BYTES, _MAX_CONFIG = 4 * 2**30, 2**20
 # Files of up to so many bytes are read when a bank is loaded, and so are those beyond the first so many.
 _SMALL, _OPEN = 64 * 2**10, 64
 
@@ -91,7 +91,13 @@ class Store:
         self._refuse_unusable()
         return Entries(
             {
-                name: StoredEntry(record, self.tables, self.shared.guarded(name, record), partial(self.entry, name))
+                name: StoredEntry(
+                    record,
+                    self.tables,
+                    self.shared.guarded(name, record),
+                    partial(self.entry, name),
+                    partial(self.adapter_files, name),
+                )
                 for name, record in self.manifest["concepts"].items()
             }
         )
@@ -128,6 +134,23 @@ class Store:
         if wrong := _misfit(increment, record, self.base):
             raise BankError(f"concept {name!r} in {self.folder.folder} does not fit the manifest: {short(wrong)}")
         return increment
+
+    def adapter_files(self, name: str) -> dict[str, bytes]:
+        """Read the files of a concept's adapter by name, the weights first.
+
+        Raises:
+            BankError: If one is missing, damaged, unsafe, or there is no adapter.
+        """
+        adapter = self.manifest["concepts"][name].get("adapter")
+        if adapter is None:
+            raise BankError(f"concept {name!r} in {self.folder.folder} has no adapter")
+        files = {}
+        for file, most in {LORA_FILE: _MAX_BYTES, LORA_CONFIG: _MAX_CONFIG}.items():
+            path = f"{adapter['folder']}/{file}"
+            files[file] = self.folder.file(path, most)
+            if sha256(files[file]) != adapter["files"][file]:
+                raise BankError(f"{self.folder.folder / path} is damaged or was changed")
+        return files
 
     def _from_shard(self, name: str, record: Mapping[str, Any]) -> Increment:
         try:

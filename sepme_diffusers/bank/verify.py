@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sepme_diffusers.bank.adapter_check import AdapterCheck, other_settings
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.compatibility import refuse_other_weights
-from sepme_diffusers.bank.contents import is_lora, lora_files
+from sepme_diffusers.bank.contents import lora_files
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry, has_exact_guard
 from sepme_diffusers.bank.errors import BankError, short
@@ -29,14 +29,15 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.text.encoding import TOKENS, encode_doors
 
-# The base (None where it cannot be read), entries, faults of the folder, faults by concept, and notes.
-_Parts = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str]]
+# The base (None where it cannot be read), entries, faults of the folder, faults by concept, notes, and entries whose
+# increments were solved for once more, with what their adapters do.
+_Parts = tuple[BaseModel | None, dict[str, Entry], list[str], dict[str, list[str]], list[str], dict[str, Entry]]
 # Shipped increments change a weight by up to 4 times its norm, and an embedding by up to 30 times.
 _HUGE = 300.0
 # What a guarded prompt's projections may move by; and where the text encoder's weights were rounded to half precision,
 # which moves a sound bank's by up to 1.4 %.
 _EXACT, _ROUNDED = 1e-4, 2e-2
-_MAX_CONFIG = 2**20
+_MAX_CONFIG, _MAX_ADAPTER = 2**20, 4 * 2**30
 # Beside a bank there may stand what people and repositories need, and no loader reads.
 _HARMLESS = {MANIFEST, SIGNATURE, CARD, LOCK, "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore"}
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
@@ -94,8 +95,8 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
 
     Checks the manifest against its schema and its digest, every file against its hash, the folder for anything that
     does not belong there, each increment's numbers, shape, rank and norm, and that what it claims is written down.
-    With a pipeline also that the bank fits the base, and that no guarded prompt moves, by the pipeline's own text
-    encoders.
+    With a pipeline also that the bank fits the base, that no guarded prompt moves, by the pipeline's own text
+    encoders, and that adapters do what the increments do, if they are of its denoiser.
 
     Args:
         bank: A bank, or its folder.
@@ -111,15 +112,21 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         True
     """
     parts: _Parts
-    parts = (bank.base, dict(bank), [], {}, []) if isinstance(bank, ConceptBank) else _read(BankFolder(Path(bank)))
-    base, entries, folder, faults, notes = parts
+    if isinstance(bank, ConceptBank):
+        parts = (bank.base, dict(bank), [], {}, [], {})
+    else:
+        parts = _read(BankFolder(Path(bank)), pipe)
+    base, entries, folder, faults, notes, adapters = parts
     leaks: dict[str, dict[str, float]] = {}
     if pipe is None:
         notes.append("guards and base were not checked: that takes a pipeline")
     elif base is not None:
         fault = _base_fault(pipe, base, entries)
         folder += [fault] if fault else []
-        leaks = {} if fault else _leaks(_in_float32(pipe), entries)
+        exact = _in_float32(pipe)
+        leaks = {} if fault else _leaks(exact, entries)
+        for name, leak in ({} if fault else _leaks(exact, adapters)).items():
+            faults[name] += _adapter_leak_faults(adapters[name], leak)
         notes += _precision_notes(pipe, leaks)
     for name, entry in entries.items():
         faults[name] = [*faults.get(name, []), *_entry_faults(entry, cast(BaseModel, base))]
@@ -141,21 +148,22 @@ def _checked(
 # --- the folder
 
 
-def _read(folder: BankFolder) -> _Parts:
-    """Read the base, the entries that can be read, faults of the folder, faults by concept, and notes."""
+def _read(folder: BankFolder, pipe: Any) -> _Parts:
+    """Read what there is to check, and list the faults that are found on the way."""
     try:
         manifest, faults = examine(folder.manifest_bytes())
     except BankError as error:
-        return None, {}, [str(error)], {}, []
+        return None, {}, [str(error)], {}, [], {}
     faults = [f"{folder.folder / MANIFEST}: {fault}" for fault in faults]
     if manifest is None or faults:
         # Without a manifest nothing says what belongs here, and the folder may be a whole disk.
-        return None, {}, faults, {}, []
+        return None, {}, faults, {}, [], {}
     faults += _strays(folder, manifest)
     store, entries = Store(folder, manifest), {}
     by_concept: dict[str, list[str]] = {name: [] for name in manifest["concepts"]}
     unreadable = {shard: _shard_faults(store, shard) for shard in manifest["shards"]}
     faults += [fault for of_shard in unreadable.values() for fault in of_shard]
+    check = AdapterCheck(store.base, pipe)
     for name, record in manifest["concepts"].items():
         if unreadable.get(record.get("shard", "")):
             by_concept[name].append(f"its increment is in {record['shard']}, which is damaged")
@@ -164,8 +172,17 @@ def _read(folder: BankFolder) -> _Parts:
             entries[name] = store.entry(name)
         except BankError as error:
             by_concept[name].append(str(error))
-        by_concept[name] += _beside_faults(folder, record, entries.get(name))
-    return store.base, entries, faults, by_concept, []
+        by_concept[name] += _beside_faults(folder, name, record, entries.get(name), check)
+    solved_again = {
+        name: replace(entries[name], increment=increment, metrics=_claims(entries[name], manifest["concepts"][name]))
+        for name, increment in check.solved_again.items()
+    }
+    return store.base, entries, faults, by_concept, check.notes, solved_again
+
+
+def _claims(entry: Entry, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a bank says of an adapter that was solved for once more: how far it moves any guard."""
+    return {"leakage": record["adapter"].get("leakage", entry.metrics.get("leakage", 0.0))}
 
 
 def _shard_faults(store: Store, name: str) -> list[str]:
@@ -210,34 +227,28 @@ def _stray(folder: BankFolder, path: Path, named: set[str]) -> str | None:
     return f"{path} is not named by the manifest"
 
 
-def _beside_faults(folder: BankFolder, record: Mapping[str, Any], entry: Entry | None) -> Iterator[str]:
-    """List what is wrong with the files for other tools, which are never read here."""
+def _beside_faults(
+    folder: BankFolder, name: str, record: Mapping[str, Any], entry: Entry | None, check: AdapterCheck
+) -> Iterator[str]:
+    """List what is wrong with the files for other tools, which are never read elsewhere."""
     place = record if "folder" in record else record.get("adapter", {})
-    for name, digest in place.get("files", {}).items():
-        path = f"{place['folder']}/{name}"
-        if name == LORA_FILE and place is record:
+    files = {}
+    for file, digest in place.get("files", {}).items():
+        path = f"{place['folder']}/{file}"
+        if file == LORA_FILE and place is record:
             continue  # the increment itself, which has been read
         try:
             folder.hold(path, digest)
+            files[file] = folder.file(path, _MAX_CONFIG if file == LORA_CONFIG else _MAX_ADAPTER)
         except BankError as error:
             yield str(error)
-            continue
-        if name == LORA_CONFIG and entry is not None and (keys := _differing(folder.file(path, _MAX_CONFIG), entry)):
-            yield f"{folder.folder / path} tells other tools something else than the manifest: {keys}"
-
-
-def _differing(data: bytes, entry: Entry) -> list[str]:
-    """List the settings of a PEFT config that are not those of a per-module increment's LoRA."""
-    if not is_lora(entry.increment):
-        return []
-    ours = json.loads(lora_files(entry.increment)[LORA_CONFIG])
-    try:
-        theirs = dict(json.loads(data))
-    except (ValueError, TypeError, RecursionError):
-        return ["it is not JSON"]
-    # Releases of PEFT differ in which settings they write that are off.
-    keys = (ours.keys() | theirs.keys()) - {"peft_version"}
-    return sorted(key for key in keys if (ours.get(key) or None) != (theirs.get(key) or None))
+    if entry is None or len(files) < len(place.get("files", {})) - (place is record):
+        return
+    if place is record and (keys := other_settings(files[LORA_CONFIG], lora_files(entry.increment)[LORA_CONFIG])):
+        config = folder.folder / place["folder"] / LORA_CONFIG
+        yield f"{config} tells other tools something else than the manifest: {keys}"
+    if files and place is not record:
+        yield from check.faults(name, record, files, entry.increment)
 
 
 # --- the increments
@@ -327,6 +338,13 @@ def _precision_notes(pipe: Any, leaks: Mapping[str, Mapping[str, float]]) -> lis
         f"the pipeline's text encoder is in {pipe.text_encoder.dtype}: rounded weights move guards by up to "
         f"{largest:.2g}, so nothing below {_ROUNDED:g} was found a fault; load it in float32 to check to {_EXACT:g}"
     ]
+
+
+def _adapter_leak_faults(entry: Entry, leaks: Mapping[str, float]) -> Iterator[str]:
+    prompt, leak = max(leaks.items(), key=lambda pair: pair[1])
+    # Of half precision, it moves a guard by up to some thousandths where the increment leaves it alone.
+    if not leak <= max(_ROUNDED, 2 * entry.metrics["leakage"]):
+        yield f"its adapter moves the guarded prompt {prompt!r} by {leak:.2g} of its projections"
 
 
 def _guard_faults(entry: Entry, leaks: Mapping[str, float], tolerance: float) -> Iterator[str]:

@@ -54,6 +54,10 @@ def erase(
     state: Annotated[Path | None, typer.Option(help="Folder to resume an interrupted training from.")] = None,
     device: Device = "cpu",
     license: Annotated[str | None, typer.Option(help="Of the bank, for its card.")] = None,
+    adapters: Annotated[
+        bool | None,
+        typer.Option(help="A PEFT LoRA beside each increment, for other tools. Default: up to 200 concepts."),
+    ] = None,
 ) -> None:
     """Make erasures and write them into a bank. `accelerate launch -m sepme_diffusers.cli` shares them out."""
     from accelerate import PartialState
@@ -63,7 +67,7 @@ def erase(
         trainer = _trainer(base, guard, soft_guards, solver, config, state, device)
         bank = trainer.erase(wanted, _bank(add or output))
         if PartialState().is_main_process:
-            bank.save_pretrained(output, license=license)
+            bank.save_pretrained(output, license=license, adapters=adapters)
             console.print(_increments_table(bank, [concept.name for concept in wanted]))
             console.print(f"Wrote {output}", soft_wrap=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sepme_diffusers.doors.controlnet import CONTROLNET
 from sepme_diffusers.doors.family import Family
-from sepme_diffusers.doors.linears import linear_weight
+from sepme_diffusers.doors.linears import linear_weight, other_text_readers
 from sepme_diffusers.doors.unet import UNET
 
 _FAMILIES: dict[str, Family] = {}
@@ -98,6 +98,21 @@ def is_helper(module: nn.Module) -> bool:
 def drawing_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline that draw, by the name of their component; see `denoisers_of`."""
     return {name: module for name, module in denoisers_of(pipe).items() if not is_helper(module)}
+
+
+def text_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Return the weights (d_out, d) of the Linears that read the text and nothing else, by module name.
+
+    Raises:
+        ValueError: If the denoiser is of no known family, its family names none, or something else reads the text as
+            well, so that changing these would be a part of an erasure.
+    """
+    kind, family = type(denoiser).__name__, family_of(denoiser)
+    if family is None or family.linears is None:
+        raise ValueError(f"no Linears of {kind} are known that read the text and nothing else")
+    if others := other_text_readers(denoiser):
+        raise ValueError(f"{kind} reads the text in other ways beside: {others}")
+    return {name: linear_weight(module) for name, module in family.linears(denoiser).items()}
 
 
 def door_linears(denoiser: nn.Module) -> dict[str, tuple[str, Tensor]]:

@@ -62,15 +62,11 @@ def peft_files(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, b
     return {"adapter_model.safetensors": save(numbers, {"format": "pt"}), "adapter_config.json": plain}
 
 
-def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Increment:
-    """Read the increment that `to_lora` wrote.
-
-    Args:
-        tensors: The state dict.
-        gate: The increment's, which a LoRA cannot hold.
+def factors_of(tensors: Mapping[str, Tensor]) -> Factors:
+    """Read the changes of weights of which `lora` gave the state dict.
 
     Raises:
-        ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
+        ValueError: On keys that are not of such a LoRA; lists them all.
     """
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
@@ -85,9 +81,23 @@ def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Incre
         raise ValueError(
             f"not the LoRA of an increment; unexpected or unpaired keys: {unknown or sorted(set(down) ^ set(up))}"
         )
-    first = next(iter(down.values()))
+    return {name: (down[name], c) for name, c in up.items()}
+
+
+def from_lora(tensors: Mapping[str, Tensor], gate: float | None = None) -> Increment:
+    """Read the increment that `to_lora` wrote.
+
+    Args:
+        tensors: The state dict.
+        gate: The increment's, which a LoRA cannot hold.
+
+    Raises:
+        ValueError: On keys that are not of such a LoRA, or if the modules do not share one A; lists them all.
+    """
+    factors = factors_of(tensors)
+    first, _ = next(iter(factors.values()))
     # First of all: numbers of unusual types cannot be compared.
-    increment = Increment(first, C=up, gate=gate)
-    if different := [name for name, a in down.items() if a.dtype != first.dtype or not torch.equal(a, first)]:
+    increment = Increment(first, C={name: c for name, (_, c) in factors.items()}, gate=gate)
+    if different := [n for n, (a, _) in factors.items() if a.dtype != first.dtype or not torch.equal(a, first)]:
         raise ValueError(f"the modules of an increment share one lora_A; these differ: {different}")
     return increment

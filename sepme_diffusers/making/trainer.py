@@ -117,7 +117,8 @@ class SepMETrainer:
             made = shared_out(groups, lambda group: self._entries(group, problem, pictures))
         known = [outline.guards.set for outline in bank.entries.outlines().values()]
         guards = problem.guard_set(known)
-        return bank.with_entries(replace(entry, guard_set=guards) for group in made for entry in group)
+        grown = bank.with_entries(replace(entry, guard_set=guards) for group in made for entry in group)
+        return grown.remembering(self.pipe)
 
     def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
         """Tell what there is room for, by concept, before anything is made.

@@ -43,6 +43,13 @@ def test_a_bank_is_made_and_added_to(tmp_path):
     assert {file: file.read_bytes() for file in before} == before
 
 
+@pytest.mark.parametrize(("options", "there"), [((), True), (("--no-adapters",), False)])
+def test_adapters_are_written_unless_they_are_refused(options, there, tmp_path):
+    shown = run("erase", BASE, tmp_path / "bank", "--concept", "neon", "--solver", "closed_form", *options)
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "bank" / "neon" / "adapter_config.json").exists() is there
+
+
 def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = run("capacity", BASE, *DESCRIBED, "--concept", "pixel")

@@ -46,7 +46,7 @@ class Edit:
         if not isinstance(self.product, ConceptBank):
             return sum(weight.nbytes for weight in self.product.values()) / 1e3
         with tempfile.TemporaryDirectory() as folder:
-            self.product.save_pretrained(Path(folder) / "bank", torch.float32)
+            self.product.save_pretrained(Path(folder) / "bank", torch.float32, adapters=False)
             files = (Path(folder) / "bank").rglob("*.safetensors")
             return sum(file.stat().st_size for file in files) / 1e3
 
