@@ -558,9 +558,11 @@ def _alike(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
 def _operations(
     head: _Head, manifest: Mapping[str, Any], folder: Path
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """List what a commit adds, all that is in the folder, and what it deletes: what nothing refers to any more."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    added = {file.relative_to(folder).as_posix(): file for file in files}
+    """List what a commit adds of what is in the folder, and what it deletes: what nothing refers to any more."""
+    paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    # Adapters were drawn up before it was known how large the bank on the Hub will be.
+    wanted = {MANIFEST, SIGNATURE, CARD, ASSETS} | top_names(manifest)
+    added = {path: file for path, file in paths.items() if path.split("/")[0] in wanted}
     gone: set[str] = set()
     if head.manifest is not None and manifest is not head.manifest:
         gone = hashes(head.manifest, adapters=True).keys() - hashes(manifest, adapters=True).keys()
