@@ -72,8 +72,8 @@ def reduced_rank_edit(
     x = concept.double() @ null.T if inside is None else inside
     root = torch.linalg.cholesky(regression_metric(x, penalty, ridge))
     # With M = R Rᵀ and Y = Rᵀ D the objective is ‖(Y − R⁻¹ XᵀT / n) Fₒ‖² plus a constant: a plain norm, in which the
-    # best Y is Y* = R⁻¹ XᵀT / n. Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of Y* Fₒ,
-    # what outputs feel.
+    # best Y is Y* = R⁻¹ XᵀT / n. Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of
+    # Y* Fₒ, what outputs feel.
     effect = _Effect(root, x, change.double(), None if output_factor is None else output_factor.double())
     directions, effects = effect.leading(rank)
     if not effects[0] > 0:

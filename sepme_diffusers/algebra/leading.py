@@ -57,7 +57,7 @@ def leading_directions(
 
 
 def _orthonormal(block: Tensor, basis: Tensor, least: float) -> Tensor:
-    """Return orthonormal directions of a block of vectors that are orthogonal to a basis; none shorter than `least`."""
+    """Return orthonormal directions of vectors (k, b) outside a basis; what is shorter than `least` is left out."""
     for _ in range(2):  # once leaves what rounding hides
         block = block - basis @ (basis.T @ block)
     directions, sizes, _ = torch.linalg.svd(block, full_matrices=False)

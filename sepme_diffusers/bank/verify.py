@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.compatibility import has_per_module, refuse_other_weights
 from sepme_diffusers.bank.contents import is_lora, lora_files
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry
@@ -267,11 +268,21 @@ def _own_norm(increment: Increment, base: BaseModel) -> float:
 
 
 def _base_fault(pipe: Any, base: BaseModel, entries: Mapping[str, Entry]) -> str | None:
+    bank, weights = ConceptBank(base, Entries(entries)), _weights(pipe)
+    if not weights:
+        return (
+            "per-module increments need a pipeline with its denoiser to be checked" if has_per_module(bank) else None
+        )
     try:
-        refuse_other_weights(ConceptBank(base, Entries(entries)), projection_weights(pipe.unet))
+        refuse_other_weights(bank, weights)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _weights(pipe: Any) -> dict[str, Tensor]:
+    """The text projections of the pipeline's denoiser; none where it has no denoiser."""
+    return {} if pipe.unet is None else projection_weights(pipe.unet)
 
 
 def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
@@ -281,7 +292,7 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
     prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
     if not prompts:
         return {}
-    weights, embeddings = projection_weights(pipe.unet), encode_doors(pipe, prompts)
+    weights, embeddings = _weights(pipe), encode_doors(pipe, prompts)
     if missing := {door for entry in entries.values() for door in entry.increment.doors} - embeddings.keys():
         raise ValueError(f"increments act at the doors {sorted(missing)}, for which the pipeline has no embedding")
     places, leaks = {prompt: place for place, prompt in enumerate(prompts)}, {}
