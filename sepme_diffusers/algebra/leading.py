@@ -60,7 +60,9 @@ def _orthonormal(block: Tensor, basis: Tensor, least: float) -> Tensor:
     """Return orthonormal directions of vectors (k, b) outside a basis; what is shorter than `least` is left out."""
     for _ in range(2):  # once leaves what rounding hides
         block = block - basis @ (basis.T @ block)
-    directions, sizes, _ = torch.linalg.svd(block, full_matrices=False)
-    directions = directions[:, sizes > least]
+    # Of few long vectors, from the few squares.
+    squares, within = torch.linalg.eigh(block.T @ block)
+    kept = (squares > least**2) & (squares > _ROUNDING * squares[-1])
+    directions = block @ (within[:, kept] / squares[kept].sqrt())
     # Short ones were rounded before they were brought to length 1.
     return torch.linalg.qr(directions - basis @ (basis.T @ directions)).Q if directions.shape[1] else directions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -14,7 +14,7 @@ Basis = Literal["full", "aligned"]
 Parametrisation = Literal["module", "text"]
 Coupling = Literal["separate", "joint"]
 
-CALIBRATED = "calibrated"
+CALIBRATED: Final = "calibrated"
 """The gate that is set by what prompts read."""
 
 # Above zero and below one.

@@ -81,8 +81,8 @@ class Guards:
         self._factor = self._hard_rows.double()
         self._energy: Tensor | None = None
         self._likenesses = Likenesses(self.hard, embeddings)
-        # Made once for all concepts: guard sets, by whether names are exact; and by weight soft guards, and the penalty
-        # of all names with them.
+        # Made once for all concepts: guard sets, by whether names are exact; and by weight soft guards, and the
+        # penalty of all names with them.
         self._sets: dict[bool, GuardSet] = {}
         self._penalties: dict[float, tuple[Tensor | None, Tensor | None]] = {}
 

@@ -123,7 +123,7 @@ class _Readers:
             self._factors = torch.linalg.qr(b).R.to(dtype)
 
     def leaks(self, embeddings: Tensor) -> Tensor:
-        """The leakage of each increment on each prompt (n_prompts, n_tokens, d), (n_increments, n_prompts), float64."""
+        """The leakage (n_increments, n_prompts), float64, of each increment on prompts (n_prompts, n_tokens, d)."""
         step = max(1, _AT_A_TIME // (embeddings.shape[1] * len(self._a)))
         parts = [self._largest(part.cpu().to(self._a.dtype)) for part in embeddings.split(step)]
         largest = torch.cat(parts).T
@@ -144,10 +144,7 @@ class _Readers:
         if not self._gated:
             if self._coarseness:
                 read.masked_fill_(read.abs() <= rounding_share(d, self._coarseness) * self._lengths, 0.0)
-            read = (
-                torch.einsum("ntis,irs->ntir", read, self._factors)
-                if read.shape[-1] > 1
-                else read * self._factors[:, :, 0]
-            )
+            one = read.shape[-1] == 1
+            read = read * self._factors[:, 0] if one else torch.einsum("ntis,irs->ntir", read, self._factors)
         # The root of the largest square, for what fewer passes over the numbers do.
         return read.square_().sum(dim=-1).amax(dim=1).sqrt_()

@@ -127,10 +127,8 @@ class Problem:
                 calibrate by.
         """
         gate = self.config.gate
-        if gate is None:
-            return increment, {}
-        if gate != CALIBRATED:
-            return increment.gated(concept.own, gate), {}
+        if gate is None or isinstance(gate, float):
+            return (increment if gate is None else increment.gated(concept.own, gate)), {}
         regular = self.regular(concept.concept)
         if regular is None:
             raise ValueError("a calibrated gate needs regular prompts: give soft guards made of prompts")
