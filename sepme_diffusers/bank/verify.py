@@ -336,8 +336,10 @@ def _precision_notes(pipe: Any, leaks: Mapping[str, Mapping[str, float]]) -> lis
 
 
 def _guard_faults(entry: Entry, leaks: Mapping[str, float], tolerance: float) -> Iterator[str]:
-    claimed = entry.metrics.get("leakage_of", {})
+    claimed = dict.fromkeys(entry.guards.damped, entry.metrics.get("leakage_rest", 0.0))
+    claimed |= entry.metrics.get("leakage_of", {})
+    what = "embedding" if entry.form == "text" else "projections"
     for prompt, leak in leaks.items():
         # A leak that the bank states in its metrics is no fault; twice as much is.
         if not leak <= max(tolerance, 2 * claimed.get(prompt, 0.0)):
-            yield f"it moves the guarded prompt {prompt!r} by {leak:.2g} of its projections"
+            yield f"it moves the guarded prompt {prompt!r} by {leak:.2g} of its {what}"

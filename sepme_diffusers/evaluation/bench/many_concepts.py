@@ -110,7 +110,7 @@ def make_many(
             words = range(start, min(start + NAMES_AT_A_TIME, size))
             embeddings = torch.cat([text.prompts(word, 0) for word in words])
             yield [f"concept {word}" for word in words], {TOKENS: embeddings}
-        clock.mark("names")
+        clock.mark("leaks" if "solved" in clock.parts else "names")
 
     def concepts() -> Iterator[EmbeddedConcept]:
         # Concepts of a kind share their anchors.
@@ -120,7 +120,6 @@ def make_many(
         clock.mark("solved")
 
     bank = bank_from_embeddings(base, problem, {TOKENS: hard}, names, concepts(), compact=True)
-    clock.mark("leaks")
     with tempfile.TemporaryDirectory() as temporary:
         bank.save_pretrained(Path(folder or temporary) / "bank")
     clock.mark("saved")
