@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -137,7 +138,7 @@ class SepMETrainer:
             prepared = [plans[concept] if concept in plans else self._plan(concept, problem) for concept in group]
             return self._entries(prepared, pictures)
 
-        with unedited(self.pipe):
+        with unedited(self.pipe) if self.pipe.unet is not None else nullcontext():
             made = shared_out(groups, make)
         entries = (entry for group in made for entry in group)
         known = [outline.guards.set for outline in bank.entries.outlines().values()]
@@ -169,11 +170,13 @@ class SepMETrainer:
         `pipe.unet.load_state_dict(changed, strict=False)` applies the weights. Use `SepMEConfig.unconstrained()`.
 
         Raises:
-            ValueError: If the concepts are not usable.
+            ValueError: If the concepts are not usable, or the pipeline has no denoiser.
             FloatingPointError: If training diverges.
 
         Source: arXiv 2402.05947 (unconstrained variant).
         """
+        if self.pipe.unet is None:
+            raise ValueError("there is nothing that could unlearn for good: this pipeline has no denoiser (unet=None)")
         concepts = as_concepts(concepts)
         pictures = self._checked(pictures or {}, concepts)
         with unedited(self.pipe):
@@ -241,7 +244,8 @@ class SepMETrainer:
         if unknown := sorted(set(pictures) - set(names)):
             raise ValueError(f"pictures of {unknown}, which are not being erased; being erased: {names}")
         for concept in concepts:
-            refuse_other_sizes(self.pipe, concept, pictures.get(concept.name, ()))
+            if self.pipe.unet is not None:
+                refuse_other_sizes(self.pipe, concept, pictures.get(concept.name, ()))
         if self._solver.trains:
             refuse_other_schedules(self.pipe.scheduler)
         return pictures
