@@ -14,8 +14,8 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.leakage import MOST_LISTED, leakage, leakage_metrics, least_opening, output_norms
 from sepme_diffusers.text.encoding import TOKENS
 
-# How many numbers are computed at a time: what fits into the processor's cache is faster than what does not.
-_AT_A_TIME = 2**22
+# How many numbers are computed at a time.
+_AT_A_TIME = 2**24
 
 Embeddings = Mapping[str, Tensor]
 """{door: (n_prompts, n_tokens, d)}"""

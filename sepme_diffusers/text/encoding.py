@@ -19,7 +19,7 @@ _REMEMBERED = 2**28
 
 
 @torch.no_grad()
-def encode_doors(pipe: Any, prompts: Sequence[str], batch_size: int = 64, **settings: Any) -> dict[str, Tensor]:
+def encode_doors(pipe: Any, prompts: Iterable[str], batch_size: int = 64, **settings: Any) -> dict[str, Tensor]:
     """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
 
     The embeddings are float32 on the pipeline's device. No random numbers are drawn, and the pipeline stays as it is.
@@ -30,6 +30,7 @@ def encode_doors(pipe: Any, prompts: Sequence[str], batch_size: int = 64, **sett
         batch_size: How many prompts are encoded at a time.
         settings: Further arguments of `encode_prompt` (`clip_skip`, `lora_scale`).
     """
+    prompts = list(prompts)
     parts = [
         _encode_together(pipe, prompts[start : start + batch_size], settings)
         for start in range(0, len(prompts), batch_size)
@@ -50,7 +51,7 @@ def _encode_together(pipe: Any, prompts: Sequence[str], settings: Mapping[str, A
     return doors
 
 
-def encode(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+def encode(pipe: Any, prompts: Iterable[str], batch_size: int = 64) -> Tensor:
     """Encode prompts as e(c), which the pipeline's cross-attention reads: (n_prompts, n_tokens, d), float32.
 
     Args:
