@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sepme_diffusers.algebra.leading import leading_directions
+
+# From so many times fewer directions than there are on, it is faster to search for them than to find all.
+_FEW = 12
+# So many more directions than are wanted are searched for: the search is faster the less it leaves out.
+_MORE = 4
 
 
 def covariance(rows: Tensor) -> Tensor:
@@ -28,6 +36,7 @@ def reduced_rank_edit(
     penalty: Tensor | None = None,
     ridge: float = 1e-5,
     output_factor: Tensor | None = None,
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return A (r, d) and B (d, r), float64, of the operator e <- e + (e Aᵀ) Bᵀ that edits the concept's tokens.
 
@@ -47,6 +56,7 @@ def reduced_rank_edit(
             see `covariance`.
         ridge: ε, what the norm of the increment costs.
         output_factor: Fₒ (d, p), of Ω = Σ_m W_mᵀ W_m over the edited modules. Default: the identity.
+        inside: X (n, k), float64, where it is known already.
 
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
@@ -58,26 +68,70 @@ def reduced_rank_edit(
             f"concept rows {tuple(concept.shape)}, change {tuple(change.shape)} and null space {tuple(null.shape)} "
             "must agree: (n, d), (n, d), (k, d)"
         )
-    n = len(concept)
-    # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ. Division
-    # by √n makes means of sums over the tokens.
-    inside, change = concept.double() @ null.T, change.double() / n**0.5
-    root = torch.linalg.cholesky(regression_metric(inside, penalty, ridge))
+    # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ.
+    x = concept.double() @ null.T if inside is None else inside
+    root = torch.linalg.cholesky(regression_metric(x, penalty, ridge))
     # With M = R Rᵀ and Y = Rᵀ D the objective is ‖(Y − R⁻¹ XᵀT / n) Fₒ‖² plus a constant: a plain norm, in which the
-    # best Y is Y* = R⁻¹ XᵀT / n. By R⁻¹ Xᵀ = Q F it is Q F T, so with fewer rows than directions all of it happens in
-    # the span Q of the rows, and F T is all there is to cut.
-    span, felt = torch.linalg.qr(torch.linalg.solve_triangular(root, inside.T / n**0.5, upper=False))
-    wanted = felt @ change
-    # Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of Y* Fₒ, what outputs feel.
-    seen = wanted if output_factor is None else wanted @ output_factor.double()
-    directions, effects, _ = torch.linalg.svd(seen, full_matrices=False)
+    # best Y is Y* = R⁻¹ XᵀT / n. Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of
+    # Y* Fₒ, what outputs feel.
+    effect = _Effect(root, x, change.double(), None if output_factor is None else output_factor.double())
+    directions, effects = effect.leading(rank)
     if not effects[0] > 0:
         raise ValueError("the wanted change is zero: the concept's prompts and their anchors are read the same")
-    leading = directions[:, :rank][:, effects[:rank] > 1e-9 * effects[0]]
-    # Back from Y to D = R⁻ᵀ Y: the increment reads R⁻ᵀ Q U_r, which N takes from coordinates to embeddings, and writes
-    # U_rᵀ F T, in which Fₒ has cancelled.
-    a = torch.linalg.solve_triangular(root.T, span @ leading, upper=True)
-    return a.T @ null, wanted.T @ leading
+    leading = directions[:, effects > 1e-9 * effects[0]]
+    # Back from Y to D = R⁻ᵀ Y: the increment reads R⁻ᵀ U_r, which N takes from coordinates to embeddings, and writes
+    # U_rᵀ Y*, in which Fₒ has cancelled.
+    a = torch.linalg.solve_triangular(root.T, leading, upper=True)
+    return a.T @ null, effect.change.T @ (x @ a) / len(x)
+
+
+@dataclass(frozen=True, eq=False)
+class _Effect:
+    """What the best edit does to outputs, Y* Fₒ = R⁻¹ Xᵀ T Fₒ / n, (k, p): as factors.
+
+    Args:
+        root: R (k, k), lower triangular.
+        inside: X (n, k).
+        change: T (n, d).
+        output_factor: Fₒ (d, p), or None for the identity.
+    """
+
+    root: Tensor
+    inside: Tensor
+    change: Tensor
+    output_factor: Tensor | None
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the leading left singular directions U (k, <= rank), and their singular values."""
+        if _FEW * rank < min(self.inside.shape):
+            draw = torch.Generator().manual_seed(0)
+            start = torch.randn(self._width, rank + _MORE, generator=draw, dtype=torch.float64, device="cpu")
+            return leading_directions(self._times, self._transposed_times, start.to(self.root.device), rank)
+        # Many of all directions are wanted. By R⁻¹ Xᵀ = Q F all of it happens in the span Q of the rows, and F T Fₒ is
+        # all there is to cut: with fewer rows than directions a smaller matrix.
+        rows = torch.linalg.solve_triangular(self.root, self.inside.T / len(self.inside), upper=False)
+        span, felt = torch.linalg.qr(rows)
+        directions, effects, _ = torch.linalg.svd(self._felt(felt @ self.change), full_matrices=False)
+        return span @ directions[:, :rank], effects[:rank]
+
+    @property
+    def _width(self) -> int:
+        return self.change.shape[1] if self.output_factor is None else self.output_factor.shape[1]
+
+    def _felt(self, change: Tensor) -> Tensor:
+        return change if self.output_factor is None else change @ self.output_factor
+
+    def _times(self, vectors: Tensor) -> Tensor:
+        """Y* Fₒ v for vectors (p, b)."""
+        wanted = vectors if self.output_factor is None else self.output_factor @ vectors
+        moved = self.inside.T @ (self.change @ wanted) / len(self.inside)
+        return torch.linalg.solve_triangular(self.root, moved, upper=False)
+
+    def _transposed_times(self, vectors: Tensor) -> Tensor:
+        """(Y* Fₒ)ᵀ u for vectors (k, b)."""
+        read = self.inside @ torch.linalg.solve_triangular(self.root.T, vectors, upper=True)
+        moved = self.change.T @ read / len(self.inside)
+        return moved if self.output_factor is None else self.output_factor.T @ moved
 
 
 def with_gain(
@@ -115,9 +169,11 @@ def regression_metric(inside: Tensor, penalty: Tensor | None, ridge: float) -> T
         penalty: N P Nᵀ (k, k), what moving other tokens costs; or None.
         ridge: ε, what the edit's norm costs, relative to s = ‖X‖² / (n k).
     """
-    metric = inside.T @ inside / len(inside)
-    metric.diagonal().add_(ridge * float(metric.trace()) / len(metric))
-    return metric if penalty is None else metric + penalty.double()
+    n, k = inside.shape
+    outside = inside.new_zeros(()) if penalty is None else penalty.double()
+    metric = torch.addmm(outside, inside.T, inside, alpha=1 / n)
+    metric.diagonal().add_(ridge * float(inside.square().sum()) / (n * k))
+    return metric
 
 
 def output_factor(weights: Iterable[Tensor]) -> Tensor:

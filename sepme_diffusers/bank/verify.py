@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sepme_diffusers.bank.adapter_check import AdapterCheck, other_settings
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.compatibility import refuse_other_weights
+from sepme_diffusers.bank.compatibility import has_per_module, refuse_other_weights
 from sepme_diffusers.bank.contents import lora_files
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.entry import BaseModel, Entry, has_exact_guard
@@ -283,11 +284,21 @@ def _own_norm(increment: Increment, base: BaseModel) -> float:
 
 
 def _base_fault(pipe: Any, base: BaseModel, entries: Mapping[str, Entry]) -> str | None:
+    bank, weights = ConceptBank(base, Entries(entries)), _weights(pipe)
+    if not weights:
+        return (
+            "per-module increments need a pipeline with its denoiser to be checked" if has_per_module(bank) else None
+        )
     try:
-        refuse_other_weights(ConceptBank(base, Entries(entries)), projection_weights(pipe.unet))
+        refuse_other_weights(bank, weights)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _weights(pipe: Any) -> dict[str, Tensor]:
+    """The text projections of the pipeline's denoiser; none where it has no denoiser."""
+    return {} if pipe.unet is None else projection_weights(pipe.unet)
 
 
 def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
@@ -297,7 +308,7 @@ def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float
     prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
     if not prompts:
         return {}
-    weights, embeddings = projection_weights(pipe.unet), encode_doors(pipe, prompts)
+    weights, embeddings = _weights(pipe), encode_doors(pipe, prompts)
     if missing := {door for entry in entries.values() for door in entry.increment.doors} - embeddings.keys():
         raise ValueError(f"increments act at the doors {sorted(missing)}, for which the pipeline has no embedding")
     places, leaks = {prompt: place for place, prompt in enumerate(prompts)}, {}
@@ -348,8 +359,10 @@ def _adapter_leak_faults(entry: Entry, leaks: Mapping[str, float]) -> Iterator[s
 
 
 def _guard_faults(entry: Entry, leaks: Mapping[str, float], tolerance: float) -> Iterator[str]:
-    claimed = entry.metrics.get("leakage_of", {})
+    claimed = dict.fromkeys(entry.guards.damped, entry.metrics.get("leakage_rest", 0.0))
+    claimed |= entry.metrics.get("leakage_of", {})
+    what = "embedding" if entry.form == "text" else "projections"
     for prompt, leak in leaks.items():
         # A leak that the bank states in its metrics is no fault; twice as much is.
         if not leak <= max(tolerance, 2 * claimed.get(prompt, 0.0)):
-            yield f"it moves the guarded prompt {prompt!r} by {leak:.2g} of its projections"
+            yield f"it moves the guarded prompt {prompt!r} by {leak:.2g} of its {what}"

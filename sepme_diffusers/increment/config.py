@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,9 @@ Solver = Literal["train", "closed_form", "closed_form+train"]
 Basis = Literal["full", "aligned"]
 Parametrisation = Literal["module", "text"]
 Coupling = Literal["separate", "joint"]
+
+CALIBRATED: Final = "calibrated"
+"""The gate that is set by what prompts read."""
 
 # Above zero and below one.
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -53,6 +56,10 @@ class SepMEConfig:
         gate: An increment acts on a prompt only if it reads at least this share of what it reads in each of the
             concept's own prompts; no other prompt moves by a single bit. Default: no gate. The increment then acts on
             every prompt in proportion to what it reads, as a LoRA does. Exports have no gate in either case.
+            "calibrated": in the middle between what its own prompts and what the regular prompts of the soft guards
+            read.
+        adapter_soft_guard_weight: `soft_guard_weight` of the adapter that stands for a gated increment where there is
+            no gate. Default: the same.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
         reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other
@@ -86,7 +93,8 @@ class SepMEConfig:
     guidance_scale: NonNegativeFloat = 4.0
     soft_guard_weight: NonNegativeFloat = 300.0
     gain: PositiveFloat | None = None
-    gate: _Share | None = None
+    gate: _Share | Literal["calibrated"] | None = None
+    adapter_soft_guard_weight: NonNegativeFloat | None = None
     ridge: PositiveFloat = 1e-5
     guard_tolerance: _Share = 1e-6
     reserve: _Share = 0.25
@@ -113,6 +121,13 @@ class SepMEConfig:
     def unconstrained(cls, **changes: Any) -> SepMEConfig:
         """Give the paper's constants for `SepMETrainer.erase_permanently`: those of `paper`, with Adam at 1e-5."""
         return cls.paper(**({"learning_rate": 1e-5} | changes))
+
+    def for_adapter(self) -> SepMEConfig:
+        """Give the settings for the adapter that stands for a gated increment: without gate and gain."""
+        weight = self.adapter_soft_guard_weight
+        return replace(
+            self, gate=None, gain=None, soft_guard_weight=self.soft_guard_weight if weight is None else weight
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Give a dict of plain values that `from_dict` reads back."""

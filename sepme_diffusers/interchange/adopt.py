@@ -18,9 +18,10 @@ from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import leakage, leakage_metrics
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
+from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.measure import LeakageMeter
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
@@ -112,12 +113,14 @@ class _Part:
     """What an eraser changes at one door.
 
     Args:
+        encoded: Embeddings of prompts there.
         room: The guards there.
         weights: W_m (d_out, d) of the modules that read the door's embedding.
         deltas: ΔW_m (d_out, d) of those that change.
-        soft: Returns what moving regular prompts costs for a concept, weighted, (d, d); or None.
+        soft: Returns what moving regular prompts costs for a concept, (d, d); or None.
     """
 
+    encoded: Encoded
     room: Guards
     weights: Mapping[str, Tensor]
     deltas: Mapping[str, Tensor]
@@ -125,7 +128,7 @@ class _Part:
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """The embeddings of prompts as rows, (n, d), float64."""
-        return rows(self.room.encoded(prompts)).cpu().double()
+        return rows(self.encoded(prompts)).cpu().double()
 
 
 def _parts(
@@ -140,11 +143,11 @@ def _parts(
     encoded, names = Encoded(pipe), tuple(names)
 
     def penalty(concept: Concept, door: str) -> Tensor | None:
-        return None if soft is None else config.soft_guard_weight * soft.without(pipe, concept, door)
+        return None if soft is None else soft.without(pipe, concept, door)
 
     def part(door: str, weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> _Part:
-        room = Guards(encoded.at(door), guards, names, config)
-        return _Part(room, weights, deltas, partial(penalty, door=door))
+        room = Guards.of(encoded.at(door), guards, names, config)
+        return _Part(encoded.at(door), room, weights, deltas, partial(penalty, door=door))
 
     weights = {name: weight.detach().cpu() for name, weight in projection_weights(pipe.unet).items()}
     deltas = {name: delta.cpu() for name, delta in change.inside.items()}
@@ -167,10 +170,12 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
         costs.append(_costs(concept, part, inside, increments[door]))
     increment = replace(increments.pop(TOKENS), doors=increments)
     tokens = parts[TOKENS]
-    guards = tokens.room.prompts(concept)
-    further = {door: parts[door].room.encoded(guards).cpu() for door in increments}
     damped = {name for door in (TOKENS, *increments) for name in parts[door].room.damped}
-    leaks = leakage(increment, tokens.room.encoded(guards).cpu(), tokens.weights, further=further)
+    meter = LeakageMeter({concept.name: increment}, tokens.weights)
+    for prompts, leaky in ((tokens.room.hard, False), (tokens.room.names, bool(damped))):
+        if prompts:
+            embeddings = {door: parts[door].encoded(prompts).cpu() for door in (TOKENS, *increments)}
+            meter.update(prompts, embeddings, leaky)
     metrics = {
         **{name: min(cost[name] for cost in costs) for name in costs[0] if name.startswith("effect")},
         **{name: max(cost[name] for cost in costs) for name in costs[0] if name.startswith("guard")},
@@ -180,7 +185,7 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
         "parts_outside": len(change.outside),
         "tensors_unread": len(change.unread),
         "dimensions_left": len(tokens.room.null(concept)),
-        **leakage_metrics(guards, leaks, damped),
+        **meter.metrics(concept.name),
     }
     return Entry(concept, increment, tokens.room.config, tokens.room.guard_set(not damped), metrics)
 
@@ -191,7 +196,8 @@ def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str,
     tokens, null = part.tokens(concept.prompts), part.room.null(concept).cpu()
     _refuse_without_effect(concept, part.room.prompts(concept), part.deltas, tokens, null)
     if method == "imitate":
-        penalty = part.room.penalty(concept, null, part.soft(concept))
+        embedded = EmbeddedConcept.at_door(concept, part.encoded)
+        penalty = part.room.penalty(embedded, null, part.soft(concept), config.soft_guard_weight)
         inside = imitated(part.deltas, tokens, null, penalty, config.ridge)
     else:
         inside = {name: delta.double() @ null.T @ null for name, delta in part.deltas.items()}

@@ -17,9 +17,9 @@ from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.measure import LeakageMeter
-from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS, Encoded, rows
 
 # Below this share of its effect, what is left of an increment is rounding.
@@ -52,8 +52,9 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
         >>> all(promise.exact for promise in bank.guarantees.values())
         True
     """
-    weights = projection_weights(pipe.unet)
-    refuse_other_weights(bank, weights)
+    weights = {} if pipe.unet is None else projection_weights(pipe.unet)
+    if weights:
+        refuse_other_weights(bank, weights)
     refuse_other_text(pipe, [bank])
     encoded, decoupled = Encoded(pipe), []
     for name in bank:
@@ -71,9 +72,14 @@ def _decoupled(
     others = [name for name in names if name != concept.name]
     hard = [prompt for prompt in entry.guards.exact if prompt not in names]
     parts = {TOKENS: entry.increment, **entry.increment.doors}
-    rooms = {door: Guards(encoded.at(door), hard, others, entry.config) for door in parts}
-    projected = {door: _projected(part, concept, rooms[door]) for door, part in parts.items()}
-    share = min(_effect_kept(part, projected[door], concept, rooms[door], weights) for door, part in parts.items())
+    rooms = {door: Guards.of(encoded.at(door), hard, others, entry.config) for door in parts}
+    owns = {door: EmbeddedConcept.at_door(concept, encoded.at(door)) for door in parts}
+    projected = {door: _projected(part, owns[door], rooms[door]) for door, part in parts.items()}
+    # A further door's increment changes the embedding itself, as a text-side one does without weights.
+    share = min(
+        _effect_kept(part, projected[door], owns[door], weights if door == TOKENS else {})
+        for door, part in parts.items()
+    )
     if share < _LEAST_KEPT:
         raise ValueError(
             f"guarded on {unknown} as well, nothing would be left of the increment of {concept.name!r} "
@@ -81,9 +87,13 @@ def _decoupled(
         )
     increment = replace(projected.pop(TOKENS), doors=projected)
     exact = all(room.exact for room in rooms.values())
+    meter = LeakageMeter({concept.name: increment}, weights)
+    for prompts, damped in ((hard, False), (others, not exact)):
+        if prompts:
+            meter.update(prompts, {door: encoded.at(door)(prompts) for door in parts}, damped)
     metrics = {
         **{key: value for key, value in entry.metrics.items() if not key.startswith("leakage")},
-        **LeakageMeter(encoded, weights).metrics(increment, [*hard, *others], () if exact else others),
+        **meter.metrics(concept.name),
         "dimensions_left": len(rooms[TOKENS].null(concept)),
         "effect_kept": round(share * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
@@ -94,24 +104,21 @@ def _decoupled(
     return replace(entry, increment=increment, guard_set=guards, metrics=metrics)
 
 
-def _projected(old: Increment, concept: Concept, room: Guards) -> Increment:
+def _projected(old: Increment, concept: EmbeddedConcept, room: Guards) -> Increment:
     """The increment with A in the null space, or damped where the names do not fit; its gate at the same share."""
-    null, a = room.null(concept).cpu(), old.A.cpu()
+    null, a = room.null(concept.concept).cpu(), old.A.cpu()
     penalty = room.penalty(concept, null)
-    own = room.encoded(concept.prompts).cpu()
+    own = concept.own.cpu()
     exact = penalty is None
     a = project(a, null) if exact else a.double() @ imitation(rows(own), null, penalty, room.config.ridge)
     projected = replace(old, A=a.to(old.A.dtype))
     return projected if old.gate is None else projected.gated(own, old.gate / float(old.reading(own).min()))
 
 
-def _effect_kept(
-    old: Increment, new: Increment, concept: Concept, room: Guards, weights: Mapping[str, Tensor]
-) -> float:
-    """⟨E ΔW'ᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖² over all modules: both have the same coefficients C."""
-    tokens = rows(room.encoded(concept.prompts)).cpu().double()
-    # A further door's increment changes the embedding itself.
-    outputs = weights if room.encoded.door == TOKENS else {"": torch.eye(tokens.shape[1])}
+def _effect_kept(old: Increment, new: Increment, concept: EmbeddedConcept, weights: Mapping[str, Tensor]) -> float:
+    """⟨E ΔW'ᵀ, E ΔWᵀ⟩ / ‖E ΔWᵀ‖² over all modules, or of the embedding's change: both have the same coefficients C."""
+    tokens = concept.rows.cpu().double()
+    outputs = weights or {"": torch.eye(tokens.shape[1])}
     gram = torch.stack([c.double().T @ c.double() for c in old.coefficients(outputs).values()]).sum(dim=0).cpu()
     before, after = (tokens @ increment.A.double().cpu().T for increment in (old, new))
     return float(((after @ gram) * before).sum() / ((before @ gram) * before).sum())

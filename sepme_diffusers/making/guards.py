@@ -13,6 +13,8 @@ from torch import Tensor
 from sepme_diffusers.algebra.subspace import null_space, row_space
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.making.embedded import EmbeddedConcept
+from sepme_diffusers.making.likeness import Likenesses
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import Encoded, rows
 
@@ -20,8 +22,8 @@ logger = logging.get_logger(__name__)
 
 # Below this share of its embedding, what the guards leave of a concept is rounding.
 _LEAST_REACH = 1e-4
-# Two prompts whose embeddings differ by less than this share are one prompt to the text encoder.
-_SAME = 1e-6
+NAMES_AT_A_TIME = 256
+"""How many names are best given to `Guards.update` at a time: a few hundred MB while they are taken in."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Capacity:
         dimensions_taken: How many its name takes from every other increment that guards it exactly.
         exact: Whether the names of the other concepts are guarded exactly, at every door. If not they are damped.
         reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
-        leakage: The largest share ‖e ΔWᵀ‖ / ‖e Wᵀ‖ by which its closed-form increment moves another name.
+        leakage: The largest share by which its closed-form increment moves another name, see `increment.leakage`.
     """
 
     concept: str
@@ -50,35 +52,95 @@ class Capacity:
 
 
 class Guards:
-    """The guards of the increments of one bank.
+    """The guards of the increments of one bank at one door, fitted to prompts and names that come in batches.
 
     As long as the names of all concepts leave room, every increment guards every other concept's name exactly. Beyond
     that, names are damped: an increment pays for moving them. The prompts listed as guards are always exact.
 
+    Names that fit are kept as token rows. Of damped ones only the sum of their outer products is kept, so that there
+    may be very many.
+
     Args:
-        encoded: Embeddings of prompts.
         hard: Prompts that no increment may change.
-        names: The concepts' names.
+        embeddings: Of these prompts, (n_prompts, n_tokens, d).
         config: `guard_tolerance`, `reserve`, `name_weight`.
+
+    Attributes:
+        names: The names so far.
+        exact: Whether all of them are guarded exactly.
     """
 
-    def __init__(self, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> None:
-        self.encoded, self.hard, self.config = encoded, tuple(hard), config
-        self.names = tuple(name for name in names if name not in self.hard)
-        self.width = encoded(self.hard).shape[-1]
-        room = int((1 - config.reserve) * self.width)
-        guarded = row_space(rows(encoded((*self.hard, *self.names))), config.guard_tolerance)
-        self.exact = not self.names or len(guarded) <= room
-        if not self.exact:
-            logger.warning(
-                f"guards and the names of {len(self.names)} concepts take {len(guarded)} of {self.width} "
-                f"dimensions, and reserve={config.reserve:g} keeps {self.width - room} free: names are damped, not "
-                "guarded exactly; what they leak is measured and stored in the bank"
-            )
+    def __init__(self, hard: Sequence[str], embeddings: Tensor, config: SepMEConfig) -> None:
+        self.hard, self.config = tuple(hard), config
+        self.width = embeddings.shape[-1]
+        self.exact = True
+        self._hard_rows = rows(embeddings)
+        self._names: dict[str, None] = {}
+        self._kept: dict[str, Tensor] = {}
+        # R of all guards' rows = Q R: as good as the rows for their row space, and never larger than (d, d).
+        self._factor = self._hard_rows.double()
+        self._energy: Tensor | None = None
+        self._likenesses = Likenesses(self.hard, embeddings)
+        # Made once for all concepts: guard sets, by whether names are exact; and by weight soft guards, and the
+        # penalty of all names with them.
+        self._sets: dict[bool, GuardSet] = {}
+        self._penalties: dict[float, tuple[Tensor | None, Tensor | None]] = {}
+
+    @classmethod
+    def of(cls, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> Guards:
+        """Fit guards to prompts and names at one door of a pipeline."""
+        guards, names = cls(hard, encoded(hard), config), list(names)
+        for start in range(0, len(names), NAMES_AT_A_TIME):
+            batch = names[start : start + NAMES_AT_A_TIME]
+            guards.update(batch, encoded(batch))
+        return guards
+
+    def update(self, names: Sequence[str], embeddings: Tensor) -> None:
+        """Take in more names.
+
+        Args:
+            names: The names; those of hard guards are passed over.
+            embeddings: Of the names as prompts, (n_names, n_tokens, d).
+        """
+        new = [index for index, name in enumerate(names) if name not in self.hard and name not in self._names]
+        if not new:
+            return
+        names, embeddings = [names[index] for index in new], embeddings[new]
+        self._names |= dict.fromkeys(names)
+        self._likenesses.update(names, embeddings)
+        self._penalties, self._sets = {}, {}
+        if self.exact:
+            self._kept |= dict(zip(names, embeddings, strict=True))
+            self._refit(embeddings)
+        else:
+            self._energy = _energy(embeddings, self._energy)
+
+    def _refit(self, embeddings: Tensor) -> None:
+        """Guard the names exactly while they leave room; otherwise keep no more of them than damping takes."""
+        self._factor = torch.cat([self._factor, rows(embeddings).double()])
+        if len(self._factor) > self.width:
+            self._factor = torch.linalg.qr(self._factor, mode="r").R
+        room = int((1 - self.config.reserve) * self.width)
+        taken = len(row_space(self._factor, self.config.guard_tolerance))
+        if taken <= room:
+            return
+        logger.warning(
+            f"guards and the names of {len(self._names)} concepts take {taken} of {self.width} "
+            f"dimensions, and reserve={self.config.reserve:g} keeps {self.width - room} free: names are damped, not "
+            "guarded exactly; what they leak is measured and stored in the bank"
+        )
+        self.exact = False
+        self._energy = _energy(torch.stack(list(self._kept.values())))
+        self._kept, self._factor = {}, self._factor[:0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names so far."""
+        return tuple(self._names)
 
     def prompts(self, concept: Concept) -> tuple[str, ...]:
         """Return what an increment of the concept guards: the hard prompts, and every name but its own."""
-        return (*self.hard, *(name for name in self.names if name != concept.name))
+        return (*self.hard, *(name for name in self._names if name != concept.name))
 
     def guard_set(self, exact: bool, known: Iterable[GuardSet] = ()) -> GuardSet:
         """Return what every increment of the bank guards, as an extension of a known set where that is possible.
@@ -87,9 +149,14 @@ class Guards:
             exact: Whether names are guarded exactly, at every door.
             known: The bank's sets.
         """
-        if exact:
-            return GuardSet.of((*self.hard, *self.names), (), known)
-        return GuardSet.of(self.hard, self.names, known)
+        sets = tuple(known)
+        if sets or exact not in self._sets:
+            exactly, damped = ((*self.hard, *self._names), ()) if exact else (self.hard, self.names)
+            made = GuardSet.of(exactly, damped, sets)
+            if sets:
+                return made
+            self._sets[exact] = made
+        return self._sets[exact]
 
     @property
     def damped(self) -> tuple[str, ...]:
@@ -98,71 +165,87 @@ class Guards:
 
     def null(self, concept: Concept) -> Tensor:
         """Return N, orthonormal rows (k, d) of what an increment of the concept may use."""
-        return self._exact_null(concept) if self.exact else self._hard_null
+        return null_space(self._rows_without(concept.name), self.config.guard_tolerance) if self.exact else self._null
 
-    def penalty(self, concept: Concept, null: Tensor, soft: Tensor | None = None) -> Tensor | None:
+    def penalty(
+        self, concept: EmbeddedConcept, null: Tensor, soft: Tensor | None = None, weight: float = 1.0
+    ) -> Tensor | None:
         """Return N P Nᵀ (k, k), float64: what moving damped names and regular prompts costs; None for nothing.
 
         Args:
-            concept: The concept.
+            concept: The concept; its own name costs nothing.
             null: N, its `null`, (k, d); the penalty is on the same device.
-            soft: What moving regular prompts costs, weighted, (d, d).
+            soft: What moving regular prompts costs, (d, d).
+            weight: Of `soft`.
         """
-        names = None if self.exact else self._name_penalty(concept).to(null)
-        if soft is None:
-            return names
-        regular = null @ soft.to(null) @ null.T
-        return regular if names is None else regular + names
+        penalty = self._penalty_of_all(null, soft, weight)
+        if penalty is None or self.exact or concept.concept.name not in self._names:
+            return penalty
+        own = concept.name.to(null) @ null.T
+        return torch.addmm(penalty, own.T, own, alpha=-self.config.name_weight / len(own))
 
-    def _name_penalty(self, concept: Concept) -> Tensor:
-        """The weighted outer products (k, k) of damped names' tokens in the null space, summed over names."""
-        energy = self._energy_of_names
-        if concept.name in self.names:
-            own = rows(self.encoded([concept.name])).double() @ self._hard_null.T
-            energy = energy - own.T @ own / len(own)
-        return self.config.name_weight * energy
+    def _penalty_of_all(self, null: Tensor, soft: Tensor | None, weight: float) -> Tensor | None:
+        """The penalty with all names in it; computed once for the concepts that share null space and soft guards."""
+        if self.exact:
+            return self._projected(null, soft, weight)
+        if weight not in self._penalties or self._penalties[weight][0] is not soft:
+            self._penalties[weight] = soft, self._projected(null, soft, weight)
+        return self._penalties[weight][1]
 
-    def refuse_unreachable(self, concept: Concept) -> float:
-        """Check that an increment can touch some of the concept's embedding, and return the share ‖E P‖ / ‖E‖.
+    def _projected(self, null: Tensor, soft: Tensor | None, weight: float) -> Tensor | None:
+        costs = [] if self._energy is None else [self.config.name_weight * self._energy.to(null)]
+        costs += [] if soft is None else [weight * soft.to(null)]
+        return null @ torch.stack(costs).sum(dim=0) @ null.T if costs else None
+
+    def refuse_alike(self, concept: EmbeddedConcept) -> None:
+        """Check that no guard is to the text encoder the same as one of the concept's prompts.
 
         Raises:
-            ValueError: If it cannot. If a guard is the same prompt to the text encoder, the message names it.
+            ValueError: If one is, naming both.
         """
-        guarded, embeddings = self.encoded(self.prompts(concept)), self.encoded(concept.prompts)
-        for prompt, embedding in zip(concept.prompts, embeddings, strict=True):
-            # The last tokens alone tell nearly all prompts apart, and are no farther from each other than the wholes.
-            least = _SAME * embedding.norm()
-            alike = ((guarded[:, -1] - embedding[-1]).norm(dim=1) < least).nonzero().flatten().tolist()
-            if same := [index for index in alike if (guarded[index] - embedding).norm() < least]:
-                raise ValueError(
-                    f"the prompt {prompt!r} of concept {concept.name!r} is to the text encoder the guard "
-                    f"{self.prompts(concept)[same[0]]!r}: no dimension is left to tell them apart; drop one of them"
-                )
-        embeddings = rows(embeddings).double()
-        reach = float((embeddings @ self.null(concept).T).norm() / embeddings.norm())
+        name = concept.concept.name
+        if same := self._likenesses.alike(concept.own, besides=name):
+            index, guard = same
+            raise ValueError(
+                f"the prompt {concept.concept.prompts[index]!r} of concept {name!r} is to the text encoder the guard "
+                f"{guard!r}: no dimension is left to tell them apart; drop one of them"
+            )
+
+    def refuse_unreachable(self, concept: EmbeddedConcept, inside: Tensor) -> float:
+        """Check that an increment can touch some of the concept's embedding, and return the share ‖E P‖ / ‖E‖.
+
+        Args:
+            concept: The concept.
+            inside: X = E Nᵀ of its rows, (n, k).
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        reach, name = float(inside.norm() / concept.rows.double().norm()), concept.concept.name
         if reach < _LEAST_REACH:
             raise ValueError(
-                f"the {len(self.prompts(concept))} guard prompts fill the space that {concept.name!r} lives in (reach "
+                f"the {len(self.prompts(concept.concept))} guard prompts fill the space that {name!r} lives in (reach "
                 f"{reach:.1e}): nothing can be erased; guard fewer prompts, or move some of them to the soft guards"
             )
         return reach
 
-    def dimensions_taken(self, concept: Concept) -> int:
+    def dimensions_taken(self, concept: EmbeddedConcept) -> int:
         """Return how many dimensions the concept's name takes from each increment that guards it exactly."""
-        with_it = row_space(rows(self.encoded((*self.prompts(concept), concept.name))), self.config.guard_tolerance)
-        without = row_space(rows(self.encoded(self.prompts(concept))), self.config.guard_tolerance)
-        return len(with_it) - len(without)
+        others = self._rows_without(concept.concept.name)
+        with_it = row_space(torch.cat([others, concept.name]), self.config.guard_tolerance)
+        return len(with_it) - len(row_space(others, self.config.guard_tolerance))
 
-    def _exact_null(self, concept: Concept) -> Tensor:
-        return null_space(rows(self.encoded(self.prompts(concept))), self.config.guard_tolerance)
-
-    @cached_property
-    def _hard_null(self) -> Tensor:
-        return null_space(rows(self.encoded(self.hard)), self.config.guard_tolerance)
+    def _rows_without(self, name: str) -> Tensor:
+        """The rows of all that is guarded exactly, but for a name."""
+        return torch.cat([self._hard_rows, *(kept for other, kept in self._kept.items() if other != name)])
 
     @cached_property
-    def _energy_of_names(self) -> Tensor:
-        """Of all names, so that it is computed once for all concepts."""
-        tokens = self.encoded(self.names).double()
-        outside = torch.einsum("nti,ntj->ij", tokens, tokens) / tokens.shape[1]
-        return self._hard_null @ outside @ self._hard_null.T
+    def _null(self) -> Tensor:
+        return null_space(self._hard_rows, self.config.guard_tolerance)
+
+
+def _energy(embeddings: Tensor, so_far: Tensor | None = None) -> Tensor:
+    """Add up the mean outer products (d, d), float64, of each name's tokens (n_names, n_tokens, d)."""
+    tokens = rows(embeddings).double()
+    before = tokens.new_zeros(()) if so_far is None else so_far
+    return torch.addmm(before, tokens.T, tokens, alpha=1 / embeddings.shape[1])

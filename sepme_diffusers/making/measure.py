@@ -2,43 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.leakage import leakage, leakage_metrics, output_norms
-from sepme_diffusers.text.encoding import Encoded
+from sepme_diffusers.increment.leakage import MOST_LISTED, leakage, leakage_metrics, least_opening, output_norms
+from sepme_diffusers.text.encoding import TOKENS
+
+# How many numbers are computed at a time.
+_AT_A_TIME = 2**24
+
+Embeddings = Mapping[str, Tensor]
+"""{door: (n_prompts, n_tokens, d)}"""
 
 
 class LeakageMeter:
-    """Measures many increments on the same prompts; what does not depend on the increment is computed once.
+    """Measures many increments on prompts that come in batches; of each it remembers the worst.
+
+    One product tells what all text-side increments read of a batch. Where that leaves a gate shut there is nothing
+    more to compute.
 
     Args:
-        encoded: Embeddings of prompts.
-        weights: W_m (d_out, d) of the edited projections by module name.
+        increments: {name: increment}; what an increment does to the prompt of its own name does not count.
+        weights: W_m (d_out, d) of the denoiser by module name, for per-module increments.
     """
 
-    def __init__(self, encoded: Encoded, weights: Mapping[str, Tensor]) -> None:
-        self._encoded, self._weights = encoded, weights
-        self._known_norms: dict[str, Tensor] = {}
+    def __init__(self, increments: Mapping[str, Increment], weights: Mapping[str, Tensor] | None = None) -> None:
+        self._increments, self._weights = dict(increments), weights
+        self._places = {name: place for place, name in enumerate(increments)}
+        self._exact: list[dict[str, float]] = [{} for _ in increments]
+        self._worst = torch.zeros(len(increments), 0, dtype=torch.float64)
+        self._worst_prompts = torch.zeros(len(increments), 0, dtype=torch.int64)
+        self._damped: list[str] = []
+        self._readers: dict[torch.dtype, list[_Readers]] = {}
 
-    def largest(self, increment: Increment, prompts: Sequence[str]) -> float:
-        """Return the largest leakage on one of the prompts, at any door; 0 for no prompts."""
-        return float(self._leaks(increment, prompts).max()) if prompts else 0.0
+    def update(self, prompts: Sequence[str], embeddings: Embeddings, damped: bool = False) -> None:
+        """Measure on more guards.
 
-    def metrics(self, increment: Increment, guards: Sequence[str], damped: Collection[str]) -> dict[str, Any]:
-        """Return the metrics `leakage` and `leakage_of`, see `leakage_metrics`."""
-        return leakage_metrics(guards, self._leaks(increment, guards), damped)
+        Args:
+            prompts: The guards.
+            embeddings: Of these, by door.
+            damped: Whether they are not guarded exactly. What leaks of them is no rounding, so float32 will do.
+        """
+        leaks = self._leaks(embeddings, torch.float32 if damped else torch.float64)
+        for index, prompt in enumerate(prompts):
+            if (place := self._places.get(prompt)) is not None:
+                leaks[place, index] = 0
+        if not damped:
+            places = leaks.nonzero()
+            for (place, index), leak in zip(places.tolist(), leaks[places.unbind(1)].tolist(), strict=True):
+                self._exact[place][prompts[index]] = leak
+            return
+        numbers = torch.arange(len(self._damped), len(self._damped) + len(prompts)).expand(len(leaks), -1)
+        self._damped += prompts
+        leaks = torch.cat([self._worst, leaks], dim=1)
+        self._worst, kept = leaks.topk(min(MOST_LISTED + 1, leaks.shape[1]), dim=1)
+        self._worst_prompts = torch.cat([self._worst_prompts, numbers], dim=1).gather(1, kept)
 
-    def _leaks(self, increment: Increment, prompts: Sequence[str]) -> Tensor:
-        """The leakage on each prompt, the largest of all doors, (n_prompts,)."""
-        further = {door: self._encoded.at(door)(prompts) for door in increment.doors}
-        return leakage(increment, self._encoded(prompts), self._weights, self._norms(prompts), further)
+    def largest(self, name: str) -> float:
+        """Return the largest leakage of an increment on the guards so far; 0 for none."""
+        return float(self.metrics(name)["leakage"])
 
-    def _norms(self, prompts: Sequence[str]) -> Tensor:
-        if unknown := [prompt for prompt in prompts if prompt not in self._known_norms]:
-            self._known_norms.update(zip(unknown, output_norms(self._encoded(unknown), self._weights), strict=True))
-        return torch.stack([self._known_norms[prompt] for prompt in prompts])
+    def metrics(self, name: str) -> dict[str, Any]:
+        """Return the metrics `leakage`, `leakage_of` and `leakage_rest` of an increment, see `leakage_metrics`."""
+        place = self._places[name]
+        pairs = zip(self._worst[place].tolist(), self._worst_prompts[place].tolist(), strict=True)
+        return leakage_metrics(self._exact[place], [(leak, self._damped[number]) for leak, number in pairs])
+
+    def _leaks(self, embeddings: Embeddings, dtype: torch.dtype) -> Tensor:
+        """The leakage of each increment on each prompt, (n_increments, n_prompts), float64."""
+        tokens = embeddings[TOKENS]
+        leaks = torch.zeros(len(self._increments), len(tokens), dtype=torch.float64)
+        for readers in self._readers_of(dtype):
+            leaks[readers.places] = torch.maximum(leaks[readers.places], readers.leaks(embeddings[readers.door]))
+        per_module = [(place, i) for place, i in enumerate(self._increments.values()) if i.form == "module"]
+        norms = output_norms(tokens, self._weights) if per_module and self._weights else None
+        for place, increment in per_module:
+            leaks[place] = leakage(increment, tokens, self._weights, norms, embeddings)
+        return leaks
+
+    def _readers_of(self, dtype: torch.dtype) -> list[_Readers]:
+        """What reads a batch in this precision: text-side increments by door, rank, gate and coarseness."""
+        if dtype not in self._readers:
+            groups: dict[tuple[str, int, bool, float], list[tuple[int, Increment]]] = {}
+            for place, increment in enumerate(self._increments.values()):
+                parts = {TOKENS: increment, **increment.doors} if increment.form == "text" else {}
+                for door, part in parts.items():
+                    key = door, part.rank, part.gate is not None, part.coarseness
+                    groups.setdefault(key, []).append((place, part))
+            self._readers[dtype] = [_Readers(door, parts, dtype) for (door, *_), parts in groups.items()]
+        return self._readers[dtype]
+
+
+class _Readers:
+    """Text-side increments of one rank at one door, all with a gate or all without one, as one matrix.
+
+    Args:
+        door: The door.
+        parts: (place of the increment among all, what it does at the door).
+        dtype: In which prompts are read.
+    """
+
+    def __init__(self, door: str, parts: Sequence[tuple[int, Increment]], dtype: torch.dtype) -> None:
+        self.door, self.places = door, torch.tensor([place for place, _ in parts])
+        self._parts = [part for _, part in parts]
+        self._gated, self._coarseness = self._parts[0].gate is not None, self._parts[0].coarseness
+        a = torch.stack([part.A.detach().cpu().double() for part in self._parts])
+        self._lengths = a.norm(dim=-1).to(dtype)
+        self._a = a.flatten(0, 1).to(dtype)
+        if self._gated:
+            self._gates = torch.tensor([least_opening(part.gate or 0.0) for part in self._parts], dtype=dtype)
+        else:
+            # With B = Q F, Q orthonormal columns, ‖B a‖ = ‖F a‖: by r numbers, not d.
+            b = torch.stack([part.B.detach().cpu().double() for part in self._parts if part.B is not None])
+            self._factors = torch.linalg.qr(b).R.to(dtype)
+
+    def leaks(self, embeddings: Tensor) -> Tensor:
+        """The leakage (n_increments, n_prompts), float64, of each increment on prompts (n_prompts, n_tokens, d)."""
+        step = max(1, _AT_A_TIME // (embeddings.shape[1] * len(self._a)))
+        parts = [self._largest(part.cpu().to(self._a.dtype)) for part in embeddings.split(step)]
+        largest = torch.cat(parts).T
+        if not self._gated:
+            return largest.double()
+        leaks = torch.zeros(largest.shape, dtype=torch.float64)
+        opened = largest > self._gates[:, None]
+        for place in opened.any(dim=1).nonzero().flatten().tolist():
+            leaks[place, opened[place]] = leakage(replace(self._parts[place], doors={}), embeddings[opened[place]])
+        return leaks
+
+    def _largest(self, tokens: Tensor) -> Tensor:
+        """What a token of each prompt is read at most, or without gates moved at most, (n_prompts, n_increments)."""
+        n_prompts, n_tokens, d = tokens.shape
+        if not self._gated:
+            tokens = tokens / tokens.norm(dim=-1, keepdim=True)
+        read = (tokens.flatten(0, 1) @ self._a.T).view(n_prompts, n_tokens, *self._lengths.shape)
+        if not self._gated:
+            if self._coarseness:
+                read.masked_fill_(read.abs() <= rounding_share(d, self._coarseness) * self._lengths, 0.0)
+            one = read.shape[-1] == 1
+            read = read * self._factors[:, 0] if one else torch.einsum("ntis,irs->ntir", read, self._factors)
+        # The root of the largest square, for what fewer passes over the numbers do.
+        return read.square_().sum(dim=-1).amax(dim=1).sqrt_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
-from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
+from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.making.calibration import calibrated, made_for
+from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.encoding import rows
+from sepme_diffusers.text.encoding import TOKENS
 
 # The width of the text embedding for which `SepMEConfig.beta` is given: that of Stable Diffusion 1.x.
 _WIDTH_OF_BETA = 768
@@ -41,16 +43,23 @@ class Problem:
     """The regression that the closed form solves at one door, for any concept.
 
     Args:
-        guards: What may not change, with the embeddings of prompts at this door.
-        soft: Returns P for a concept: what moving regular prompts costs, weighted, (d, d); or None.
+        guards: What may not change.
+        soft: Returns P for a concept: what moving regular prompts costs, (d, d); or None.
         output_factor: Returns Fₒ (d, p), see `reduced_rank_edit`; or None for the identity.
+        regular: Returns the token rows of regular prompts for a concept, (m, d), by which gates are calibrated.
         doors: The same at further doors of the denoiser, by door name.
     """
 
     guards: Guards
-    soft: Callable[[Concept], Tensor | None]
-    output_factor: Callable[[], Tensor | None]
+    soft: Callable[[Concept], Tensor | None] = lambda _: None
+    output_factor: Callable[[], Tensor | None] = lambda: None
+    regular: Callable[[Concept], Tensor | None] = lambda _: None
     doors: Mapping[str, Problem] = field(default_factory=dict)
+
+    @property
+    def config(self) -> SepMEConfig:
+        """The settings."""
+        return self.guards.config
 
     @property
     def exact(self) -> bool:
@@ -66,54 +75,102 @@ class Problem:
         """Return what every increment of this problem guards, see `Guards.guard_set`."""
         return self.guards.guard_set(self.exact, known)
 
-    def factors(self, concept: Concept, null: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, names: Sequence[str], embeddings: Mapping[str, Tensor]) -> None:
+        """Take in more names that are guarded.
+
+        Args:
+            names: The names.
+            embeddings: {door: (n_names, n_tokens, d)} of the names as prompts.
+        """
+        self.guards.update(names, embeddings[TOKENS])
+        for door, problem in self.doors.items():
+            problem.guards.update(names, embeddings[door])
+
+    def room(self, concept: EmbeddedConcept) -> Room:
+        """Return what the guards leave of a concept: of the prompts that its increment is made for.
+
+        Of many prompts some are held out where a gate is calibrated.
+
+        Raises:
+            ValueError: If the guards leave nothing.
+        """
+        learnt = concept.only(made_for(len(concept.own))) if self.config.gate == CALIBRATED else concept
+        self.guards.refuse_alike(concept)
+        null = self.guards.null(concept.concept)
+        inside = learnt.rows.double() @ null.T
+        return Room(learnt, null, inside, self.guards.refuse_unreachable(learnt, inside))
+
+    def factors(self, room: Room, config: SepMEConfig) -> tuple[Tensor, Tensor]:
         """Solve for A (r, d) and B (d, r), float64, with A in the null space (k, d).
+
+        Args:
+            room: The concept's.
+            config: `rank`, `ridge`, `gain`, `soft_guard_weight`.
 
         Raises:
             ValueError: If no change is wanted.
         """
-        config, output_factor = self.guards.config, self.output_factor()
-        own, change = self._rows(concept), self._wanted_change(concept)
-        penalty = self.guards.penalty(concept, null, self.soft(concept))
-        factors = reduced_rank_edit(own, change, null, config.rank, penalty, config.ridge, output_factor)
+        concept, output_factor = room.learnt, self.output_factor()
+        own, change = concept.rows, concept.wanted_change
+        soft = self.soft(concept.concept)
+        penalty = self.guards.penalty(concept, room.null, soft, config.soft_guard_weight)
+        factors = reduced_rank_edit(
+            own, change, room.null, config.rank, penalty, config.ridge, output_factor, room.inside
+        )
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
 
-    def gated(self, increment: Increment, concept: Concept) -> Increment:
-        """Set the gate that the config asks for, at a share of what the increment reads in the concept's prompts.
+    def gated(self, increment: Increment, concept: EmbeddedConcept) -> tuple[Increment, dict[str, float]]:
+        """Set the gate that the config asks for, at the tokens; return the metrics of a calibrated one as well.
 
         Raises:
-            ValueError: If it reads nothing in one of them.
+            ValueError: If it reads nothing in one of the concept's prompts, or there are no regular prompts to
+                calibrate by.
         """
-        share = self.guards.config.gate
-        return increment if share is None else increment.gated(self.guards.encoded(concept.prompts), share)
+        gate = self.config.gate
+        if gate is None or isinstance(gate, float):
+            return (increment if gate is None else increment.gated(concept.own, gate)), {}
+        regular = self.regular(concept.concept)
+        if regular is None:
+            raise ValueError("a calibrated gate needs regular prompts: give soft guards made of prompts")
+        return calibrated(increment, concept.own, regular)
 
-    def at_doors(self, concept: Concept) -> dict[str, Increment]:
+    def at_doors(self, concept: EmbeddedConcept) -> dict[str, Increment]:
         """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.
 
         Raises:
             ValueError: If the guards leave no room at one of them.
         """
-        return {
-            door: problem._at_door(concept) for door, problem in self.doors.items() if problem._tells_apart(concept)
-        }
+        parts = ((problem, door, concept.doors[door]) for door, problem in self.doors.items())
+        return {door: problem._at_door(part) for problem, door, part in parts if _tells_apart(part)}
 
-    def _at_door(self, concept: Concept) -> Increment:
-        self.guards.refuse_unreachable(concept)
-        return self.gated(_as_increment(self.factors(concept, self.guards.null(concept))), concept)
+    def _at_door(self, concept: EmbeddedConcept) -> Increment:
+        return self.gated(as_increment(self.factors(self.room(concept), self.config)), concept)[0]
 
-    def _tells_apart(self, concept: Concept) -> bool:
-        return float(self._wanted_change(concept).norm()) > _LEAST_CHANGE * float(self._rows(concept).norm())
-
-    def _rows(self, concept: Concept) -> Tensor:
-        return rows(self.guards.encoded(concept.prompts))
-
-    def _wanted_change(self, concept: Concept) -> Tensor:
-        return rows(self.guards.encoded.anchors(concept)) - self._rows(concept)
-
-    def full_basis(self, concept: Concept, null: Tensor) -> Tensor:
+    def full_basis(self, room: Room) -> Tensor:
         """The whole null space (k, d), with directions shortened by what of damped names they hold."""
-        penalty = self.guards.penalty(concept, null)
-        return null if penalty is None else damped(null, penalty, self._rows(concept))
+        penalty = self.guards.penalty(room.learnt, room.null)
+        return room.null if penalty is None else damped(room.null, penalty, room.learnt.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """What the guards leave of a concept.
+
+    Args:
+        learnt: The concept, with the prompts that its increment is made for.
+        null: N, orthonormal rows (k, d) of what an increment may use.
+        inside: X = E Nᵀ of the concept's rows, (n, k), float64.
+        reach: ‖X‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
+    """
+
+    learnt: EmbeddedConcept
+    null: Tensor
+    inside: Tensor
+    reach: float
+
+
+def _tells_apart(concept: EmbeddedConcept) -> bool:
+    return float(concept.wanted_change.norm()) > _LEAST_CHANGE * float(concept.rows.norm())
 
 
 @dataclass(frozen=True)
@@ -121,45 +178,66 @@ class Plan:
     """What is known of an increment before it is solved for.
 
     Args:
-        concept: What is erased.
-        guards: The prompts that the increment leaves alone.
+        embedded: The concept.
+        problem: What it was prepared for.
         reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that the increment can touch.
         dimensions_left: How many dimensions of the embedding it may use.
         factors: A (r, d) and B (d, r) of the closed form, float64; None where nothing needs them.
         full_basis: The directions (k, d) of a full basis; None for an aligned one.
         doors: What the increment does at further doors of the denoiser, which every solver takes as it is.
+        adapter: The closed form that stands for a gated increment where there is no gate; None where none was asked
+            for.
     """
 
-    concept: Concept
-    guards: tuple[str, ...]
+    embedded: EmbeddedConcept
+    problem: Problem
     reach: float
     dimensions_left: int
     factors: tuple[Tensor, Tensor] | None
     full_basis: Tensor | None
     doors: Mapping[str, Increment]
+    adapter: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, concept: Concept, problem: Problem, solver: Needs) -> Plan:
-        """Check that the concept can be erased, and prepare what the solver needs.
+    def of(cls, embedded: EmbeddedConcept, problem: Problem, solver: Needs, adapters: bool = False) -> Plan:
+        """Check that a concept can be erased, and prepare what the solver needs.
+
+        Args:
+            embedded: The concept.
+            problem: The regression, fitted to all names.
+            solver: What it is prepared for.
+            adapters: Whether what is gated is solved once more for its adapter.
 
         Raises:
             ValueError: If the guards leave no room, or the concept's prompts and anchors are read the same.
         """
-        guards, full = problem.guards, solver.trains and problem.guards.config.basis == "full"
-        reach, null = guards.refuse_unreachable(concept), guards.null(concept)
+        config, full = problem.config, solver.trains and problem.config.basis == "full"
+        room = problem.room(embedded)
+        gated = adapters and config.gate is not None and not solver.trains
         return cls(
-            concept,
-            guards.prompts(concept),
-            reach,
-            len(null),
-            problem.factors(concept, null) if solver.starts_from_closed_form or not full else None,
-            problem.full_basis(concept, null) if full else None,
-            problem.at_doors(concept),
+            embedded,
+            problem,
+            room.reach,
+            len(room.null),
+            problem.factors(room, config) if solver.starts_from_closed_form or not full else None,
+            problem.full_basis(room) if full else None,
+            problem.at_doors(embedded),
+            problem.factors(room, config.for_adapter()) if gated else None,
         )
+
+    @property
+    def concept(self) -> Concept:
+        """What is erased."""
+        return self.embedded.concept
+
+    @property
+    def guards(self) -> Guarded:
+        """The prompts that the increment leaves alone."""
+        return Guarded(self.problem.guard_set(), self.concept.name)
 
     def closed_form(self) -> Increment:
         """The closed form at the token door as an increment, float32 on the CPU."""
-        return _as_increment(self._solved())
+        return as_increment(self._solved())
 
     def basis(self, config: SepMEConfig, weights: Mapping[str, Tensor]) -> Tensor:
         """β S (r, d): the full basis, or the orthonormal directions that the closed form reads, scaled.
@@ -189,6 +267,7 @@ class Plan:
         return self.factors
 
 
-def _as_increment(factors: tuple[Tensor, Tensor]) -> Increment:
+def as_increment(factors: tuple[Tensor, Tensor]) -> Increment:
+    """Make a text-side increment, float32 on the CPU, of A (r, d) and B (d, r)."""
     a, b = factors
     return Increment(a.float().cpu(), B=b.float().cpu())

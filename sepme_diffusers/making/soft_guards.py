@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,9 @@ class SoftGuards:
         whole = self.covariance if door == TOKENS else self.pooled
         if whole is None:
             raise ValueError(f"the soft guards were made with a pipeline without the door {door!r}; make them anew")
-        named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
-        own = [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
+        own = self.about(concept)
         if not own:
-            return nearest_covariance(whole)
+            return self._nearest[door]
         if len(own) == len(self.prompts):
             raise ValueError(f"every soft guard prompt is about {concept.name!r}; give regular ones")
         share = len(own) / len(self.prompts)
@@ -147,6 +147,17 @@ class SoftGuards:
         if torch.linalg.matrix_norm(left - nearest, 2) > _ROUNDING * torch.linalg.matrix_norm(left, 2):
             raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")
         return nearest
+
+    def about(self, concept: Concept) -> list[str]:
+        """Return the prompts that name a concept or are its own."""
+        named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
+        return [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
+
+    @cached_property
+    def _nearest(self) -> dict[str, Tensor]:
+        """The covariances by door, positive semi-definite; the same tensors for every concept."""
+        by_door = {TOKENS: self.covariance} | ({} if self.pooled is None else {POOLED: self.pooled})
+        return {door: nearest_covariance(covariance) for door, covariance in by_door.items()}
 
     def _covariances(self) -> dict[str, Tensor]:
         return {"covariance": self.covariance} | ({} if self.pooled is None else {"pooled": self.pooled})

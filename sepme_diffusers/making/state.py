@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sepme_diffusers.bank.entry import BaseModel
 from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.bank.records import base_to_dict
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.learner import SHARED, Learner
@@ -37,7 +39,7 @@ class TrainingState:
         cls,
         folder: Path,
         plans: Sequence[Plan],
-        base: Mapping[str, Any],
+        base: BaseModel,
         config: SepMEConfig,
         soft_guards: Tensor | None,
         pictures: Iterable[bytes],
@@ -47,17 +49,17 @@ class TrainingState:
         Args:
             folder: Where such files are kept.
             plans: One per concept.
-            base: What the increments are made on, in plain values.
+            base: What the increments are made on.
             config: The settings.
             soft_guards: The covariance of the regular prompts, (d, d), or None.
             pictures: The pictures that the user gave, as bytes.
         """
         concepts = [plan.concept for plan in plans]
         depends_on = {
-            "base": dict(base),
+            "base": base_to_dict(base),
             "config": config.to_dict(),
             "concepts": [concept.to_dict() for concept in concepts],
-            "guards": [plan.guards for plan in plans],
+            "guards": [list(plan.guards) for plan in plans],
             "soft guards": None if soft_guards is None else _digest(soft_guards.cpu().contiguous().numpy().tobytes()),
             "pictures": _digest(*pictures),
         }

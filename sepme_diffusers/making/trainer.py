@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,12 +19,14 @@ from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint, heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.increment.config import SepMEConfig
-from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
+from sepme_diffusers.making.calibration import distinct_rows
 from sepme_diffusers.making.distribute import shared_out
-from sepme_diffusers.making.guards import Capacity, Guards
+from sepme_diffusers.making.embedded import EmbeddedConcept
+from sepme_diffusers.making.guards import NAMES_AT_A_TIME, Capacity, Guards
 from sepme_diffusers.making.loop import Step
-from sepme_diffusers.making.measure import LeakageMeter
+from sepme_diffusers.making.maker import entry_of, measured
+from sepme_diffusers.making.measure import Embeddings, LeakageMeter
 from sepme_diffusers.making.noise import NoisyPictures, refuse_other_schedules, refuse_other_sizes
 from sepme_diffusers.making.permanent import unlearn_permanently
 from sepme_diffusers.making.plan import Plan, Problem
@@ -36,12 +39,18 @@ from sepme_diffusers.text.encoding import Encoded
 
 Pictures = Mapping[str, Sequence[Image.Image]]
 
+# A bank of more concepts is not packaged as adapters by default, so its gated increments get none.
+_MOST_ADAPTERS = 200
+# So many regular prompts calibrate a gate, evenly out of all.
+_CALIBRATING = 256
+
 
 class SepMETrainer:
     """Make increments on a pipeline's UNet, which is left as it was.
 
     Args:
-        pipe: A Stable Diffusion pipeline; its text encoder and UNet are only read.
+        pipe: A Stable Diffusion pipeline; its text encoder and UNet are only read. The closed form needs no UNet: a
+            pipeline that was loaded with `unet=None` will do, and every change of an embedding counts alike then.
         config: The settings.
         guards: Prompts that no increment may change at all, beside the names of the bank's other concepts.
         soft_guards: Regular prompts that an increment should change little. Give prompts or `SoftGuards`, of which
@@ -51,6 +60,9 @@ class SepMETrainer:
         on_step: Called after every training step.
         state: A folder in which training is written down every few steps, one file per concept. A trainer with the
             same settings goes on from there, with the same result. Remove the folder once the bank is saved.
+
+    Raises:
+        ValueError: If the solver trains and there is no UNet, or a gate is to be calibrated without regular prompts.
 
     Started by `accelerate launch`, the processes share the concepts out among them, and each gets the whole bank.
 
@@ -78,10 +90,17 @@ class SepMETrainer:
         self.others = tuple(others)
         self.state = None if state is None else Path(state)
         self._solver = SOLVERS[self.config.solver]
+        if pipe.unet is None and self._solver.trains:
+            raise ValueError(
+                f"solver={self._solver.name!r} trains on pictures that the denoiser draws, and this pipeline has none "
+                "(unet=None); load it with its denoiser, or use SepMEConfig(solver='closed_form')"
+            )
         self._soft = as_soft_guards(pipe, soft_guards)
-        self._weights = projection_weights(pipe.unet)
+        if self.config.gate == CALIBRATED and not isinstance(self._soft, SoftGuards):
+            raise ValueError("gate='calibrated' needs regular prompts to read: give soft_guards as prompts")
+        self._weights = projection_weights(pipe.unet) if pipe.unet is not None else {}
         self._encoded = Encoded(pipe)
-        self._meter = LeakageMeter(self._encoded, self._weights)
+        self._regular_rows: dict[tuple[str, ...], Tensor] = {}
 
     def erase(
         self,
@@ -110,15 +129,24 @@ class SepMETrainer:
             refuse_other_base(bank, self.base())
             bank = replace(bank, base=bank.base.completed_by(self.base()))
         pictures = self._checked(pictures or {}, concepts)
-        plans = [Plan.of(concept, problem, self._solver) for concept in concepts]
+        # Before anything is trained all are checked; what is merely solved for is prepared when it is its turn.
+        plans = {concept: self._plan(concept, problem) for concept in concepts if self._solver.trains}
         joint = self.config.coupling == "joint" and self._solver.trains
-        groups = [plans] if joint else [[plan] for plan in plans]
-        with unedited(self.pipe):
-            made = shared_out(groups, lambda group: self._entries(group, problem, pictures))
+        groups = [concepts] if joint else [[concept] for concept in concepts]
+
+        def make(group: Sequence[Concept]) -> list[Entry]:
+            prepared = [plans[concept] if concept in plans else self._plan(concept, problem) for concept in group]
+            return self._entries(prepared, pictures)
+
+        with unedited(self.pipe) if self.pipe.unet is not None else nullcontext():
+            made = shared_out(groups, make)
+        entries = (entry for group in made for entry in group)
         known = [outline.guards.set for outline in bank.entries.outlines().values()]
         guards = problem.guard_set(known)
-        grown = bank.with_entries(replace(entry, guard_set=guards) for group in made for entry in group)
-        return grown.remembering(self.pipe)
+        names = partial(self._batches, problem.guards.names)
+        finished = measured(entries, problem, self._embeddings(self.guards), names, self._weights)
+        grown = bank.with_entries(replace(entry, guard_set=guards) for entry in finished)
+        return grown if self.pipe.unet is None else grown.remembering(self.pipe)
 
     def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
         """Tell what there is room for, by concept, before anything is made.
@@ -143,11 +171,13 @@ class SepMETrainer:
         `pipe.unet.load_state_dict(changed, strict=False)` applies the weights. Use `SepMEConfig.unconstrained()`.
 
         Raises:
-            ValueError: If the concepts are not usable.
+            ValueError: If the concepts are not usable, or the pipeline has no denoiser.
             FloatingPointError: If training diverges.
 
         Source: arXiv 2402.05947 (unconstrained variant).
         """
+        if self.pipe.unet is None:
+            raise ValueError("there is nothing that could unlearn for good: this pipeline has no denoiser (unet=None)")
         concepts = as_concepts(concepts)
         pictures = self._checked(pictures or {}, concepts)
         with unedited(self.pipe):
@@ -160,7 +190,8 @@ class SepMETrainer:
         if Path(name).is_dir():  # whoever gets the bank has no use for a path of this machine
             name = Path(name).name
         text = Fingerprint.of_text(self.pipe)
-        return BaseModel(name, text.doors, text.vocabularies, heights_and_norms(self._weights))
+        projections = heights_and_norms(self._weights) if self._weights else None
+        return BaseModel(name, text.doors, text.vocabularies, projections)
 
     def _prepared(
         self, concepts: Iterable[Concept | str], bank: ConceptBank | None
@@ -169,33 +200,53 @@ class SepMETrainer:
         if bank is None:
             bank = ConceptBank(self.base())
         else:
-            refuse_other_weights(bank, self._weights)
+            if self._weights:
+                refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
         names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in concepts))))
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in concepts for group in (concept.prompts, *concept.anchors) for p in group]
-        self._encoded([*self.guards, *names, *texts, *(without for c in concepts for _, without in c.pairs)])
+        self._encoded.prefetch([*self.guards, *names, *texts, *(w for c in concepts for _, w in c.pairs)])
         return concepts, self._problem(names), bank
 
     def _problem(self, names: Sequence[str]) -> Problem:
         """The closed form's problem for concepts that are guarded on these names, at every door."""
         doors = {
+            # Without an output factor: a change counts as the embedding's own.
             door: Problem(
-                Guards(self._encoded.at(door), self.guards, names, self.config),
-                partial(self._soft_penalty, door=door),
-                lambda: None,  # a change counts as the embedding's own
+                Guards(self.guards, self._encoded.at(door)(self.guards), self.config),
+                partial(self._soft_covariance, door=door),
+                regular=partial(self._regular, door=door),
             )
             for door in self._encoded.further_doors
         }
-        guards = Guards(self._encoded, self.guards, names, self.config)
-        return Problem(guards, self._soft_penalty, lambda: self._output_factor, doors)
+        guards = Guards(self.guards, self._encoded(self.guards), self.config)
+        problem = Problem(guards, self._soft_covariance, lambda: self._output_factor, self._regular, doors)
+        for prompts, embeddings in self._batches(names):
+            problem.update(prompts, embeddings)
+        return problem
+
+    def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[Sequence[str], Embeddings]]:
+        """Encode very many prompts batch by batch."""
+        for start in range(0, len(prompts), NAMES_AT_A_TIME):
+            batch = prompts[start : start + NAMES_AT_A_TIME]
+            yield batch, self._embeddings(batch)
+
+    def _embeddings(self, prompts: Sequence[str]) -> Embeddings:
+        """Encode prompts for every door."""
+        return {door: self._encoded.at(door)(prompts) for door in (TOKENS, *self._encoded.further_doors)}
+
+    def _plan(self, concept: Concept, problem: Problem) -> Plan:
+        adapters = len(problem.guards.names) <= _MOST_ADAPTERS
+        return Plan.of(EmbeddedConcept.of(concept, self._encoded), problem, self._solver, adapters)
 
     def _checked(self, pictures: Pictures, concepts: Sequence[Concept]) -> Pictures:
         names = [concept.name for concept in concepts]
         if unknown := sorted(set(pictures) - set(names)):
             raise ValueError(f"pictures of {unknown}, which are not being erased; being erased: {names}")
         for concept in concepts:
-            refuse_other_sizes(self.pipe, concept, pictures.get(concept.name, ()))
+            if self.pipe.unet is not None:
+                refuse_other_sizes(self.pipe, concept, pictures.get(concept.name, ()))
         if self._solver.trains:
             refuse_other_schedules(self.pipe.scheduler)
         return pictures
@@ -203,31 +254,46 @@ class SepMETrainer:
     def _pictures(self, concept: Concept, pictures: Pictures) -> NoisyPictures:
         return NoisyPictures(self.pipe, concept, self.config, self._encoded, pictures.get(concept.name, ()))
 
-    def _soft_penalty(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
+    def _soft_covariance(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
         if isinstance(self._soft, SoftGuards):
-            soft: Tensor | None = self._soft.without(self.pipe, concept, door)
-        else:
-            soft = self._soft if door == TOKENS else None
-        return None if soft is None else self.config.soft_guard_weight * soft.to(self._encoded.device)
+            return self._soft.without(self.pipe, concept, door)
+        return self._soft if door == TOKENS else None
+
+    def _regular(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
+        """The token rows of regular prompts, but for those that name the concept; each row once."""
+        if not isinstance(self._soft, SoftGuards) or self.config.gate != CALIBRATED:
+            return None
+        own = set(self._soft.about(concept))
+        prompts = [prompt for prompt in self._soft.prompts if prompt not in own]
+        prompts = prompts[:: -(-len(prompts) // _CALIBRATING)]
+        key = (door, *prompts)
+        if key not in self._regular_rows:
+            self._regular_rows = {key: distinct_rows(self._encoded.at(door)(prompts))}
+        return self._regular_rows[key]
 
     @cached_property
-    def _output_factor(self) -> Tensor:
+    def _output_factor(self) -> Tensor | None:
+        if not self._weights:
+            return None
         return output_factor(self._weights.values()).to(self._encoded.device)
 
     def _capacity(self, concept: Concept, problem: Problem) -> Capacity:
-        guards, plan = problem.guards, Plan.of(concept, problem, SOLVERS["closed_form"])
-        names = [name for name in guards.names if name != concept.name]
+        guards, embedded = problem.guards, EmbeddedConcept.of(concept, self._encoded)
+        plan = Plan.of(embedded, problem, SOLVERS["closed_form"])
+        meter = LeakageMeter({concept.name: entry_of(plan, plan.closed_form()).increment}, self._weights)
+        for prompts, embeddings in self._batches(guards.names):
+            meter.update(prompts, embeddings, damped=not problem.exact)
         return Capacity(
             concept=concept.name,
             dimensions=guards.width,
             dimensions_left=plan.dimensions_left,
-            dimensions_taken=guards.dimensions_taken(concept),
+            dimensions_taken=guards.dimensions_taken(embedded),
             exact=problem.exact,
             reach=plan.reach,
-            leakage=self._meter.largest(self._finished(plan, plan.closed_form(), problem), names),
+            leakage=meter.largest(concept.name),
         )
 
-    def _entries(self, plans: Sequence[Plan], problem: Problem, pictures: Pictures) -> list[Entry]:
+    def _entries(self, plans: Sequence[Plan], pictures: Pictures) -> list[Entry]:
         """Make the entries of concepts that are solved for together: one, or all of a joint training."""
         task = Task(
             plans,
@@ -238,18 +304,8 @@ class SepMETrainer:
             self.on_step,
             self._state(plans, pictures) if self._solver.trains else None,
         )
-        entries = []
-        for plan, solution in zip(plans, self._solver.solve(task), strict=True):
-            increment = self._finished(plan, solution.increment, problem)
-            leakage = self._meter.metrics(increment, plan.guards, problem.damped)
-            metrics = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **solution.metrics, **leakage}
-            entries.append(Entry(plan.concept, increment, self.config, problem.guard_set(), metrics))
-        return entries
-
-    @staticmethod
-    def _finished(plan: Plan, increment: Increment, problem: Problem) -> Increment:
-        """The solved increment with its gate, and with what it does at further doors."""
-        return replace(problem.gated(increment, plan.concept), doors=plan.doors)
+        solutions = zip(plans, self._solver.solve(task), strict=True)
+        return [entry_of(plan, solution.increment, solution.metrics) for plan, solution in solutions]
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""
@@ -257,4 +313,4 @@ class SepMETrainer:
             return None
         soft = self._soft if self._soft is None or isinstance(self._soft, Tensor) else self._soft.covariance
         images = [image.tobytes() for plan in plans for image in pictures.get(plan.concept.name, ())]
-        return TrainingState.of(self.state, plans, vars(self.base()), self.config, soft, images)
+        return TrainingState.of(self.state, plans, self.base(), self.config, soft, images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from sepme_diffusers.text.concept import BLANK, Concept
 
 # The doors for which a pipeline encodes text.
 TOKENS, POOLED = "tokens", "pooled"
+# The bytes of embeddings that are remembered: some thousand prompts of Stable Diffusion 1.x.
+_REMEMBERED = 2**28
 
 
 @torch.no_grad()
@@ -60,30 +63,36 @@ def encode(pipe: Any, prompts: Iterable[str], batch_size: int = 64) -> Tensor:
 
 
 class Encoded:
-    """Embeddings of prompts at one door, each prompt encoded once for all doors.
+    """Embeddings of prompts at one door, each prompt encoded once for all doors while it is remembered.
 
     Args:
         pipe: A pipeline, see `encode_doors`.
+        remembered: The bytes of embeddings that are kept; those that were not asked for the longest go first.
 
     Attributes:
         door: The door; `at` gives another one's embeddings.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, remembered: int = _REMEMBERED) -> None:
         self._pipe, self.door = pipe, TOKENS
-        self._known: dict[str, dict[str, Tensor]] = {}
+        self._known = _Remembered(remembered)
 
     def __call__(self, prompts: Iterable[str]) -> Tensor:
         """Return e(c) for each prompt, (n_prompts, n_tokens, d); a pooled embedding counts as one token."""
         prompts = list(prompts)
-        self._encode(prompts)
-        return torch.stack([self._known[prompt][self.door] for prompt in prompts])
+        known = self._encode(prompts)
+        return torch.stack([known[prompt][self.door] for prompt in prompts])
+
+    def prefetch(self, prompts: Iterable[str]) -> None:
+        """Encode prompts together that will be asked for one after the other, if all of them can be remembered."""
+        prompts = list(dict.fromkeys(prompts))
+        if self._known.has_room_for(len(prompts), self._encode([BLANK])[BLANK]):
+            self._encode(prompts)
 
     @property
     def further_doors(self) -> tuple[str, ...]:
         """The doors beside the tokens at which the pipeline gives an embedding."""
-        self._encode([BLANK])
-        return tuple(door for door in self._known[BLANK] if door != TOKENS)
+        return tuple(door for door in self._encode([BLANK])[BLANK] if door != TOKENS)
 
     def at(self, door: str) -> Encoded:
         """Return the embeddings of the same prompts at another door.
@@ -108,11 +117,42 @@ class Encoded:
         """Return the mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
         return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
 
-    def _encode(self, prompts: Sequence[str]) -> None:
-        if unknown := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+    def _encode(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """Return {prompt: {door: embedding}}."""
+        found = {prompt: known for prompt in prompts if (known := self._known.get(prompt)) is not None}
+        if unknown := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
             doors = encode_doors(self._pipe, unknown)
             for index, prompt in enumerate(unknown):
-                self._known[prompt] = {door: embeddings[index] for door, embeddings in doors.items()}
+                # A copy of its own, which does not keep the others of its batch in memory.
+                found[prompt] = {door: embeddings[index].clone() for door, embeddings in doors.items()}
+                self._known.put(prompt, found[prompt])
+        return found
+
+
+class _Remembered:
+    """Embeddings by prompt and door, up to so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._known: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def get(self, prompt: str) -> dict[str, Tensor] | None:
+        if prompt in self._known:
+            self._known.move_to_end(prompt)
+        return self._known.get(prompt)
+
+    def put(self, prompt: str, doors: dict[str, Tensor]) -> None:
+        self._known[prompt] = doors
+        self._held += _bytes(doors)
+        while self._held > self._most:
+            self._held -= _bytes(self._known.popitem(last=False)[1])
+
+    def has_room_for(self, count: int, alike: dict[str, Tensor]) -> bool:
+        return count * _bytes(alike) <= self._most
+
+
+def _bytes(doors: Mapping[str, Tensor]) -> int:
+    return sum(embedding.nbytes for embedding in doors.values())
 
 
 def rows(embeddings: Tensor) -> Tensor:

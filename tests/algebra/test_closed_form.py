@@ -78,6 +78,20 @@ def test_wrong_shapes_are_refused(problem):
         reduced_rank_edit(problem["concept"], problem["change"][:3], problem["null"], rank=2)
 
 
+@pytest.mark.parametrize("factor", [False, True], ids=["plain", "felt by outputs"])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_search_for_the_leading_directions_finds_what_a_whole_decomposition_does(rank, factor, monkeypatch):
+    torch.manual_seed(0)
+    concept, change, null = torch.randn(150, 120), torch.randn(150, 120), null_space(torch.randn(20, 120))
+    outputs = output_factor([torch.randn(90, 120)]) if factor else None
+    penalty = torch.eye(100, dtype=torch.float64)
+    found = reduced_rank_edit(concept, change, null, rank, penalty, output_factor=outputs)
+    monkeypatch.setattr("sepme_diffusers.algebra.closed_form._FEW", 1000)
+    whole = reduced_rank_edit(concept, change, null, rank, penalty, output_factor=outputs)
+    assert len(found[0]) == len(whole[0]) == rank
+    torch.testing.assert_close(found[1] @ found[0], whole[1] @ whole[0], rtol=1e-9, atol=1e-12)
+
+
 def test_no_direction_is_kept_that_does_nothing(problem):
     """One token's change has rank one, whatever rank is allowed."""
     a, _ = reduced_rank_edit(problem["concept"][:1], problem["change"][:1], problem["null"], rank=8)

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from sepme_diffusers import SepMEConfig
+from sepme_diffusers import ConceptBank, SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_shapes
-from sepme_diffusers.evaluation.bench import overhead, processes, registry, solving, training_step
+from sepme_diffusers.evaluation.bench import many_concepts, overhead, processes, registry, solving, training_step
 from sepme_diffusers.evaluation.bench.denoising import plain_twin
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.bench.paper import PaperStep, null_space_by_elimination
@@ -86,6 +86,29 @@ def test_the_check_of_the_text_encoder_is_measured_with_as_many_guards_as_it_rea
     every, first = (float(found) for found in re.findall(r"([0-9.]+) ms in", figure.detail))
     assert 0 < every < first
     assert "(16 prompts encoded)" in figure.detail
+
+
+def test_ten_thousand_concepts_are_made_when_that_is_asked_for(monkeypatch, tmp_path):
+    """Few of them here, with few tokens; a run of everything leaves the measure out."""
+    taken = many_concepts.make_many(24, str(tmp_path), n_tokens=8, d=64)
+    bank = ConceptBank.from_pretrained(tmp_path / "bank")
+    assert list(bank) == [f"concept {number}" for number in range(24)]
+    entry = bank["concept 7"]
+    assert entry.increment.is_compact
+    assert entry.increment.rank == 1
+    assert entry.metrics["regular_reading"] < entry.increment.gate < entry.metrics["own_reading"]
+    assert len(entry.guards) == 24
+    assert bank.guarantees[""].exact
+    made, held = many_concepts.figures(24, taken)
+    assert number(made.value, " min") >= 0
+    assert number(held.value, " GB") > 0
+    asked = []
+    monkeypatch.setattr(registry, "_rows", lambda runner, measures, on_measure: asked.extend(measures))
+    registry.run(Runner())
+    assert asked
+    assert many_concepts.ten_thousand_making not in asked
+    registry.run(Runner(), ["ten_thousand_making"])
+    assert asked[-1] is many_concepts.ten_thousand_making
 
 
 def test_unknown_measures_are_refused():

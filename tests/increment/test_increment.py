@@ -87,13 +87,27 @@ def test_foreign_loras_are_refused_with_every_bad_key():
 def test_leakage_is_the_largest_over_tokens_and_modules():
     torch.manual_seed(0)
     weights = {"k": torch.randn(6, 8), "v": torch.randn(4, 8)}
-    increment = Increment(torch.randn(2, 8), B=torch.randn(8, 2))
+    increment = Increment(torch.randn(2, 8), C={"k": torch.randn(6, 2), "v": torch.randn(4, 2)})
     tokens = torch.randn(3, 5, 8)
     deltas = increment.delta_weights(weights)
     each = torch.stack(
         [leakage(tokens.flatten(0, 1), deltas[name], w).view(3, 5).amax(1) for name, w in weights.items()]
     )
     torch.testing.assert_close(leakage_of_prompts(increment, tokens, weights), each.amax(0), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="takes the weights of the denoiser"):
+        leakage_of_prompts(increment, tokens)
+
+
+def test_leakage_of_a_text_side_increment_is_the_share_of_the_embedding():
+    """No weights of a denoiser are needed; the largest over tokens and doors."""
+    torch.manual_seed(0)
+    pooled = Increment(torch.randn(1, 4), B=torch.randn(4, 1))
+    increment = Increment(torch.randn(2, 8), B=torch.randn(8, 2), doors={"pooled": pooled})
+    tokens, beside = torch.randn(6, 5, 8), torch.randn(6, 1, 4)
+    moved = (tokens @ increment.A.T @ increment.B.T).norm(dim=-1) / tokens.norm(dim=-1)
+    there = (beside @ pooled.A.T @ pooled.B.T).norm(dim=-1) / beside.norm(dim=-1)
+    measured = leakage_of_prompts(increment, tokens, further={"pooled": beside})
+    torch.testing.assert_close(measured.float(), torch.maximum(moved.amax(1), there.amax(1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool])

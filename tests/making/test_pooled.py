@@ -59,7 +59,7 @@ def test_guards_read_zero_at_the_pooled_door(xl, bank):
         scale = float(pooled.reading(pooled_of(xl, entry.concept.prompts)).max())
         assert scale > 0
         assert set(entry.guards) == {*GUARDS, *(other for other in bank if other != name)}
-        assert float(pooled.reading(pooled_of(xl, entry.guards)).max()) < 1e-5 * scale, name
+        assert float(pooled.reading(pooled_of(xl, list(entry.guards))).max()) < 1e-5 * scale, name
         assert entry.metrics["leakage"] < 1e-5
 
 
@@ -168,14 +168,16 @@ def test_names_that_do_not_fit_are_listed_with_the_largest_leak_of_both_doors(xl
     names = [f"{first} {second}" for first in ("red", "old", "big") for second in ("cat", "dog", "fox", "bus", "pig")]
     trainer = SepMETrainer(xl, replace(CONFIG, reserve=0.9, name_weight=1e-3), others=names)
     entry = trainer.erase(CONCEPTS[:1])["neon"]
-    increment, metrics, weights = entry.increment, entry.metrics, projection_weights(xl.unet)
+    increment, metrics = entry.increment, entry.metrics
     embeddings = encode_doors(xl, names)
-    pooled, tokens = embeddings["pooled"], leakage(replace(increment, doors={}), embeddings["tokens"], weights)
+    pooled, tokens = embeddings["pooled"], leakage(replace(increment, doors={}), embeddings["tokens"])
     moved = edited(increment.doors["pooled"], pooled) - pooled
     there = (moved.norm(dim=-1) / pooled.norm(dim=-1)).flatten().double()
     largest = torch.maximum(tokens, there).tolist()
     assert float(there.max()) > 1e-3
-    assert metrics["leakage_of"] == pytest.approx(dict(zip(names, largest, strict=True)), rel=1e-2)
+    ordered = sorted(zip(largest, names, strict=True), reverse=True)
+    assert metrics["leakage_of"] == pytest.approx({name: leak for leak, name in ordered[:10]}, rel=1e-2)
+    assert metrics["leakage_rest"] == pytest.approx(ordered[10][0], rel=1e-2)
     assert metrics["leakage"] == max(metrics["leakage_of"].values())
     capacity = trainer.capacity(CONCEPTS[:1])["neon"]
     assert not capacity.exact

@@ -16,14 +16,14 @@ WOODCUT = Concept("woodcut", (("woodcut cat", "a cat"),))
 
 def test_increments_lie_in_the_guards_null_space(pipe, mixed_bank):
     for name, entry in mixed_bank.items():
-        null = null_space(rows(encode(pipe, entry.guards)))
+        null = null_space(rows(encode(pipe, list(entry.guards))))
         a = entry.increment.A.double()
         assert (a - a @ null.T @ null).norm() < 1e-5 * a.norm(), name
 
 
 def test_guards_are_blank_watermark_and_every_other_concept(mixed_bank):
-    assert mixed_bank["cat"].guards == ("", "watermark", "neon", "pencil")
-    assert mixed_bank["woodcut"].guards == ("", "watermark", "neon", "cat", "pencil")
+    assert list(mixed_bank["cat"].guards) == ["", "watermark", "neon", "pencil"]
+    assert list(mixed_bank["woodcut"].guards) == ["", "watermark", "neon", "cat", "pencil"]
 
 
 def test_earlier_increments_are_untouched(text_bank, mixed_bank):
@@ -98,7 +98,7 @@ def test_training_runs_out_of_steps_honestly(pipe):
 def test_full_basis_is_the_papers(pipe):
     config = SepMEConfig.paper(max_steps=10, batch_size=1, n_images=1, image_steps=2)
     entry = SepMETrainer(pipe, config).erase([WOODCUT])["woodcut"]
-    null = null_space(rows(encode(pipe, entry.guards)))
+    null = null_space(rows(encode(pipe, list(entry.guards))))
     torch.testing.assert_close(entry.increment.A.double(), 1e-4 * null, rtol=1e-5, atol=1e-9)
 
 
@@ -145,7 +145,8 @@ def test_damped_names_that_leave_the_gate_shut_are_promised_exactly(pipe):
     """Hundreds of names cannot all be in the guard; the gate keeps them apart all the same."""
     config = replace(CLOSED, rank=1, gate=0.9, reserve=0.99, name_weight=0.0)
     bank = SepMETrainer(pipe, config).erase(CONCEPTS)
-    assert bank["cat"].metrics["leakage_of"] == {"neon": 0.0, "pencil": 0.0}
+    assert bank["cat"].metrics["leakage"] < 1e-5
+    assert not bank["cat"].metrics.keys() & {"leakage_of", "leakage_rest"}
     assert bank.guarantees["neon"].exact
     before = latents(pipe, "neon")
     pipe.load_sepme(bank)
