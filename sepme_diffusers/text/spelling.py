@@ -59,25 +59,26 @@ def _keys(name: str) -> tuple[str, str]:
 
     Cyrillic КАТЕ looks like KATE in capitals alone, and Ice like ice in small letters.
     """
-    text = unicodedata.normalize("NFKC", name)
+    text = name if name.isascii() else unicodedata.normalize("NFKC", name)
     return _skeleton(text.casefold()), _skeleton(text).casefold()
 
 
 def _skeleton(text: str) -> str:
     """Put for every letter of a text the one that stands for all that are drawn like it (UTS 39)."""
-    prototypes = _prototypes()
     letters = unicodedata.normalize("NFD", _without_invisible(text))
-    return unicodedata.normalize("NFD", "".join(prototypes.get(letter, letter) for letter in letters))
+    return unicodedata.normalize("NFD", letters.translate(_prototypes()))
 
 
 def _without_invisible(text: str) -> str:
     """Strip a text of what is drawn as nothing, and put single spaces between its words."""
-    return " ".join(_INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ").split())
+    if not text.isascii():  # where all that is drawn as nothing is a space
+        text = _INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ")
+    return " ".join(text.split())
 
 
 @cache
-def _prototypes() -> dict[str, str]:
-    """Map each letter to the one that stands for it.
+def _prototypes() -> dict[int, str]:
+    """Map each letter to the one that stands for it, as `str.translate` wants it.
 
     The data lists it alone for the letter, and all its letters for it.
     """
@@ -85,5 +86,5 @@ def _prototypes() -> dict[str, str]:
     for letter, twins in confusables_data.items():
         if len(letter) == len(twins) == 1:
             other = twins[0]["c"]
-            prototypes[letter] = other if len(confusables_data[other]) > 1 else min(letter, other)
+            prototypes[ord(letter)] = other if len(confusables_data[other]) > 1 else min(letter, other)
     return prototypes
