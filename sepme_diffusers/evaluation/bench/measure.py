@@ -26,19 +26,24 @@ class Measure:
         bar: What every figure must be.
         baseline: What the figures are measured against.
         run: Measures; yields each figure when it is ready.
+        on_request: It takes long, and runs only where it is named.
     """
 
     name: str
     bar: str
     baseline: str
     run: Callable[[Runner], Iterator[Figure]]
+    on_request: bool = False
 
 
-def measure(bar: str, baseline: str) -> Callable[[Callable[[Runner], Iterator[Figure]]], Measure]:
+def measure(
+    bar: str, baseline: str, on_request: bool = False
+) -> Callable[[Callable[[Runner], Iterator[Figure]]], Measure]:
     """Make a measure of a function, under the function's name.
 
     Args:
         bar: What every figure must be.
         baseline: What the figures are measured against.
+        on_request: Whether it runs only where it is named.
     """
-    return lambda run: Measure(run.__name__, bar, baseline, run)
+    return lambda run: Measure(run.__name__, bar, baseline, run, on_request)

@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
 from sepme_diffusers.evaluation.bench.holding import disk_module, disk_text, loading, memory
+from sepme_diffusers.evaluation.bench.keeping import (
+    ten_thousand_loading,
+    ten_thousand_saving,
+    ten_thousand_verifying,
+    two_of_ten_thousand,
+)
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.bench.overhead import hooks_50_of_50, text_check
 from sepme_diffusers.evaluation.bench.runner import Runner
@@ -33,6 +39,10 @@ MEASURES: dict[str, Measure] = {
         training_step,
         hundred_concepts,
         steps_to_stop,
+        ten_thousand_saving,
+        ten_thousand_loading,
+        two_of_ten_thousand,
+        ten_thousand_verifying,
     )
 }
 
@@ -44,13 +54,13 @@ def run(runner: Runner, only: Iterable[str] = (), on_measure: Callable[[str], No
 
     Args:
         runner: Says where and how often.
-        only: Names out of `MEASURES`. Default: all.
+        only: Names out of `MEASURES`. Default: all that do not run on request alone.
         on_measure: Called with the name of each before it starts.
 
     Raises:
         ValueError: On an unknown name, before anything is measured.
     """
-    names = list(only) or list(MEASURES)
+    names = list(only) or [name for name, measure in MEASURES.items() if not measure.on_request]
     if unknown := [name for name in names if name not in MEASURES]:
         raise ValueError(f"unknown measures {unknown}; there are {list(MEASURES)}")
     return _rows(runner, [MEASURES[name] for name in names], on_measure)
