@@ -272,7 +272,7 @@ def test_loading_a_bank_of_many_is_measured_in_a_process_of_its_own():
     for measured in (keeping.loading, keeping.loading_two):
         (loaded,) = measured(50, 2)
         assert number(loaded.value, " s") >= 0
-        assert re.fullmatch(r"the best of 2; \d MB at most", loaded.detail)
+        assert re.fullmatch(r"the median of 2; \d MB at most", loaded.detail)
 
 
 def test_what_takes_long_runs_where_it_is_named_alone(runner, monkeypatch):
