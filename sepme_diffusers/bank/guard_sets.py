@@ -57,8 +57,9 @@ class GuardSet:
         earlier = [] if self.extends is None else self.extends.chain()
         if len(earlier) >= LONGEST_CHAIN:
             raise ValueError(f"a chain of guard sets has at most {LONGEST_CHAIN} members")
-        known = {prompt for prompt in prompts if any(part.has_own(prompt) for part in earlier)}
-        if twice := known | {prompt for prompt, count in Counter(prompts).items() if count > 1}:
+        known = {prompt for part in earlier for prompt in prompts if part.has_own(prompt)}
+        if known or len(self._own) < len(prompts):
+            twice = known | {prompt for prompt, count in Counter(prompts).items() if count > 1}
             raise ValueError(f"a set of guards has these prompts twice: {sorted(twice)[:5]}")
         # Now, from the parent's: a chain may be longer than Python's recursion is deep.
         object.__setattr__(self, "id", content_name(self.to_dict()))

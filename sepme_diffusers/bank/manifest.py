@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -210,20 +211,18 @@ def _size(manifest: Any) -> int:
     for _ in range(_MAX_DEPTH):
         size += len(level)
         # By type and not by value: there may be millions.
-        objects, arrays, texts, integers, floats = (_of(kind, level) for kind in (dict, list, str, int, float))
-        "".join(chain(texts, *objects)).encode()
-        if not all(map(math.isfinite, floats)):
+        of = defaultdict[type, list[Any]](list)
+        for value in level:
+            of[type(value)].append(value)
+        "".join(chain(of[str], *of[dict])).encode()
+        if not all(map(math.isfinite, of[float])):
             raise ValueError("a number is not finite")
-        if integers and not -_MAX_INTEGER <= min(integers) <= max(integers) <= _MAX_INTEGER:
+        if of[int] and not -_MAX_INTEGER <= min(of[int]) <= max(of[int]) <= _MAX_INTEGER:
             raise ValueError("an integer is out of range")
-        level = list(chain(*(members.values() for members in objects), *arrays))
+        level = list(chain(*(members.values() for members in of[dict]), *of[list]))
     if level:
         raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
     return size
-
-
-def _of(kind: type, values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if type(value) is kind]
 
 
 def _other_version(version: Any) -> str | None:
@@ -267,22 +266,31 @@ def _is_digest(digest: str, data: bytes) -> bool:
 
 def _fraction_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     """List integers that are written as fractions: JSON Schema takes 16.0 for an integer, Python does not."""
+    for where, number in _integers(manifest):
+        if type(number) is not int:
+            yield f"$.{'.'.join(where)}: {number} is not written as an integer"
+
+
+def _integers(manifest: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield everything that should be an integer, with where it is."""
     whole = {field.name for field in fields(SepMEConfig) if type(field.default) is int}
     base = manifest["base"]
-    numbers: dict[str, Any] = {}
     for name, door in base["doors"].items():
-        numbers |= {
-            f"base.doors.{name}.{key}": door[key] for key in ("width", "n_tokens", "max_length") if key in door
-        }
-    numbers |= {f"base.projections.{name}": d_out for name, (d_out, _) in base.get("projections", {}).items()}
-    numbers |= {f"shards.{name}": shard["bytes"] for name, shard in manifest["shards"].items()}
+        for key in door.keys() & {"width", "n_tokens", "max_length"}:
+            yield ("base", "doors", name, key), door[key]
+    for name, (d_out, _) in base.get("projections", {}).items():
+        yield ("base", "projections", name), d_out
+    for name, shard in manifest["shards"].items():
+        yield ("shards", name, "bytes"), shard["bytes"]
     for name, config in manifest["configs"].items():
-        numbers |= {f"configs.{name}.{key}": config[key] for key in whole & config.keys()}
+        for key in whole & config.keys():
+            yield ("configs", name, key), config[key]
     for name, record in manifest["concepts"].items():
-        numbers |= {f"concepts.{name}.rank": record["rank"]} if "rank" in record else {}
-        for door, places in record.get("rows", {}).items():
-            numbers |= {f"concepts.{name}.rows.{door}[{i}]": place for i, place in enumerate(places)}
-    yield from (f"$.{where}: {n} is not written as an integer" for where, n in numbers.items() if type(n) is not int)
+        if "rank" in record:
+            yield ("concepts", name, "rank"), record["rank"]
+        for door, (first, behind) in record.get("rows", {}).items():
+            yield ("concepts", name, "rows", door), first
+            yield ("concepts", name, "rows", door), behind
 
 
 def _table_faults(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
@@ -36,7 +36,7 @@ class Tables:
         return {
             "wording": self._named(self.wordings, wording(entry.concept)),
             "guards": self.add_set(entry.guard_set),
-            "config": self._named(self.configs, entry.config.to_dict()),
+            "config": self._named(self.configs, _plain(entry.config)),
         }
 
     def add_set(self, guards: GuardSet) -> str:
@@ -68,6 +68,12 @@ class Tables:
     def of(cls, manifest: Mapping[str, Any]) -> Tables:
         """Return the tables of a manifest."""
         return cls(*(dict(manifest[table]) for table in TABLES))
+
+
+@lru_cache(maxsize=16)
+def _plain(config: SepMEConfig) -> dict[str, Any]:
+    """Give settings, which thousands of entries share, as plain values."""
+    return config.to_dict()
 
 
 class Shared:

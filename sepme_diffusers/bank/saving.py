@@ -116,9 +116,9 @@ def replace_bank(
     with _locked(folder.folder):
         _tidy(folder)
         _refuse_other_content(folder.folder)
+        former = folder.manifest() if (folder.folder / MANIFEST).exists() else None
         try:
             (folder.folder / STAGING).mkdir()
-            former = folder.manifest() if (folder.folder / MANIFEST).exists() else None
             place = Place(folder, former)
             manifest = draft(place)
             sealed = manifests.seal(manifest, folder.folder / MANIFEST)
@@ -184,6 +184,8 @@ def _commit(folder: BankFolder, sealed: bytes, card: str, moves: list[str]) -> N
 def _tidy(folder: BankFolder) -> None:
     """Remove what a finished or interrupted save left: shards and folders that no manifest but its own names."""
     staging = folder.folder / STAGING
+    if not os.path.lexists(staging):
+        return
     kept = _names(folder.folder)
     if staging.is_symlink():
         staging.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import regex
@@ -34,7 +34,7 @@ def slug(name: str) -> str:
 
 def is_visible(name: str) -> bool:
     """Tell whether there is anything to see of a name."""
-    return bool(_without_invisible(unicodedata.normalize("NFKC", name)))
+    return bool(_without_invisible(name if name.isascii() else unicodedata.normalize("NFKC", name)))
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -47,37 +47,43 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
         >>> look_alikes(["Monet", "monet ", "Manet"])
         [('Monet', 'monet ')]
     """
+    if not (names := list(names)):
+        return []
     groups: dict[tuple[int, str], list[str]] = {}
-    for name in names:
-        for key in enumerate(_keys(name)):
+    for name, keys in zip(names, _keys(names), strict=True):
+        for key in enumerate(keys):
             groups.setdefault(key, []).append(name)
     return list(dict.fromkeys(tuple(group) for group in groups.values() if len(group) > 1))
 
 
-def _keys(name: str) -> tuple[str, str]:
-    """Reduce a name to what is seen of it, with the case folded before letters and after.
+def _keys(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Reduce names to what is seen of them, with the case folded before letters and after.
 
     Cyrillic КАТЕ looks like KATE in capitals alone, and Ice like ice in small letters.
     """
-    text = unicodedata.normalize("NFKC", name)
-    return _skeleton(text.casefold()), _skeleton(text).casefold()
+    # All names at once, a line each: a bank may have tens of thousands.
+    lines = unicodedata.normalize("NFKC", "\n".join(" ".join(name.split()) for name in names))
+    folded, plain = _skeleton(lines.casefold()), _skeleton(lines).casefold()
+    return zip(folded.split("\n"), plain.split("\n"), strict=True)
 
 
-def _skeleton(text: str) -> str:
-    """Put for every letter of a text the one that stands for all that are drawn like it (UTS 39)."""
-    prototypes = _prototypes()
-    letters = unicodedata.normalize("NFD", _without_invisible(text))
-    return unicodedata.normalize("NFD", "".join(prototypes.get(letter, letter) for letter in letters))
+def _skeleton(lines: str) -> str:
+    """Put for every letter of some lines the one that stands for all that are drawn like it (UTS 39)."""
+    visible = "\n".join(map(_without_invisible, lines.split("\n")))
+    letters = unicodedata.normalize("NFD", visible)
+    return unicodedata.normalize("NFD", letters.translate(_prototypes()))
 
 
 def _without_invisible(text: str) -> str:
     """Strip a text of what is drawn as nothing, and put single spaces between its words."""
-    return " ".join(_INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ").split())
+    if not text.isascii():  # where all that is drawn as nothing is a space
+        text = _INVISIBLE.sub("", text).replace(_BLANK_BRAILLE, " ")
+    return " ".join(text.split())
 
 
 @cache
-def _prototypes() -> dict[str, str]:
-    """Map each letter to the one that stands for it.
+def _prototypes() -> dict[int, str]:
+    """Map each letter to the one that stands for it, as `str.translate` wants it.
 
     The data lists it alone for the letter, and all its letters for it.
     """
@@ -85,5 +91,5 @@ def _prototypes() -> dict[str, str]:
     for letter, twins in confusables_data.items():
         if len(letter) == len(twins) == 1:
             other = twins[0]["c"]
-            prototypes[letter] = other if len(confusables_data[other]) > 1 else min(letter, other)
+            prototypes[ord(letter)] = other if len(confusables_data[other]) > 1 else min(letter, other)
     return prototypes

@@ -113,7 +113,7 @@ def test_a_base_with_doors_serves_increments_without(bank):
         (lambda m: m["concepts"]["neon"]["rows"].pop("tokens"), r"concepts\.neon"),
         (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[1, 1]), "a rank of 0 is not"),
         (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[2, 1]), "a rank of -1 is not"),
-        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[0, 1.0]), r"pooled\[1\]: 1\.0 is not written as an"),
+        (lambda m: m["concepts"]["neon"]["rows"].update(pooled=[0, 1.0]), r"rows\.pooled: 1\.0 is not written as an"),
     ],
 )  # fmt: skip
 def test_manifests_that_make_no_sense_are_refused(edit, message, saved):

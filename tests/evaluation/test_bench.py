@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ import torch
 from sepme_diffusers import ConceptBank, SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_shapes
-from sepme_diffusers.evaluation.bench import many_concepts, overhead, processes, registry, solving, training_step
+from sepme_diffusers.evaluation.bench import (
+    keeping,
+    many_concepts,
+    overhead,
+    processes,
+    registry,
+    solving,
+    training_step,
+)
 from sepme_diffusers.evaluation.bench.denoising import plain_twin
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.bench.paper import PaperStep, null_space_by_elimination
@@ -279,3 +288,29 @@ def test_the_memory_of_a_hundred_concepts_is_that_of_their_factors():
     text, module = (figure for _, figure in registry.run(Runner(), ["memory"]))
     assert number(text.value, " MB") < 5
     assert number(module.value, " MB") < 50
+
+
+def test_saving_and_verifying_a_bank_of_many_is_measured():
+    (disk,), (verified,) = list(keeping.saving(50)), list(keeping.verifying(50))
+    assert 0.1 < number(disk.value, " MB") < 1
+    assert "writes 3 files" in disk.detail  # a shard, the manifest and the card
+    assert number(verified.value, " s") >= 0
+    assert "0 faults" in verified.detail
+
+
+@pytest.mark.slow
+def test_loading_a_bank_of_many_is_measured_in_a_process_of_its_own():
+    for measured in (keeping.loading, keeping.loading_two):
+        (loaded,) = measured(50, 2)
+        assert number(loaded.value, " s") >= 0
+        assert re.fullmatch(r"the median of 2; \d MB at most", loaded.detail)
+
+
+def test_what_takes_long_runs_where_it_is_named_alone(runner, monkeypatch):
+    asked = {name for name, measure in registry.MEASURES.items() if measure.on_request}
+    assert {"ten_thousand_loading", "two_of_ten_thousand"} <= asked
+    started = []
+    idle = {name: replace(measure, run=lambda runner: iter(())) for name, measure in registry.MEASURES.items()}
+    monkeypatch.setattr(registry, "MEASURES", idle)
+    list(registry.run(runner, on_measure=started.append))
+    assert started == [name for name in idle if name not in asked]

@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
 from sepme_diffusers.evaluation.bench.holding import disk_module, disk_text, loading, memory
+from sepme_diffusers.evaluation.bench.keeping import (
+    ten_thousand_loading,
+    ten_thousand_saving,
+    ten_thousand_verifying,
+    two_of_ten_thousand,
+)
 from sepme_diffusers.evaluation.bench.many_concepts import ten_thousand_making
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
 from sepme_diffusers.evaluation.bench.overhead import hooks_50_of_50, text_check
@@ -35,6 +41,10 @@ MEASURES: dict[str, Measure] = {
         hundred_concepts,
         steps_to_stop,
         ten_thousand_making,
+        ten_thousand_saving,
+        ten_thousand_loading,
+        two_of_ten_thousand,
+        ten_thousand_verifying,
     )
 }
 
