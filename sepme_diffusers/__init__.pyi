@@ -5,7 +5,7 @@ from .bank.entry import Entry as Entry
 from .bank.entry import Guarantee as Guarantee
 from .bank.errors import BankError as BankError
 from .bank.errors import PolicyError as PolicyError
-from .bank.fingerprint import Door as Door
+from .bank.fingerprint import Encoding as Encoding
 from .bank.guard_sets import GuardSet as GuardSet
 from .bank.hub import PushConflict as PushConflict
 from .doors.attachment import ErasureNotInForce as ErasureNotInForce

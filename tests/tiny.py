@@ -8,7 +8,7 @@ import torch
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
@@ -37,7 +37,7 @@ def tiny_bank(seed: int = 0) -> ConceptBank:
         )
         for name, increment in increments.items()
     }
-    base = BaseModel("tiny", {TOKENS: Door(WIDTH, N_TOKENS)}, projections=PROJECTIONS)
+    base = BaseModel("tiny", {TOKENS: Encoding(WIDTH, N_TOKENS)}, projections=PROJECTIONS)
     return ConceptBank(base, entries, always=("neon",))
 
 
@@ -57,4 +57,4 @@ def crowd(names: Iterable[str], guards: GuardSet | None = None, rank: int = 1, s
         )
         for i, name in enumerate(names)
     }
-    return ConceptBank(BaseModel("tiny", {TOKENS: Door(WIDTH, N_TOKENS)}), entries)
+    return ConceptBank(BaseModel("tiny", {TOKENS: Encoding(WIDTH, N_TOKENS)}), entries)

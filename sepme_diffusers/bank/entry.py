@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from sepme_diffusers.bank.fingerprint import Door, Fingerprint
+from sepme_diffusers.bank.fingerprint import Encoding, Fingerprint
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
 from sepme_diffusers.bank.rows import as_rows, digest
 from sepme_diffusers.increment.config import SepMEConfig
@@ -138,7 +138,7 @@ class BaseModel:
     """
 
     name: str
-    doors: Mapping[str, Door]
+    doors: Mapping[str, Encoding]
     vocabularies: Mapping[str, str] = field(default_factory=dict)
     projections: Mapping[str, tuple[int, float]] | None = None
 

@@ -26,7 +26,7 @@ _DECIMALS = 5
 
 
 @dataclass(frozen=True)
-class Door:
+class Encoding:
     """How text becomes the embedding that a denoiser is given at a door.
 
     Args:
@@ -47,7 +47,7 @@ class Door:
     blank: str = "encoded"
     sketch: tuple[tuple[float, ...], ...] = ()
 
-    def differs(self, other: Door) -> str:
+    def differs(self, other: Encoding) -> str:
         """Say why another door is told the text in another way; empty if it is not, as far as both tell."""
         if self.width != other.width:
             return f"embeddings are {self.width} wide, not {other.width}"
@@ -71,11 +71,11 @@ class Fingerprint:
         projections: {module name: (d_out, Frobenius norm of W_m)} of the text projections of the denoiser.
 
     Example:
-        >>> Fingerprint({"tokens": Door(768, 77)}).differs(Fingerprint({"tokens": Door(1024, 77)}))
+        >>> Fingerprint({"tokens": Encoding(768, 77)}).differs(Fingerprint({"tokens": Encoding(1024, 77)}))
         'embeddings are 768 wide, not 1024'
     """
 
-    doors: Mapping[str, Door] = field(default_factory=dict)
+    doors: Mapping[str, Encoding] = field(default_factory=dict)
     vocabularies: Mapping[str, str] = field(default_factory=dict)
     projections: Mapping[str, tuple[int, float]] | None = None
 
@@ -94,7 +94,7 @@ class Fingerprint:
             "max_length": getattr(getattr(pipe, "tokenizer", None), "model_max_length", None),
         }
         doors = {
-            name: Door(embedding.shape[-1], embedding.shape[1], layers[name], **how, sketch=sketch(embedding))
+            name: Encoding(embedding.shape[-1], embedding.shape[1], layers[name], **how, sketch=sketch(embedding))
             for name, embedding in encode_doors(pipe, PROBES).items()
         }
         return cls(doors, vocabularies(pipe))

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from sepme_diffusers.bank.entry import BaseModel, Entry, Outline
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet, content_name
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.concept import Concept
@@ -191,7 +191,8 @@ def base_to_dict(base: BaseModel) -> dict[str, Any]:
 def base_from_dict(values: Mapping[str, Any]) -> BaseModel:
     """Read the base that `base_to_dict` wrote."""
     doors = {
-        name: Door(**{**door, "sketch": tuple(map(tuple, door["sketch"]))}) for name, door in values["doors"].items()
+        name: Encoding(**{**door, "sketch": tuple(map(tuple, door["sketch"]))})
+        for name, door in values["doors"].items()
     }
     doors = {TOKENS: doors.pop(TOKENS)} | doors
     projections = values.get("projections")
@@ -200,6 +201,6 @@ def base_from_dict(values: Mapping[str, Any]) -> BaseModel:
     return BaseModel(values["name"], doors, values["vocabularies"], projections)
 
 
-def _door(door: Door) -> dict[str, Any]:
+def _door(door: Encoding) -> dict[str, Any]:
     values = {**asdict(door), "sketch": [list(row) for row in door.sketch]}
     return {key: value for key, value in values.items() if value is not None}

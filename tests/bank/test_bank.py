@@ -30,7 +30,7 @@ from sepme_diffusers import (
 )
 from sepme_diffusers.algebra.subspace import leakage
 from sepme_diffusers.bank.entries import Entries
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.shards import SHARD
@@ -458,7 +458,7 @@ def test_the_digest_does_not_depend_on_the_order_of_modules_and_doors(tmp_path):
     a, digests = torch.randn(2, 8), set()
     for turn in (list, reversed):
         c, further = (dict(turn(factors.items())) for factors in (modules, doors))
-        known = {"tokens": Door(8, 4), **dict.fromkeys(turn(doors), Door(6))}
+        known = {"tokens": Encoding(8, 4), **dict.fromkeys(turn(doors), Encoding(6))}
         base = BaseModel("tiny", known, projections=dict.fromkeys(turn(modules), (4, 1.0)))
         increment = Increment(a, C=c, doors=further)
         entry = Entry(Concept("neon"), increment, SepMEConfig(), GuardSet(("",)), {"leakage": 0.0})

@@ -10,7 +10,7 @@ import hub
 from folders import manifest_of, reseal, same, shard_of, tree
 from sepme_diffusers import BankError, BaseModel, ConceptBank, Increment, SepMETrainer
 from sepme_diffusers.bank.compatibility import refuse_other_text
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
@@ -39,7 +39,7 @@ def bank() -> ConceptBank:
 
 def with_door(base: BaseModel, width: int | None) -> BaseModel:
     """The base with a pooled door of this width, or without one."""
-    further = {} if width is None else {"pooled": Door(width)}
+    further = {} if width is None else {"pooled": Encoding(width)}
     return replace(base, doors={"tokens": base.doors["tokens"], **further})
 
 
@@ -92,7 +92,7 @@ def test_a_bank_refuses_doors_that_its_base_lacks(bank):
         with pytest.raises(ValueError, match=r"the base has the doors .*differ: .*'neon': \{'pooled': 12\}"):
             replace(bank, base=with_door(bank.base, width))
     with pytest.raises(ValueError, match="a base has a door 'tokens'"):
-        replace(bank.base, doors={"pooled": Door(POOLED)})
+        replace(bank.base, doors={"pooled": Encoding(POOLED)})
 
 
 def test_a_base_with_doors_serves_increments_without(bank):

@@ -3,12 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sepme_diffusers.bank.fingerprint import PROBES, Door, Fingerprint, sketch, vocabularies
+from sepme_diffusers.bank.fingerprint import PROBES, Encoding, Fingerprint, sketch, vocabularies
 from small import TOKENS, WIDTH, random_pipeline
 
 SKETCH = ((1.0, 0.0), (0.0, 1.0))
-TEXT = Door(8, 4, layer="penultimate", template="", max_length=4, blank="zeros", sketch=SKETCH)
-BASE = Fingerprint({"tokens": TEXT, "pooled": Door(12)}, {"tokenizer": "0" * 64}, {"to_k": (4, 2.5), "to_v": (6, 3.0)})
+TEXT = Encoding(8, 4, layer="penultimate", template="", max_length=4, blank="zeros", sketch=SKETCH)
+BASE = Fingerprint(
+    {"tokens": TEXT, "pooled": Encoding(12)}, {"tokenizer": "0" * 64}, {"to_k": (4, 2.5), "to_v": (6, 3.0)}
+)
 
 
 def with_tokens(**changes):
@@ -25,7 +27,7 @@ def with_tokens(**changes):
         (with_tokens(max_length=77), "max_length is 4, not 77"),
         (with_tokens(blank="encoded"), "blank is 'zeros', not 'encoded'"),
         (with_tokens(sketch=((1.0, 0.0), (0.2, 1.0))), "prompts are embedded in another way"),
-        ({"doors": {"tokens": TEXT, "pooled": Door(13)}}, "at the door 'pooled' embeddings are 12 wide, not 13"),
+        ({"doors": {"tokens": TEXT, "pooled": Encoding(13)}}, "at the door 'pooled' embeddings are 12 wide, not 13"),
         ({"vocabularies": {"tokenizer": "1" * 64}}, "the vocabulary of tokenizer is another one"),
         ({"projections": {"to_k": (4, 2.5)}}, "only one has the text projections to_v"),
         ({"projections": {"to_k": (4, 2.5), "to_v": (5, 3.0)}}, "other heights: to_v"),
@@ -44,7 +46,7 @@ def test_the_reason_is_named(changes, reason):
     [
         {},
         {"doors": {}},
-        {"doors": {"tokens": TEXT, "other": Door(3)}},
+        {"doors": {"tokens": TEXT, "other": Encoding(3)}},
         with_tokens(max_length=None),
         with_tokens(sketch=()),
         with_tokens(sketch=((1.0, 0.05), (0.0, 1.0))),  # as half precision moves it
@@ -89,6 +91,6 @@ def test_a_sketch_says_which_embeddings_are_far_apart():
     embeddings = torch.randn(2, 4, 48)
     close, far = sketch(embeddings * (1 + 1e-3 * torch.randn(2, 4, 48))), sketch(torch.randn(2, 4, 48))
     assert sketch(3 * embeddings) == sketch(embeddings)  # of directions alone
-    doors = [Door(48, 4, sketch=of) for of in (sketch(embeddings), close, far)]
+    doors = [Encoding(48, 4, sketch=of) for of in (sketch(embeddings), close, far)]
     assert not doors[0].differs(doors[1])
     assert doors[0].differs(doors[2])

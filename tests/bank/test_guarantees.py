@@ -5,11 +5,11 @@ import torch
 
 from sepme_diffusers import BaseModel, Concept, ConceptBank, Entry, Guarantee, Increment, SepMEConfig
 from sepme_diffusers.bank.entries import Entries
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from tiny import crowd
 
-BASE = BaseModel("tiny", {"tokens": Door(8, 4)})
+BASE = BaseModel("tiny", {"tokens": Encoding(8, 4)})
 INCREMENT = Increment(torch.ones(1, 8), B=torch.ones(8, 1))
 
 

@@ -17,7 +17,7 @@ from folders import reseal, same, tree
 from hub import NARROW, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, SepMEConfig, pocket
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.hub import DownloadError
 from sepme_diffusers.bank.layout import MANIFEST
@@ -191,7 +191,7 @@ def test_one_more_concept_on_ten_thousand_uploads_four_files_and_six_megabytes_a
             concept, Increment((a / a.norm()).half(), B=b.half(), gate=0.5), config, guards, {"leakage": 0.01}
         )
 
-    base = BaseModel("me/base", {"tokens": Door(768, 77)})
+    base = BaseModel("me/base", {"tokens": Encoding(768, 77)})
     push(ConceptBank(base, {name: synthetic(name) for name in names}))
     bank = pull()
     assert list(bank) == names
@@ -333,9 +333,9 @@ def based(bank: ConceptBank, **changes) -> ConceptBank:
 
 def test_doors_of_two_banks_add_up(text_bank, push, pull):
     doors = text_bank.base.doors
-    push(based(text_bank, doors={**doors, "pooled": Door(8)}))
-    push(grown(based(text_bank, doors={**doors, "other": Door(9)}), "chalk"))
-    assert pull().base.doors == {**doors, "pooled": Door(8), "other": Door(9)}
+    push(based(text_bank, doors={**doors, "pooled": Encoding(8)}))
+    push(grown(based(text_bank, doors={**doors, "other": Encoding(9)}), "chalk"))
+    assert pull().base.doors == {**doors, "pooled": Encoding(8), "other": Encoding(9)}
 
 
 class TestBases:

@@ -20,7 +20,7 @@ import torch
 
 from folders import manifest_of, replace_shard, reseal, same
 from sepme_diffusers import BankError, ConceptBank, Increment
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.folder import sha256
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import MANIFEST
@@ -31,7 +31,7 @@ from tiny import tiny_bank
 def varied(seed: int) -> ConceptBank:
     """Both forms, of two doors each or of one, with gates and without, and a chain of guard sets."""
     plain = tiny_bank(seed)
-    base = replace(plain.base, doors={**plain.base.doors, "pooled": Door(6)})
+    base = replace(plain.base, doors={**plain.base.doors, "pooled": Encoding(6)})
     pooled = Increment(torch.randn(1, 6), B=torch.randn(6, 1), gate=0.5)
     entries = [
         replace(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sepme_diffusers import BaseModel, Concept, ConceptBank, Entry, Increment, SepMEConfig
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.records import Tables, base_from_dict, base_to_dict, stated_metrics, worded, wording
@@ -120,10 +120,10 @@ def test_of_very_many_the_ten_worst_of_a_set_are_stated_and_the_rest_is_bounded(
 @pytest.mark.parametrize(
     "base",
     [
-        BaseModel("a", {"tokens": Door(8, 4)}),
+        BaseModel("a", {"tokens": Encoding(8, 4)}),
         BaseModel(
             "é",
-            {"tokens": Door(8, 4, "penultimate", "a {}", 4, "zeros", ((1.0, 0.5),)), "pooled": Door(6)},
+            {"tokens": Encoding(8, 4, "penultimate", "a {}", 4, "zeros", ((1.0, 0.5),)), "pooled": Encoding(6)},
             {"tokenizer": "0" * 64},
             {"x": (3, 1.5)},
         ),

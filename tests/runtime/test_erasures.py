@@ -22,7 +22,7 @@ from sepme_diffusers import (
     attach,
 )
 from sepme_diffusers.algebra.subspace import null_space
-from sepme_diffusers.bank.fingerprint import Door, Fingerprint
+from sepme_diffusers.bank.fingerprint import Encoding, Fingerprint
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_shapes, text_projections
 from sepme_diffusers.runtime.calls import Call
@@ -48,7 +48,7 @@ def increments(unet, names, rank=2, form="text", seed=1):
 
 def bank_of(found, unet):
     shapes = {name: (d_out, 1.0) for name, (d_out, _) in projection_shapes(unet).items()}
-    base = BaseModel("base", {"tokens": Door(unet.config.cross_attention_dim, 16)}, projections=shapes)
+    base = BaseModel("base", {"tokens": Encoding(unet.config.cross_attention_dim, 16)}, projections=shapes)
     blank = GuardSet(("",))
     return ConceptBank(base, {name: Entry(Concept(name), one, SepMEConfig(), blank) for name, one in found.items()})
 

@@ -13,7 +13,7 @@ import torch
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, Entry
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.verify import verify
@@ -120,7 +120,7 @@ def bank_of(size: int) -> ConceptBank:
         )
         for i in range(size)
     )
-    return ConceptBank(BaseModel("random numbers", {TOKENS: Door(WIDTH, N_TOKENS)})).with_entries(entries)
+    return ConceptBank(BaseModel("random numbers", {TOKENS: Encoding(WIDTH, N_TOKENS)})).with_entries(entries)
 
 
 def _load(folder: str, concepts: list[str] | None, repeats: int) -> tuple[float, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sepme_diffusers.bank.entry import BaseModel
-from sepme_diffusers.bank.fingerprint import Door
+from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.processes import alone, peak_resident
 from sepme_diffusers.evaluation.bench.runner import Runner
@@ -102,7 +102,7 @@ def make_many(
     config = SepMEConfig(solver="closed_form", rank=1, gate=CALIBRATED)
     guards = Guards([BLANK], hard, config)
     problem = Problem(guards, lambda _: soft, regular=lambda _: regular_rows)
-    base = BaseModel("synthetic text", {TOKENS: Door(d, n_tokens)})
+    base = BaseModel("synthetic text", {TOKENS: Encoding(d, n_tokens)})
     clock = _Clock()
 
     def names() -> Iterator[tuple[Sequence[str], Embeddings]]:
