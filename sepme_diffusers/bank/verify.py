@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,8 @@ _HUGE = 300.0
 # What a guarded prompt's projections may move by; and where the text encoder's weights were rounded to half precision,
 # which moves a sound bank's by up to 1.4 %.
 _EXACT, _ROUNDED = 1e-4, 2e-2
+# Guards of banks of more than so many concepts are measured for so many of them, unless it is said for how many.
+_MANY, _SAMPLE = 1000, 100
 _MAX_CONFIG, _MAX_ADAPTER = 2**20, 4 * 2**30
 # Beside a bank there may stand what people and repositories need, and no loader reads.
 _HARMLESS = {MANIFEST, SIGNATURE, CARD, LOCK, "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore"}
@@ -91,7 +94,7 @@ class Report:
         return not self.faults
 
 
-def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
+def verify(bank: ConceptBank | str | Path, pipe: Any = None, sample: int | None = None) -> Report:
     """Check a bank, and list everything that is wrong with it.
 
     Checks the manifest against its schema and its digest, every file against its hash, the folder for anything that
@@ -103,15 +106,21 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         bank: A bank, or its folder.
         pipe: The base; only read. Guards are measured in float32, with copies of its text encoders. Where their
             weights were rounded to half precision, a guard may move by up to 2 %, and a note says so.
+        sample: Measure the guards of so many concepts, chosen at random: those that should be exact, those that the
+            bank says are moved, and so many others. Default: all guards of all concepts; 100 in a bank of more than
+            1,000.
 
     Raises:
-        ValueError: If the pipeline has no text encoder, or no embedding for a door at which increments act.
+        ValueError: If the pipeline has no text encoder, or no embedding for a door at which increments act; or if the
+            sample is not at least one concept.
 
     Example:
         >>> from sepme_diffusers import SepMEPipeline, pocket
         >>> verify(pocket.bank("styles"), SepMEPipeline.from_pretrained(pocket.path())).ok
         True
     """
+    if sample is not None and sample < 1:
+        raise ValueError(f"sample= is a number of concepts, at least 1, not {sample}")
     parts: _Parts
     if isinstance(bank, ConceptBank):
         parts = (bank.base, dict(bank), [], {}, [], {})
@@ -125,8 +134,12 @@ def verify(bank: ConceptBank | str | Path, pipe: Any = None) -> Report:
         fault = _base_fault(pipe, base, entries)
         folder += [fault] if fault else []
         exact = _in_float32(pipe)
-        leaks = {} if fault else _leaks(exact, entries)
-        for name, leak in ({} if fault else _leaks(exact, adapters)).items():
+        chosen = _chosen(entries, _SAMPLE if sample is None and len(entries) > _MANY else sample)
+        leaks = {} if fault else _leaks(exact, entries, chosen)
+        if len(chosen) < len(entries) and not fault:
+            notes.append(f"the guards of {len(chosen)} concepts were measured, chosen at random (see sample=)")
+        again = {name: chosen[name] for name in adapters if name in chosen}
+        for name, leak in ({} if fault else _leaks(exact, adapters, again)).items():
             faults[name] += _adapter_leak_faults(adapters[name], leak)
         notes += _precision_notes(pipe, leaks)
     for name, entry in entries.items():
@@ -301,22 +314,43 @@ def _weights(pipe: Any) -> dict[str, Tensor]:
     return {} if pipe.unet is None else projection_weights(pipe.unet)
 
 
-def _leaks(pipe: Any, entries: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
-    """Measure the leakage of each guard of each concept, by the pipeline's text encoders and weights."""
+def _chosen(entries: Mapping[str, Entry], sample: int | None) -> dict[str, list[str]]:
+    """Choose whose guards are measured, and which; those that are moved with their worst cases."""
+    if sample is None:
+        return {name: list(entry.guards) for name, entry in entries.items()}
+    chosen = {}
+    for name in sorted(random.sample(list(entries), min(sample, len(entries)))):
+        guards, damped = entries[name].guards, list(entries[name].guards.damped)
+        listed = [guard for guard in entries[name].metrics.get("leakage_of", {}) if guard in guards]
+        others = random.sample(damped, min(sample, len(damped)))
+        chosen[name] = list(dict.fromkeys((*guards.exact, *listed, *others)))
+    return chosen
+
+
+def _leaks(
+    pipe: Any, entries: Mapping[str, Entry], chosen: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Measure the leakage of guards of concepts, by the pipeline's text encoders and weights.
+
+    Args:
+        pipe: The pipeline.
+        entries: By concept.
+        chosen: {concept: its guards that are measured}.
+    """
     if getattr(pipe, "text_encoder", None) is None:
         raise ValueError("the pipeline has no text encoder, so its guards cannot be recomputed")
-    prompts = list(dict.fromkeys(prompt for entry in entries.values() for prompt in entry.guards))
+    prompts = list(dict.fromkeys(prompt for guards in chosen.values() for prompt in guards))
     if not prompts:
         return {}
     weights, embeddings = _weights(pipe), encode_doors(pipe, prompts)
     if missing := {door for entry in entries.values() for door in entry.increment.doors} - embeddings.keys():
         raise ValueError(f"increments act at the doors {sorted(missing)}, for which the pipeline has no embedding")
     places, leaks = {prompt: place for place, prompt in enumerate(prompts)}, {}
-    for name, entry in entries.items():
-        if entry.guards:
-            of_guards = {door: rows[[places[guard] for guard in entry.guards]] for door, rows in embeddings.items()}
-            measured = leakage(entry.increment, of_guards[TOKENS], weights, further=of_guards)
-            leaks[name] = dict(zip(entry.guards, measured.tolist(), strict=True))
+    for name, guards in chosen.items():
+        if guards:
+            of_guards = {door: rows[[places[guard] for guard in guards]] for door, rows in embeddings.items()}
+            measured = leakage(entries[name].increment, of_guards[TOKENS], weights, further=of_guards)
+            leaks[name] = dict(zip(guards, measured.tolist(), strict=True))
     return leaks
 
 

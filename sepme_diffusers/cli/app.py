@@ -37,6 +37,7 @@ app.command("soft-guards")(making.soft_guards)
 app.command()(export.export)
 app.command()(banks.sign)
 app.command()(banks.verify)
+app.command()(banks.pack)
 app.command()(bench.bench)
 app.add_typer(evaluation.app, name="eval")
 

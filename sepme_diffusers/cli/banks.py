@@ -1,4 +1,4 @@
-"""`sepme sign` and `sepme verify`: whether a bank can be trusted."""
+"""`sepme sign`, `sepme verify` and `sepme pack`: whether a bank can be trusted, and how it lies on the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from sepme_diffusers.cli.console import console, quieten
+from sepme_diffusers.cli.console import console, quieten, refusals
 
 
 def sign(
@@ -28,11 +28,25 @@ def sign(
     console.print(f"Wrote {signature}", soft_wrap=True)
 
 
+def pack(
+    bank: Annotated[Path, typer.Argument(help="Folder of a concept bank.", exists=True, file_okay=False)],
+) -> None:
+    """Write a bank's shards anew: few, and without the rows of increments that are gone. A signature becomes void."""
+    from sepme_diffusers.bank.bank import ConceptBank
+
+    with refusals():
+        ConceptBank.from_pretrained(bank).save_pretrained(bank, pack=True)
+    console.print(f"Wrote {bank}", soft_wrap=True)
+
+
 def verify(
     bank: Annotated[Path, typer.Argument(help="Folder of a concept bank.", exists=True, file_okay=False)],
     base: Annotated[
         Path | None,
         typer.Option(help="Folder of its base model: also check the guards.", exists=True, file_okay=False),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Measure guards of so many concepts, chosen at random.")
     ] = None,
 ) -> None:
     """Check a bank's files, increments and guards, and list everything that is wrong; exit status 1 if anything is."""
@@ -42,7 +56,7 @@ def verify(
     from sepme_diffusers.bank.verify import verify as check
 
     pipe = None if base is None else DiffusionPipeline.from_pretrained(base, use_safetensors=True)
-    report = check(bank, pipe)
+    report = check(bank, pipe, sample)
     table = RichTable(title=escape(str(bank)))
     for column in ("concept", "form", "rank", "norm", "leakage", "verdict"):
         table.add_column(column)

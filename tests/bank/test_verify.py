@@ -292,3 +292,50 @@ def test_the_command_line_takes_a_base(tmp_path, mixed_bank):
     shown = CliRunner().invoke(app, ["verify", str(tmp_path / "bank"), "--base", str(tmp_path / "base")])
     assert shown.exit_code == 1
     assert "other weights" in " ".join(shown.output.split())
+
+
+def test_a_sample_measures_the_guards_of_some_concepts(text_bank, pipe):
+    """Which ones is chance, so that nobody can hide behind it; a fault that all have is found in any sample."""
+    names = [f"{name} {number}" for name in text_bank for number in range(10)]
+    moving = [
+        replace(entry, increment=replace(entry.increment, A=shaken(entry.increment.A)))
+        for entry in (text_bank[name.split()[0]].renamed(name) for name in names)
+    ]
+    bank = ConceptBank(text_bank.base).with_entries(moving)
+    seen = [{name for name, found in verify(bank, pipe, sample=4).concepts.items() if found.faults} for _ in range(5)]
+    assert {len(faulty) for faulty in seen} == {4}
+    assert len(set().union(*seen)) > 4
+    whole = verify(bank, pipe)
+    assert all(found.faults for found in whole.concepts.values())
+    assert not any("at random" in note for note in whole.notes)
+    assert any("4 concepts" in note for note in verify(bank, pipe, sample=4).notes)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        verify(bank, pipe, sample=0)
+
+
+def test_a_sample_looks_at_what_the_bank_says_is_moved(text_bank, pipe, monkeypatch):
+    """Of damped guards some are measured, and always those that are listed."""
+    names = [f"name {number}" for number in range(50)]
+    entry = text_bank["neon"]
+    listed = replace(
+        entry, guard_set=GuardSet(("",), tuple(names)), metrics={"leakage": 0.1, "leakage_of": {"name 7": 0.1}}
+    )
+    measured = []
+    encode = verifying.encode_doors
+    monkeypatch.setattr(
+        verifying, "encode_doors", lambda pipe, prompts: measured.append(prompts) or encode(pipe, prompts)
+    )
+    verify(ConceptBank(text_bank.base).with_entries([listed]), pipe, sample=2)
+    assert {"", "name 7"} <= set(measured[-1])
+    assert len(measured[-1]) <= 4
+
+
+def test_the_command_line_packs_a_bank(text_bank, tmp_path):
+    folder = tmp_path / "bank"
+    for size in range(1, 4):
+        text_bank.subset(list(text_bank)[:size]).save_pretrained(folder)
+    assert len(list(folder.glob("increments-*"))) == 3
+    shown = CliRunner().invoke(app, ["pack", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert len(list(folder.glob("increments-*"))) == 1
+    assert ConceptBank.from_pretrained(folder).digest == text_bank.digest
