@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from folders import manifest_of, replace_shard, reseal, shard_of, tree
-from sepme_diffusers import Concept, Increment, SepMEPipeline, pocket
+from sepme_diffusers import Concept, ConceptBank, GuardSet, Increment, SepMEPipeline, pocket
+from sepme_diffusers.bank import verify as verifying
 from sepme_diffusers.bank.folder import sha256
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.rows import digest
