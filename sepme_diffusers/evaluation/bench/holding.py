@@ -63,7 +63,7 @@ def disk_module(runner: Runner) -> Iterator[Figure]:
 def _on_disk(bank: ConceptBank, form: str, otherwise: str) -> Figure:
     (compact, whole), (wide, _) = sizes_on_disk(bank.compact()), sizes_on_disk(bank)
     detail = (
-        f"the tensor file of a compact bank, rank {RANK}; the whole folder of {len(bank)} concepts: "
+        f"the tensor files of a compact bank, per concept, rank {RANK}; the whole folder of {len(bank)} concepts: "
         f"{whole / 1e3 / len(bank):.1f} KB per concept; {otherwise}: {wide / 1e3:.1f} KB"
     )
     return Figure(f"a concept on disk, {form} form", f"{compact / 1e3:.1f} KB", detail)

@@ -69,8 +69,9 @@ def in_half_precision(bank: ConceptBank) -> ConceptBank:
 
 
 def sizes_on_disk(bank: ConceptBank) -> tuple[int, int]:
-    """Count the bytes of the largest tensor file, and of the whole folder, with B and C in float16."""
+    """Count the bytes of tensor files, per concept, and of the whole folder, with B and C in float16."""
     with tempfile.TemporaryDirectory() as folder:
         bank.save_pretrained(Path(folder) / "bank", torch.float16)
         files = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
-    return max(size for path, size in files.items() if path.suffix == ".safetensors"), sum(files.values())
+    tensors = sum(size for path, size in files.items() if path.suffix == ".safetensors")
+    return tensors // len(bank), sum(files.values())
