@@ -34,7 +34,9 @@ def slug(name: str) -> str:
 
 def is_visible(name: str) -> bool:
     """Tell whether there is anything to see of a name."""
-    return bool(_without_invisible(name if name.isascii() else unicodedata.normalize("NFKC", name)))
+    if name.isascii():
+        return bool(name.strip())
+    return bool(_without_invisible(unicodedata.normalize("NFKC", name)))
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
