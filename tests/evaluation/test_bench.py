@@ -254,6 +254,13 @@ def test_a_concept_on_disk_is_measured_in_both_forms(runner):
         assert 0 < number(figure.value, " KB") < most * wide
 
 
+def test_adapters_are_measured_beside_a_bank_without_them(runner):
+    [(_, figure)] = registry.run(runner, ["adapters"])
+    seconds, megabytes = (float(part.split()[0]) for part in figure.value.split(", "))
+    assert 0 < seconds < 1
+    assert 0.001 < megabytes < 1
+
+
 def test_switching_and_memory_are_measured_and_nothing_stays_loaded(runner):
     figures = {figure.what: figure for _, figure in registry.run(runner, ["switching", "memory"])}
     assert number(figures["switching the erased set"].value) > 1

@@ -60,6 +60,21 @@ def disk_module(runner: Runner) -> Iterator[Figure]:
     yield _on_disk(synthetic_bank(runner.large, 10, "module"), "module", "not compact (a PEFT LoRA)")
 
 
+@measure("<= 1 s, <= 1 MB each", "the same bank without adapters")
+def adapters(runner: Runner) -> Iterator[Figure]:
+    """Time what PEFT adapters of 100 text-side concepts add to a save, and count what they take."""
+    bank, pipe = synthetic_bank(runner.large, 100, "text"), runner.large
+    with tempfile.TemporaryDirectory() as folder:
+        without, having = Path(folder) / "without", Path(folder) / "with"
+        bare = runner.seconds(lambda: bank.save_pretrained(without, adapters=False))
+        whole = runner.seconds(lambda: bank.save_pretrained(having, adapters=True, base=pipe))
+        again = runner.seconds(lambda: bank.save_pretrained(having))
+        size = sum(file.stat().st_size for file in having.glob("*/adapter_*")) / len(bank)
+    detail = f"saving 100 concepts: {bare:.2f} s without, {whole:.2f} s with, {again:.2f} s again; rank {RANK}, float16"
+    value = f"{(whole - bare) / len(bank):.3f} s, {size / 1e6:.2f} MB"
+    yield Figure("the PEFT adapter of a concept, text form", value, detail)
+
+
 def _on_disk(bank: ConceptBank, form: str, otherwise: str) -> Figure:
     (compact, whole), (wide, _) = sizes_on_disk(bank.compact()), sizes_on_disk(bank)
     detail = (

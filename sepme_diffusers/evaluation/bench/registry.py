@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
-from sepme_diffusers.evaluation.bench.holding import disk_module, disk_text, loading, memory
+from sepme_diffusers.evaluation.bench.holding import adapters, disk_module, disk_text, loading, memory
 from sepme_diffusers.evaluation.bench.keeping import (
     ten_thousand_loading,
     ten_thousand_saving,
@@ -35,6 +35,7 @@ MEASURES: dict[str, Measure] = {
         loading,
         disk_text,
         disk_module,
+        adapters,
         compiling,
         guard_basis,
         training_step,
