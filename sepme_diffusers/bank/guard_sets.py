@@ -61,7 +61,7 @@ class GuardSet:
         if known or len(self._own) < len(prompts):
             twice = known | {prompt for prompt, count in Counter(prompts).items() if count > 1}
             raise ValueError(f"a set of guards has these prompts twice: {sorted(twice)[:5]}")
-        # Now, from the parent's: a chain may be longer than Python's recursion is deep.
+        # Once: it is asked for very often, and what it is made from never changes.
         object.__setattr__(self, "id", content_name(self.to_dict()))
 
     @classmethod
