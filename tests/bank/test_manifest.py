@@ -9,7 +9,7 @@ import sepme_diffusers
 from sepme_diffusers import BankError, PolicyError
 from sepme_diffusers.bank.guard_sets import LONGEST_CHAIN, content_name
 from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.manifest import MAX_BYTES, examine, parse, seal
+from sepme_diffusers.bank.manifest import MAX_BYTES, _values, examine, parse, seal
 from tiny import tiny_bank
 
 
@@ -79,16 +79,16 @@ HEAD = b'{"format": "sepme_bank", "version": 1, '
         (b"[" * 20_000, "not JSON"),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "not JSON"),
         (HEAD + b'"metrics": ' + b"[" * 100 + b"]" * 100 + b"}", "nested deeper"),
-        (b'{"format": "sepme_bank", "format": "sepme_bank"}', "given twice"),
-        (b'{"format": "sepme_bank", "version": NaN}', "NaN is not a number"),
-        (b'{"format": "sepme_bank", "version": -Infinity}', "-Infinity is not a number"),
+        (b'{"format": "sepme_bank", "format": "sepme_bank"}', "a key is given twice: 'format'"),
+        (b'{"format": "sepme_bank", "version": NaN}', "not JSON"),
+        (b'{"format": "sepme_bank", "version": -Infinity}', "not JSON"),
         (HEAD + b'"a": 1e999}', "not finite"),
         (HEAD + b'"a": 9007199254740993}', "out of range"),
         (HEAD + b'"a": -9007199254740993}', "out of range"),
         (b'{"format": "sepme_bank", "version": ' + b"9" * 10_000 + b"}", "not JSON"),
-        (HEAD + b'"name": "\\ud800"}', "surrogates"),
-        (HEAD + b'"\\udfff": 1}', "surrogates"),
-        (HEAD + b'"a": [{"\\udfff": 1}]}', "surrogates"),
+        (HEAD + b'"name": "\\ud800"}', "not JSON"),
+        (HEAD + b'"\\udfff": 1}', "not JSON"),
+        (HEAD + b'"a": [{"\\udfff": 1}]}', "not JSON"),
         (b'\xff\xfe{"format": "sepme_bank"}', "not JSON"),
         (b'{"format": "sepme_bank", "version": 2}', "version 2.*Upgrade"),
         (b'{"format": "sepme_bank", "version": "1"}', "version '1'"),
@@ -103,6 +103,18 @@ HEAD = b'{"format": "sepme_bank", "version": 1, '
 def test_hostile_json_is_refused(text, message):
     with pytest.raises(BankError, match=message):
         parse(text, Path(MANIFEST))
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", "\t", " \r\n"])
+@pytest.mark.parametrize("text", ["", ":", '\\":', "a :", "\\n:", '{\\"a\\":1,\\"a\\":2}', ":" * 9])
+def test_keys_that_are_there_twice_are_found_whatever_colons_texts_have(space, text):
+    """At any depth; and what only looks like a key, inside of a text, is none."""
+    once = f'{{"a"{space}:[{{"b"{space}:"{text}"}}],"c":{{"b":1}}}}'
+    assert _values(once.encode()) == json.loads(once)
+    for key in ("b", "d"):
+        twins = f'{{"a"{space}:[{{"{key}"{space}:"{text}","{key}"{space}:2}}]}}'
+        with pytest.raises(ValueError, match=f"a key is given twice: '{key}'"):
+            _values(twins.encode())
 
 
 NEON, VAN_GOGH = (lambda m: m["concepts"]["neon"]), (lambda m: m["concepts"]["Van Gogh"])
