@@ -649,9 +649,7 @@ def test_a_keyword_that_the_pipeline_does_not_name_is_refused(keyword, erased):
 def test_a_hostile_name_does_not_take_over_another_banks(pipe, text_bank):
     """A concept called "styles/neon" would be what set_erased(["styles/neon"]) means for the bank "styles"."""
     entry = text_bank["neon"]
-    hostile = text_bank.subset(["woodcut"]).with_entries(
-        [replace(entry, concept=replace(entry.concept, name="styles/neon"))]
-    )
+    hostile = text_bank.subset(["woodcut"]).with_entries([entry.renamed("styles/neon")])
     pipe.load_sepme(text_bank, name="styles")
     with pytest.raises(ValueError, match="'styles/neon' would stand for two concepts"):
         pipe.load_sepme(hostile, name="mine")

@@ -204,7 +204,8 @@ class Guards:
             ValueError: If one is, naming both.
         """
         name = concept.concept.name
-        if same := self._likenesses.alike(concept.own, besides=name):
+        # Its own name is no guard, unless it is one that was asked for.
+        if same := self._likenesses.alike(concept.own, besides=None if name in self.hard else name):
             index, guard = same
             raise ValueError(
                 f"the prompt {concept.concept.prompts[index]!r} of concept {name!r} is to the text encoder the guard "

@@ -35,12 +35,12 @@ class Likenesses:
         self._prompts += prompts
         self._waiting.append(_sums(embeddings))
 
-    def alike(self, embeddings: Tensor, besides: str) -> tuple[int, str] | None:
+    def alike(self, embeddings: Tensor, besides: str | None) -> tuple[int, str] | None:
         """Find a prompt that is the same to the text encoder as one of these.
 
         Args:
             embeddings: (n_prompts, n_tokens, d).
-            besides: A prompt that does not count.
+            besides: A prompt that does not count, if any.
 
         Returns:
             The index of the one, and the prompt; None if there is no such pair.

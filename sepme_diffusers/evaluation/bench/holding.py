@@ -70,7 +70,9 @@ def adapters(runner: Runner) -> Iterator[Figure]:
         whole = runner.seconds(lambda: bank.save_pretrained(having, adapters=True, base=pipe))
         again = runner.seconds(lambda: bank.save_pretrained(having))
         size = sum(file.stat().st_size for file in having.glob("*/adapter_*")) / len(bank)
-    detail = f"saving 100 concepts: {bare:.2f} s without, {whole:.2f} s with, {again:.2f} s again; rank {RANK}, float16"
+    detail = (
+        f"saving 100 concepts: {bare:.2f} s without, {whole:.2f} s with, {again:.2f} s again; rank {RANK}, float16"
+    )
     value = f"{(whole - bare) / len(bank):.3f} s, {size / 1e6:.2f} MB"
     yield Figure("the PEFT adapter of a concept, text form", value, detail)
 
