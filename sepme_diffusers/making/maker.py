@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,10 @@ def bank_from_embeddings(
         for concept in concepts:
             plan = Plan.of(concept, problem, ClosedForm())
             solved = plan.closed_form()
-            yield entry_of(plan, solved.compact() if compact else solved)
+            entry = entry_of(plan, solved.compact() if compact else solved)
+            # What is kept is copied when all that is large is free again. Kept between large pieces of memory, it
+            # would stop the allocator from joining them, and memory would grow by far more than what is kept.
+            del plan, solved, concept
+            yield replace(entry, increment=deepcopy(entry.increment), adapter=deepcopy(entry.adapter))
 
     return ConceptBank(base).with_entries(measured(made(), problem, hard, names, None))
