@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from sepme_diffusers import ConceptBank
 from sepme_diffusers.bank.layout import MANIFEST
+
+SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import constants, hf_api
 
 WRITER, STRANGER, NARROW = "hf_writer", "hf_stranger", "hf_narrow"
+REPOSITORY = "me/my-bank"
 Files = dict[str, bytes]
 Answer = tuple[bytes, dict[str, str]]
 

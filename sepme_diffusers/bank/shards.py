@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,6 @@ from sepme_diffusers.bank.held import HeldFile
 from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.rows import DTYPES, digest
 
-SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
-"""What a shard is called: the first digits of its SHA-256, so that no other content ever has its name."""
 # A shard is closed once it holds this much, so that a few concepts of many can be downloaded alone.
 _FULL = 8 * 2**20
 # A header names a tensor in some 150 bytes; a base has at most 10,000 modules.

@@ -5,7 +5,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import hub
 from folders import reseal, tree
-from hub import WRITER
+from hub import REPOSITORY
 from sepme_diffusers import Concept, ConceptBank, Increment, SepMETrainer, pocket
 from sepme_diffusers.bank.adapters import MOST, Adapters, KnownDenoiser
 from sepme_diffusers.bank.folder import sha256
@@ -26,7 +25,6 @@ from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.increment.merging import in_half, merged
 from small import CLOSED, CONCEPTS, draw, random_pipeline, random_xl_pipeline
 
-REPOSITORY = "me/my-bank"
 # Factors in float16 change what is drawn by less than this share of what the erasure changes.
 ROUNDED = 2e-3
 
@@ -49,29 +47,6 @@ def xl() -> DiffusionPipeline:
 @pytest.fixture(scope="module")
 def xl_bank(xl) -> ConceptBank:
     return SepMETrainer(xl, CLOSED).erase(CONCEPTS)
-
-
-@pytest.fixture
-def server() -> Iterator[hub.Hub]:
-    with hub.running() as running:
-        yield running
-
-
-@pytest.fixture
-def push(server):
-    def pushed(bank: ConceptBank, **options):
-        return bank.push_to_hub(REPOSITORY, **{"endpoint": server.endpoint, "token": WRITER, **options})
-
-    return pushed
-
-
-@pytest.fixture
-def pull(server, tmp_path):
-    def pulled(**options) -> ConceptBank:
-        place = {"endpoint": server.endpoint, "cache_dir": tmp_path / "cache", "token": False}
-        return ConceptBank.from_pretrained(REPOSITORY, **{**place, **options})
-
-    return pulled
 
 
 def records(folder: Path) -> dict:

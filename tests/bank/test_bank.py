@@ -14,7 +14,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from folders import reseal, same, shard_of, tree
+from folders import SHARD, reseal, same, shard_of, tree
 from hub import serving
 from sepme_diffusers import (
     BankError,
@@ -32,7 +32,6 @@ from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.layout import LOCK, MANIFEST
-from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline

@@ -2,7 +2,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,8 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 
-import hub
-from folders import reseal, same, tree
-from hub import NARROW, STRANGER, WRITER, Fault
+from folders import SHARD, reseal, same, tree
+from hub import NARROW, REPOSITORY, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, SepMEConfig, pocket
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Encoding
@@ -22,32 +21,6 @@ from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.bank.hub import DownloadError
 from sepme_diffusers.bank.layout import MANIFEST
 from sepme_diffusers.bank.records import TABLES
-from sepme_diffusers.bank.shards import SHARD
-
-REPOSITORY = "me/my-bank"
-
-
-@pytest.fixture
-def server() -> Iterator[hub.Hub]:
-    with hub.running() as running:
-        yield running
-
-
-@pytest.fixture
-def push(server):
-    def pushed(bank: ConceptBank, repository: str = REPOSITORY, **options):
-        return bank.push_to_hub(repository, **{"endpoint": server.endpoint, "token": WRITER, **options})
-
-    return pushed
-
-
-@pytest.fixture
-def pull(server, tmp_path):
-    def pulled(repository: str = REPOSITORY, cache: str = "cache", **options) -> ConceptBank:
-        place = {"endpoint": server.endpoint, "cache_dir": tmp_path / cache}
-        return ConceptBank.from_pretrained(repository, **{**place, "token": False, **options})
-
-    return pulled
 
 
 def stronger(entry: Entry, factor: float = 2.0) -> Entry:

@@ -8,12 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import hub
-from folders import reseal, same, tree
+from folders import SHARD, reseal, same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment
 from sepme_diffusers.bank import store
 from sepme_diffusers.bank.folder import BankFolder
 from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
-from sepme_diffusers.bank.shards import SHARD
 from sepme_diffusers.bank.signing import sign, verify_signature
 from sepme_diffusers.cli.app import app
 
