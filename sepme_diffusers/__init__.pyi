@@ -1,13 +1,16 @@
 from .bank.bank import ConceptBank as ConceptBank
 from .bank.card import Picture as Picture
+from .bank.checks.verify import verify as verify
+from .bank.disk.signing import sign as sign
+from .bank.disk.signing import verify_signature as verify_signature
 from .bank.entry import BaseModel as BaseModel
 from .bank.entry import Entry as Entry
 from .bank.entry import Guarantee as Guarantee
 from .bank.errors import BankError as BankError
 from .bank.errors import PolicyError as PolicyError
+from .bank.errors import PushConflict as PushConflict
 from .bank.fingerprint import Encoding as Encoding
 from .bank.guard_sets import GuardSet as GuardSet
-from .bank.hub import PushConflict as PushConflict
 from .doors.attachment import ErasureNotInForce as ErasureNotInForce
 from .increment.config import SepMEConfig as SepMEConfig
 from .increment.increment import Increment as Increment

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sepme_diffusers import ConceptBank
-from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.disk.layout import MANIFEST
 
 SHARD = re.compile(r"increments-[0-9a-f]{16}\.safetensors")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sepme_diffusers import ConceptBank
 from sepme_diffusers.bank.compatibility import has_per_module, refuse_other_weights
-from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.disk.layout import MANIFEST
 from sepme_diffusers.doors.unet import UNET
 from sepme_diffusers.interchange.lora_files import kohya_tensors
 from sepme_diffusers.interchange.merge import merged_factors, strengths_of

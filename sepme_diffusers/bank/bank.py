@@ -16,11 +16,13 @@ import torch
 
 from sepme_diffusers.bank.adapters import KnownDenoiser, choose
 from sepme_diffusers.bank.card import Picture
-from sepme_diffusers.bank.contents import Layout, read, write
+from sepme_diffusers.bank.contents import read
+from sepme_diffusers.bank.disk.drafting import Layout, write
 from sepme_diffusers.bank.entry import Entry, Guarantee
 from sepme_diffusers.bank.errors import PolicyError
 from sepme_diffusers.bank.guarantees import Guarantees
-from sepme_diffusers.bank.hub import HubBank, pull
+from sepme_diffusers.bank.hub.pull import pull
+from sepme_diffusers.bank.hub.push import HubBank
 from sepme_diffusers.text.encoding import TOKENS
 from sepme_diffusers.text.names import listed, some
 

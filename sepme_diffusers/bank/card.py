@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from PIL import Image
 from yaml import YAMLError
 
-from sepme_diffusers.bank.layout import ASSETS
+from sepme_diffusers.bank.disk.layout import ASSETS
 from sepme_diffusers.text.encoding import TOKENS
 
 _PICTURE = re.compile(r"(?!.{201})[a-z0-9]+(-[a-z0-9]+)*")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from sepme_diffusers.bank.disk.records import Tables
 from sepme_diffusers.bank.entry import Entry, Outline
 from sepme_diffusers.bank.guard_sets import Guarded
-from sepme_diffusers.bank.records import Tables
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.encoding import TOKENS
 

@@ -15,3 +15,11 @@ def short(text: object) -> str:
     """Cut out the middle of a long text that comes from a file: it may be megabytes."""
     text = str(text)
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
+
+
+class DownloadError(BankError):
+    """A bank could not be downloaded whole."""
+
+
+class PushConflict(RuntimeError):
+    """The Hub holds another version of a concept than the one that a push was made from."""

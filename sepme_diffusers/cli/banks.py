@@ -18,7 +18,7 @@ def sign(
     password: Annotated[str | None, typer.Option(envvar="SEPME_KEY_PASSWORD", help="Of the key.")] = None,
 ) -> None:
     """Sign a bank, so that load_sepme(..., require_signature=PUBLIC_KEY) accepts it. Needs sepme-diffusers[sign]."""
-    from sepme_diffusers.bank import signing
+    from sepme_diffusers.bank.disk import signing
 
     try:
         signature = signing.sign(bank, key, password)
@@ -53,7 +53,7 @@ def verify(
     quieten()
     from diffusers import DiffusionPipeline
 
-    from sepme_diffusers.bank.verify import verify as check
+    from sepme_diffusers.bank.checks.verify import verify as check
 
     pipe = None if base is None else DiffusionPipeline.from_pretrained(base, use_safetensors=True)
     report = check(bank, pipe, sample)

@@ -164,7 +164,7 @@ def _trainer(
 
 def _bank(where: str | Path | None) -> ConceptBank | None:
     from sepme_diffusers.bank.bank import ConceptBank
-    from sepme_diffusers.bank.layout import MANIFEST
+    from sepme_diffusers.bank.disk.layout import MANIFEST
 
     if where is None or (isinstance(where, Path) and not (where / MANIFEST).exists()):
         return None

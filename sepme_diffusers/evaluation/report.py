@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont
 
-from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.bank.disk.files import replace_file
 
 _GAP, _LABEL, _HEADER = 4, 190, 22
 _INK, _PAPER = (30, 30, 34), (255, 255, 255)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.layout import LORA_FILE
+from sepme_diffusers.bank.disk.layout import LORA_FILE
 from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.increment.peft_form import Factors, lora
 from sepme_diffusers.interchange import original_names

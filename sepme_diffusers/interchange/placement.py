@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.bank.contents import libraries
+from sepme_diffusers.bank.disk.drafting import libraries
 
 NOTE = "sepme_export"
 _NOTE_FILE = f"{NOTE}.json"

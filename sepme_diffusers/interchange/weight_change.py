@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE
+from sepme_diffusers.bank.disk.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.doors.registry import door_linears
 from sepme_diffusers.interchange import original_names

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_w
 from sepme_diffusers.bank.entry import Entry
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
@@ -57,22 +59,32 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
         refuse_other_weights(bank, weights)
     refuse_other_text(pipe, [bank])
     encoded, decoupled = Encoded(pipe), []
+
+    @cache
+    def guards(door: str, hard: tuple[str, ...], names: tuple[str, ...], config: SepMEConfig) -> Guards:
+        return Guards.of(encoded.at(door), hard, names, config)
+
     for name in bank:
-        guards = bank.entries.outline(name).guards
-        if unknown := [other for other in bank if other != name and other not in guards]:
-            decoupled.append(_decoupled(bank[name], unknown, bank, encoded, weights))
+        known = bank.entries.outline(name).guards
+        if unknown := [other for other in bank if other != name and other not in known]:
+            decoupled.append(_decoupled(bank[name], unknown, bank, encoded, guards, weights))
     return bank.with_entries(decoupled)
 
 
 def _decoupled(
-    entry: Entry, unknown: list[str], bank: ConceptBank, encoded: Encoded, weights: Mapping[str, Tensor]
+    entry: Entry,
+    unknown: list[str],
+    bank: ConceptBank,
+    encoded: Encoded,
+    guards_of: Callable[..., Guards],
+    weights: Mapping[str, Tensor],
 ) -> Entry:
     concept = entry.concept
-    names = list(dict.fromkeys((*bank, *entry.guards.damped)))
+    names = tuple(dict.fromkeys((*bank, *entry.guards.damped)))
     others = [name for name in names if name != concept.name]
-    hard = [prompt for prompt in entry.guards.exact if prompt not in names]
+    hard = tuple(prompt for prompt in entry.guards.exact if prompt not in names)
     parts = {TOKENS: entry.increment, **entry.increment.doors}
-    rooms = {door: Guards.of(encoded.at(door), hard, others, entry.config) for door in parts}
+    rooms = {door: guards_of(door, hard, names, entry.config) for door in parts}
     owns = {door: EmbeddedConcept.at_door(concept, encoded.at(door)) for door in parts}
     projected = {door: _projected(part, owns[door], rooms[door]) for door, part in parts.items()}
     # A further door's increment changes the embedding itself, as a text-side one does without weights.

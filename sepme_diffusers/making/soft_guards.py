@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import covariance, nearest_covariance
-from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.bank.disk.files import replace_file
 from sepme_diffusers.doors.family import POOLED, TOKENS
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import encode_doors, rows

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sepme_diffusers.bank.disk.files import replace_file
+from sepme_diffusers.bank.disk.records import base_to_dict
 from sepme_diffusers.bank.entry import BaseModel
-from sepme_diffusers.bank.files import replace_file
-from sepme_diffusers.bank.records import base_to_dict
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.learner import SHARED, Learner

@@ -19,9 +19,9 @@ from folders import reseal, tree
 from hub import REPOSITORY
 from sepme_diffusers import Concept, ConceptBank, Increment, SepMETrainer, pocket
 from sepme_diffusers.bank.adapters import MOST, Adapters, KnownDenoiser
-from sepme_diffusers.bank.folder import sha256
-from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE, MANIFEST
-from sepme_diffusers.bank.verify import verify
+from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.bank.disk.folder import sha256
+from sepme_diffusers.bank.disk.layout import LORA_CONFIG, LORA_FILE, MANIFEST
 from sepme_diffusers.increment.merging import in_half, merged
 from small import CLOSED, CONCEPTS, draw, random_pipeline, random_xl_pipeline
 

@@ -28,11 +28,11 @@ from sepme_diffusers import (
     SepMEConfig,
     SepMETrainer,
 )
+from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.bank.disk.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.entries import Entries
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.bank.layout import LOCK, MANIFEST
-from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.text.encoding import encode, rows
 from small import CLOSED, CONCEPTS, latents, random_pipeline
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import hub
 from folders import SHARD, manifest_of, reseal, same, shard_of, tree
 from sepme_diffusers import BankError, BaseModel, ConceptBank, Increment, SepMETrainer
+from sepme_diffusers.bank.checks.verify import verify
 from sepme_diffusers.bank.compatibility import refuse_other_text
 from sepme_diffusers.bank.fingerprint import Encoding
-from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.increment.peft_form import to_lora

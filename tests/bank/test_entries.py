@@ -7,8 +7,8 @@ import torch
 
 from folders import same
 from sepme_diffusers import Concept, ConceptBank
+from sepme_diffusers.bank.disk.store import Store
 from sepme_diffusers.bank.entries import Entries
-from sepme_diffusers.bank.store import Store
 from tiny import tiny_bank
 
 

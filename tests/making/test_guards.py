@@ -8,7 +8,7 @@ import torch
 from sepme_diffusers import Concept, ConceptBank, SepMETrainer, pocket
 from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.algebra.subspace import row_space
-from sepme_diffusers.bank.verify import verify
+from sepme_diffusers.bank.checks.verify import verify
 from sepme_diffusers.making.decouple import decouple
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards

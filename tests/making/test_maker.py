@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sepme_diffusers import SepMEPipeline, SepMETrainer, pocket
-from sepme_diffusers.bank.verify import verify
+from sepme_diffusers.bank.checks.verify import verify
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.making.maker import bank_from_embeddings

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.bank.disk.layout import MANIFEST
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.processes import alone, peak_resident
 from sepme_diffusers.evaluation.bench.runner import Runner

@@ -9,15 +9,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
+from sepme_diffusers.bank.disk.folder import BankFolder, sha256
+from sepme_diffusers.bank.disk.held import HeldFile
+from sepme_diffusers.bank.disk.layout import LORA_CONFIG, LORA_FILE
+from sepme_diffusers.bank.disk.records import Shared, Tables, base_from_dict
+from sepme_diffusers.bank.disk.shards import ShardFile
 from sepme_diffusers.bank.entries import Entries, StoredEntry
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.errors import BankError, short
-from sepme_diffusers.bank.folder import BankFolder, sha256
-from sepme_diffusers.bank.held import HeldFile
-from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE
-from sepme_diffusers.bank.records import Shared, Tables, base_from_dict
 from sepme_diffusers.bank.rows import as_rows, digest, from_rows
-from sepme_diffusers.bank.shards import ShardFile
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import from_lora
 from sepme_diffusers.text.encoding import TOKENS

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sepme_diffusers.bank.disk.files import write_file
+from sepme_diffusers.bank.disk.folder import BankFolder
+from sepme_diffusers.bank.disk.layout import MANIFEST, SIGNATURE
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.files import write_file
-from sepme_diffusers.bank.folder import BankFolder
-from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
 
 # Signatures of one manifest take a few kilobytes.
 _MAX_BYTES = 2**20

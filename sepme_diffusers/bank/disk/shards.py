@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from sepme_diffusers.bank.disk.held import HeldFile
+from sepme_diffusers.bank.disk.layout import shard_name
 from sepme_diffusers.bank.errors import BankError, short
-from sepme_diffusers.bank.held import HeldFile
-from sepme_diffusers.bank.layout import shard_name
 from sepme_diffusers.bank.rows import DTYPES, digest
 
 # A shard is closed once it holds this much, so that a few concepts of many can be downloaded alone.

@@ -9,9 +9,9 @@ from safetensors.torch import load, save
 
 from folders import SHARD
 from sepme_diffusers import BankError, Increment
-from sepme_diffusers.bank.held import HeldFile
+from sepme_diffusers.bank.disk.held import HeldFile
+from sepme_diffusers.bank.disk.shards import ShardFile, shards_of
 from sepme_diffusers.bank.rows import as_rows, digest
-from sepme_diffusers.bank.shards import ShardFile, shards_of
 
 
 def increments(n: int = 5) -> dict[str, Increment]:

@@ -11,8 +11,8 @@ import torch
 
 from folders import manifest_of, same, shard_of
 from sepme_diffusers import BankError, Concept, ConceptBank
-from sepme_diffusers.bank import shards, store
-from sepme_diffusers.bank.folder import BankFolder
+from sepme_diffusers.bank.disk import shards, store
+from sepme_diffusers.bank.disk.folder import BankFolder
 from tiny import crowd, tiny_bank
 
 

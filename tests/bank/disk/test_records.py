@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sepme_diffusers import BaseModel, Concept, ConceptBank, Entry, Increment, SepMEConfig
+from sepme_diffusers.bank.disk.layout import MANIFEST
+from sepme_diffusers.bank.disk.records import Tables, base_from_dict, base_to_dict, stated_metrics, worded, wording
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.records import Tables, base_from_dict, base_to_dict, stated_metrics, worded, wording
 from tiny import crowd
 
 NAMES = ["cat", "a", "{", "}", "{}", "concept", "{concept}", "{concept", "concept}", "{concept}{concept}", "\\", "{0}",

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from sepme_diffusers.bank.files import replace_file
+from sepme_diffusers.bank.disk.files import replace_file
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):

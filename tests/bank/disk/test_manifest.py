@@ -7,9 +7,9 @@ from jsonschema_rs import Draft202012Validator, meta
 
 import sepme_diffusers
 from sepme_diffusers import BankError, PolicyError
+from sepme_diffusers.bank.disk.layout import MANIFEST
+from sepme_diffusers.bank.disk.manifest import MAX_BYTES, _values, examine, parse, seal
 from sepme_diffusers.bank.guard_sets import LONGEST_CHAIN, content_name
-from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.manifest import MAX_BYTES, _values, examine, parse, seal
 from tiny import tiny_bank
 
 
@@ -35,7 +35,7 @@ def refused(manifest: dict) -> str:
 
 def test_the_published_schema_is_one_and_holds_for_what_is_written(manifest):
     schema = json.loads(
-        (Path(sepme_diffusers.__file__).parent / "bank" / "schema" / "sepme_bank.schema.json").read_text()
+        (Path(sepme_diffusers.__file__).parent / "bank" / "disk" / "schema" / "sepme_bank.schema.json").read_text()
     )
     meta.validate(schema)
     assert not list(Draft202012Validator(schema).iter_errors(manifest))

@@ -18,10 +18,10 @@ from typing import Any
 from jsonschema_rs import Draft202012Validator, ValidationError
 from pydantic_core import from_json
 
+from sepme_diffusers.bank.disk.layout import shard_name
+from sepme_diffusers.bank.disk.records import SLOT, TABLES
 from sepme_diffusers.bank.errors import BankError, PolicyError, short
 from sepme_diffusers.bank.guard_sets import GuardSet, content_name
-from sepme_diffusers.bank.layout import shard_name
-from sepme_diffusers.bank.records import SLOT, TABLES
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.encoding import TOKENS
 from sepme_diffusers.text.names import some
@@ -255,7 +255,7 @@ def _other_version(version: Any) -> str | None:
 
 @cache
 def _validator() -> Draft202012Validator:
-    schema = resources.files("sepme_diffusers.bank") / "schema" / "sepme_bank.schema.json"
+    schema = resources.files("sepme_diffusers.bank.disk") / "schema" / "sepme_bank.schema.json"
     return Draft202012Validator(json.loads(schema.read_text("utf-8")))
 
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from folders import manifest_of, replace_shard, reseal, shard_of, tree
 from sepme_diffusers import Concept, ConceptBank, GuardSet, Increment, SepMEPipeline, pocket
-from sepme_diffusers.bank import verify as verifying
-from sepme_diffusers.bank.folder import sha256
-from sepme_diffusers.bank.layout import MANIFEST
+from sepme_diffusers.bank.checks import guards as measuring
+from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.bank.disk.folder import sha256
+from sepme_diffusers.bank.disk.layout import MANIFEST
 from sepme_diffusers.bank.rows import digest
-from sepme_diffusers.bank.verify import verify
 from sepme_diffusers.cli import banks
 from sepme_diffusers.cli.app import app
 from small import random_pipeline
@@ -322,9 +322,9 @@ def test_a_sample_looks_at_what_the_bank_says_is_moved(text_bank, pipe, monkeypa
         entry, guard_set=GuardSet(("",), tuple(names)), metrics={"leakage": 0.1, "leakage_of": {"name 7": 0.1}}
     )
     measured = []
-    encode = verifying.encode_doors
+    encode = measuring.encode_doors
     monkeypatch.setattr(
-        verifying, "encode_doors", lambda pipe, prompts: measured.append(prompts) or encode(pipe, prompts)
+        measuring, "encode_doors", lambda pipe, prompts: measured.append(prompts) or encode(pipe, prompts)
     )
     verify(ConceptBank(text_bank.base).with_entries([listed]), pipe, sample=2)
     assert {"", "name 7"} <= set(measured[-1])

@@ -15,7 +15,7 @@ from filelock import FileLock
 from folders import manifest_of, same, tree
 from hub import serving
 from sepme_diffusers import BankError, Concept, ConceptBank
-from sepme_diffusers.bank.layout import CARD, LOCK, MANIFEST
+from sepme_diffusers.bank.disk.layout import CARD, LOCK, MANIFEST
 from tiny import tiny_bank
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

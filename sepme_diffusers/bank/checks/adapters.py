@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sepme_diffusers.bank.adapters import Adapters, KnownDenoiser
+from sepme_diffusers.bank.disk.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.bank.entry import BaseModel
-from sepme_diffusers.bank.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.increment.peft_form import Factors, factors_of, from_lora, lora, peft_files
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sepme_diffusers.bank import manifest as manifests
+from sepme_diffusers.bank.disk import manifest as manifests
+from sepme_diffusers.bank.disk.held import HeldFile
+from sepme_diffusers.bank.disk.layout import LORA_FILE, MANIFEST
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.held import HeldFile
-from sepme_diffusers.bank.layout import LORA_FILE, MANIFEST
 
 _MAX_BYTES = 4 * 2**30
 

@@ -15,12 +15,12 @@ from PIL import Image
 from folders import SHARD, reseal, same, tree
 from hub import NARROW, REPOSITORY, STRANGER, WRITER, Fault
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, Picture, PushConflict, SepMEConfig, pocket
+from sepme_diffusers.bank.disk.layout import MANIFEST
+from sepme_diffusers.bank.disk.records import TABLES
 from sepme_diffusers.bank.entry import BaseModel, Entry
+from sepme_diffusers.bank.errors import DownloadError
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.bank.hub import DownloadError
-from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.records import TABLES
 
 
 def stronger(entry: Entry, factor: float = 2.0) -> Entry:

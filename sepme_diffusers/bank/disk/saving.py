@@ -11,11 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sepme_diffusers.bank import manifest as manifests
+from sepme_diffusers.bank.disk import manifest as manifests
+from sepme_diffusers.bank.disk.files import persist, persist_tree, replace_file, write_file
+from sepme_diffusers.bank.disk.folder import BankFolder, sha256, top_names
+from sepme_diffusers.bank.disk.layout import ASSETS, CARD, FORMER, LOCK, MANIFEST, STAGING
 from sepme_diffusers.bank.errors import BankError
-from sepme_diffusers.bank.files import persist, persist_tree, replace_file, write_file
-from sepme_diffusers.bank.folder import BankFolder, sha256, top_names
-from sepme_diffusers.bank.layout import ASSETS, CARD, FORMER, LOCK, MANIFEST, STAGING
 
 
 class Place:

@@ -20,11 +20,11 @@ import torch
 
 from folders import manifest_of, replace_shard, reseal, same
 from sepme_diffusers import BankError, ConceptBank, Increment
+from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.bank.disk.folder import sha256
+from sepme_diffusers.bank.disk.layout import MANIFEST
 from sepme_diffusers.bank.fingerprint import Encoding
-from sepme_diffusers.bank.folder import sha256
 from sepme_diffusers.bank.guard_sets import GuardSet
-from sepme_diffusers.bank.layout import MANIFEST
-from sepme_diffusers.bank.verify import verify
 from tiny import tiny_bank
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save
 
 from folders import replace_shard, reseal, same, shard_of, tree
 from sepme_diffusers import BankError, Concept, ConceptBank, Increment, pocket
-from sepme_diffusers.bank.folder import BankFolder, sha256
-from sepme_diffusers.bank.layout import LOCK, MANIFEST
+from sepme_diffusers.bank.disk.folder import BankFolder, sha256
+from sepme_diffusers.bank.disk.layout import LOCK, MANIFEST
 from sepme_diffusers.bank.rows import digest
 from tiny import tiny_bank
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 import hub
 from folders import SHARD, reseal, same, tree
 from sepme_diffusers import BankError, ConceptBank, Increment
-from sepme_diffusers.bank import store
-from sepme_diffusers.bank.folder import BankFolder
-from sepme_diffusers.bank.layout import MANIFEST, SIGNATURE
-from sepme_diffusers.bank.signing import sign, verify_signature
+from sepme_diffusers.bank.disk import store
+from sepme_diffusers.bank.disk.folder import BankFolder
+from sepme_diffusers.bank.disk.layout import MANIFEST, SIGNATURE
+from sepme_diffusers.bank.disk.signing import sign, verify_signature
 from sepme_diffusers.cli.app import app
 
 pytest.importorskip("model_signing", reason="the extra sepme-diffusers[sign] is not installed")

@@ -1,0 +1,1 @@
+"""Whether a bank is what it says."""

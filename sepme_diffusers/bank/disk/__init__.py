@@ -1,0 +1,1 @@
+"""A bank in a folder: its manifest, its shards, and how both are read and replaced."""

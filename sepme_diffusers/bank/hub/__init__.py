@@ -1,0 +1,1 @@
+"""A bank on the Hugging Face Hub."""
