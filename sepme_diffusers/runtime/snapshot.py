@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,7 +57,6 @@ class Stacks:
         self._outlines, self._groups = outlines, _grouped(outlines)
         # Of what is in memory already; of the rest when it is read.
         self._versions = {key: _versions(entry) for key, entry in outlines.items() if isinstance(entry, Entry)}
-        self._lock = threading.Lock()
         self._known: dict[tuple[str, tuple[Key, ...], int | None], Stack] = {}
 
     @property
@@ -88,13 +86,14 @@ class Stacks:
             while width < sum(ranks[key] for key in chosen):
                 width *= 2
         identity = (group, tuple(chosen), width)
-        with self._lock:
-            if identity not in self._known:
-                self._refuse_changed(chosen)
-                # Sets of very many concepts come and go: keep the last few.
-                kept = list(self._known.items())[-7:]
-                self._known = {**dict(kept), identity: Stack({k: self._part(group, k) for k in chosen}, width)}
-            return self._known[identity]
+        if (known := self._known.get(identity)) is not None:
+            return known
+        self._refuse_changed(chosen)
+        stack = Stack({key: self._part(group, key) for key in chosen}, width)
+        # Sets of very many concepts come and go: keep the last few. There is no lock that an interrupt could leave
+        # shut: two threads that ask at once make the same stack twice.
+        self._known = {**dict(list(self._known.items())[-7:]), identity: stack}
+        return stack
 
     def _part(self, group: str, key: Key) -> Increment:
         """What a concept's increment does at a door, or behind Linears."""
@@ -113,11 +112,10 @@ class Stacks:
         return [tensor for stack in self._known.values() for tensor in stack.tensors()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_known": {}}
+        return {**self.__dict__, "_known": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
         self._versions = {key: _versions(entry) for key, entry in self._outlines.items() if isinstance(entry, Entry)}
 
 

@@ -39,7 +39,8 @@ class TextCheck:
         self.banks = banks
         entries = sampled(banks)
         self._sampled, self._readings = frozenset(entries), GuardReadings(entries)
-        self._lock = threading.Lock()
+        # Reentrant, so that an interrupt between acquiring and releasing it cannot shut its own thread out.
+        self._lock = threading.RLock()
         self._calls = 0
         # By the settings of `encode_prompt`: the state that was measured, what a reading must exceed there, and the
         # same for increments that are not in the sample.
@@ -90,7 +91,7 @@ class TextCheck:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
 
 def _measured(readings: GuardReadings, pipe: Any, settings: Mapping[str, Any]) -> dict[Any, float]:
