@@ -21,7 +21,7 @@ from sepme_diffusers.algebra.rounding import rounding_share
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import Outline, exact_guards
 from sepme_diffusers.text.encoders import working_dtypes
-from sepme_diffusers.text.encoding import TOKENS, encode_doors
+from sepme_diffusers.text.encoding import TOKENS, Encoded, encode_doors
 
 # What precision explains of a reading that should be zero: encoders round at every layer. Twelve layers in bfloat16
 # were seen to leave 2.4e-3, in float16 2.8e-4.
@@ -64,11 +64,12 @@ class GuardReadings:
                 basis = _Basis(key, own.guards.own, increment.A, increment.coarseness, rows)
                 self._doors.setdefault(door, []).append(basis)
 
-    def measure(self, pipe: Any, **settings: Any) -> GuardReading:
+    def measure(self, pipe: Any, encoded: Encoded | None = None, **settings: Any) -> GuardReading:
         """Measure on a pipeline.
 
         Args:
             pipe: The pipeline.
+            encoded: Its embeddings without settings, if some have been computed already.
             settings: Of its `encode_prompt` (`lora_scale`).
 
         Raises:
@@ -76,7 +77,7 @@ class GuardReadings:
         """
         if not self.prompts:
             return GuardReading({}, {})
-        embeddings = encode_doors(pipe, self.prompts, **settings)
+        embeddings = encode_doors(pipe, self.prompts, **settings) if encoded is None else encoded.doors(self.prompts)
         if missing := sorted(self._doors.keys() - embeddings.keys()):
             raise ValueError(f"increments act at the doors {missing}, for which this pipeline has no embedding")
         explained = max((_EXPLAINED.get(dtype, 0.0) for dtype in working_dtypes(pipe)), default=0.0)

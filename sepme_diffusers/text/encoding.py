@@ -83,6 +83,11 @@ class Encoded:
         known = self._encode(prompts)
         return torch.stack([known[prompt][self.door] for prompt in prompts])
 
+    def doors(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Return the embeddings of prompts at every door, as `encode_doors` does."""
+        prompts = list(prompts)
+        return {door: self.at(door)(prompts) for door in (TOKENS, *self.further_doors)}
+
     def prefetch(self, prompts: Iterable[str]) -> None:
         """Encode prompts together that will be asked for one after the other, if all of them can be remembered."""
         prompts = list(dict.fromkeys(prompts))

@@ -162,12 +162,18 @@ class Store:
     def _from_folder(self, name: str, record: Mapping[str, Any]) -> Increment:
         file = self._lora(record)
         try:
-            tensors = load_tensors(_unchanged(file, record["files"][LORA_FILE]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            data = file.read(0, file.size)
+        except OSError as error:
             raise BankError(f"concept {name!r}: {file.path} cannot be read: {short(error)}") from error
-        increment = self._checked(name, lambda: from_lora(tensors, record.get("gates", {}).get(TOKENS)))
-        if digest(as_rows(increment)) != record["digest"]:
-            raise BankError(f"concept {name!r}: {file.path} does not hold the increment that its digest is of")
+        try:
+            increment = from_lora(load_tensors(data), record.get("gates", {}).get(TOKENS))
+            # The file was hashed when it was opened, and may have been changed since: these numbers are used.
+            if digest(as_rows(increment)) != record["digest"]:
+                raise ValueError("it does not hold the increment that its digest is of")
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            changed = sha256(data) != record["files"][LORA_FILE]
+            why = "it was changed (its SHA-256 is not the manifest's)" if changed else short(error)
+            raise BankError(f"concept {name!r} in {self.folder.folder}: {file.path} is not valid: {why}") from error
         return increment
 
     def _checked(self, name: str, make: Any) -> Any:
@@ -175,14 +181,6 @@ class Store:
             return make()
         except (TypeError, ValueError) as error:
             raise BankError(f"concept {name!r} in {self.folder.folder} is not valid: {short(error)}") from error
-
-
-def _unchanged(file: HeldFile, expected: str) -> bytes:
-    data = file.read(0, file.size)
-    # It may have been changed since it was opened.
-    if sha256(data) != expected:
-        raise ValueError("it was changed (its SHA-256 is not the manifest's)")
-    return data
 
 
 def _largest(record: Mapping[str, Any], base: BaseModel) -> int:
