@@ -56,21 +56,6 @@ def null_space(guard: Tensor, tolerance: float = 1e-6) -> Tensor:
     return torch.linalg.qr(span.T, mode="complete").Q[:, rank:].T.contiguous()
 
 
-def aligned_basis(concept: Tensor, null: Tensor, rank: int) -> Tensor:
-    """Return orthonormal rows S (<= rank, d), inside the null space: the leading directions of E P.
-
-    Any part of an increment outside the row space of E P does nothing to the concept: e ΔWᵀ = (e P) ΔWᵀ.
-
-    Args:
-        concept: E, the concept's token rows, (n_rows, d).
-        null: N, orthonormal rows, (k, d).
-        rank: The most directions to keep.
-    """
-    seen = _matrix(concept, "concept") @ null.T
-    _, values, directions = torch.linalg.svd(seen, full_matrices=False)
-    return directions[:rank][values[:rank] > 1e-9 * values[0]] @ null
-
-
 def project(factor: Tensor, null: Tensor) -> Tensor:
     """Project the rows of A (r, d) on the null space N (k, d): A NᵀN, float64."""
     return factor.double() @ null.T @ null

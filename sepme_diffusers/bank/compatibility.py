@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import BaseModel, has_exact_guard
-from sepme_diffusers.bank.fingerprint import PROBES, Fingerprint, blanks_with_zeros
+from sepme_diffusers.bank.fingerprint import PROBES, Fingerprint
 from sepme_diffusers.bank.guard_readings import GuardReadings, sampled
 from sepme_diffusers.text.encoders import text_encoders
 from sepme_diffusers.text.encoding import Encoded
@@ -85,12 +85,10 @@ def refuse_other_text(pipe: Any, banks: Iterable[ConceptBank]) -> None:
             "whether the bank was made for this pipeline's text encoder; make these concepts again with a guard that "
             "is exact"
         )
-    # In one pass of the text encoder, for a load takes little else; and the blank prompt, which nearly every increment
-    # guards, is probe enough where it is encoded.
+    # In one pass of the text encoder, for a load takes little else.
     readings, encoded = GuardReadings(sampled(dict(enumerate(banks)))), Encoded(pipe)
-    probes = PROBES if blanks_with_zeros(pipe) else PROBES[:1]
-    encoded.prefetch([*probes, *readings.prompts])
-    here = Fingerprint.of_text(pipe, encoded, probes)
+    encoded.prefetch([*PROBES, *readings.prompts])
+    here = Fingerprint.of_text(pipe, encoded)
     for bank in banks:
         if reason := bank.base.fingerprint.differs(here):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,23 +80,23 @@ class Fingerprint:
     projections: Mapping[str, tuple[int, float]] | None = None
 
     @classmethod
-    def of_text(cls, pipe: Any, encoded: Encoded | None = None, probes: Sequence[str] = PROBES) -> Fingerprint:
+    def of_text(cls, pipe: Any, encoded: Encoded | None = None) -> Fingerprint:
         """Take the fingerprint of a pipeline's text encoders, as it uses them.
 
         Args:
             pipe: A pipeline, see `text.encoding.encode_doors`. It needs no denoiser.
             encoded: Its embeddings, if some have been computed already.
-            probes: The first ones of `PROBES`, of which sketches are taken.
         """
         penultimate = getattr(pipe, "text_encoder_2", None) is not None
+        zeros = bool(getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", False))
         layers = {TOKENS: "penultimate" if penultimate else "last", POOLED: "projection"}
         how: dict[str, Any] = {
-            "blank": "zeros" if blanks_with_zeros(pipe) else "encoded",
+            "blank": "zeros" if zeros else "encoded",
             "max_length": getattr(getattr(pipe, "tokenizer", None), "model_max_length", None),
         }
         doors = {
             name: Encoding(embedding.shape[-1], embedding.shape[1], layers[name], **how, sketch=sketch(embedding))
-            for name, embedding in (encoded or Encoded(pipe)).doors(probes).items()
+            for name, embedding in (encoded or Encoded(pipe)).doors(PROBES).items()
         }
         return cls(doors, vocabularies(pipe))
 
@@ -121,11 +121,6 @@ class Fingerprint:
         if self.projections is None or other.projections is None:
             return ""
         return _differing(self.projections, other.projections)
-
-
-def blanks_with_zeros(pipe: Any) -> bool:
-    """Tell whether a pipeline puts zeros for the blank prompt instead of encoding it."""
-    return bool(getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", False))
 
 
 def sketch(embeddings: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -62,14 +62,12 @@ class Head:
 
     @property
     def records(self) -> dict[str, Any]:
+        """{concept: its record}."""
         return self.manifest["concepts"] if self.manifest else {}
 
     @property
-    def shards(self) -> dict[str, Any]:
-        return self.manifest["shards"] if self.manifest else {}
-
-    @property
     def always(self) -> list[str]:
+        """What the bank there always erases."""
         return self.manifest["policy"]["always"] if self.manifest else []
 
 

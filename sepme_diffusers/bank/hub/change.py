@@ -63,6 +63,7 @@ class Change:
 
     @property
     def message(self) -> str:
+        """The commit's message: the concepts that are pushed and removed."""
         parts = {"Push": self.changed, "Remove": self.remove}
         said = [f"{verb} {_shown(names)}" for verb, names in parts.items() if names]
         return "; ".join(said) or ("Pack the increments" if self.how.pack else "Update the card")
