@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from torch import Tensor
+
 from sepme_diffusers.bank.disk.records import Tables
 from sepme_diffusers.bank.entry import Entry, Outline
 from sepme_diffusers.bank.guard_sets import Guarded
@@ -20,6 +22,7 @@ class StoredEntry:
         tables: What the record refers to.
         guards: The prompts that it leaves alone.
         read: Reads the entry.
+        read_bases: Reads the A of its increment by door.
         read_adapter: Reads the files of its adapter by name.
     """
 
@@ -29,10 +32,11 @@ class StoredEntry:
         tables: Tables,
         guards: Guarded,
         read: Callable[[], Entry],
+        read_bases: Callable[[], dict[str, Tensor]],
         read_adapter: Callable[[], dict[str, bytes]],
     ) -> None:
         self.record, self.tables, self.guards = record, tables, guards
-        self._read, self._read_adapter = read, read_adapter
+        self._read, self._read_bases, self._read_adapter = read, read_bases, read_adapter
 
     @property
     def entry(self) -> Entry:
@@ -59,6 +63,11 @@ class StoredEntry:
     def increment(self) -> Increment:
         """The numbers, read at the first time."""
         return self.entry.increment
+
+    @property
+    def bases(self) -> Mapping[str, Tensor]:
+        """{door: A}. Where the entry has not been read, A alone is, which its digest does not vouch for."""
+        return self.entry.bases if "_entry" in vars(self) else self._read_bases()
 
     @property
     def form(self) -> Literal["text", "module"]:

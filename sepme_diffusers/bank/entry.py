@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from sepme_diffusers.bank.fingerprint import Encoding, Fingerprint
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
 from sepme_diffusers.bank.rows import as_rows, digest
@@ -27,6 +29,7 @@ class Outline(Protocol):
         metrics: What was measured.
         digest: SHA-256 of the increment, see `rows.digest`.
         increment: The numbers; read when they are asked for.
+        bases: {door: A}, what the increment reads of an embedding, for a first look; not checked on the disk.
     """
 
     @property
@@ -43,6 +46,8 @@ class Outline(Protocol):
     def digest(self) -> str: ...
     @property
     def increment(self) -> Increment: ...
+    @property
+    def bases(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,11 @@ class Entry:
     def form(self) -> Literal["text", "module"]:
         """The increment's form."""
         return self.increment.form
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """{door: A}, what the increment reads of an embedding."""
+        return {TOKENS: self.increment.A} | {door: part.A for door, part in self.increment.doors.items()}
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sepme_diffusers.algebra.rounding import rounding_share
+from sepme_diffusers.algebra.rounding import coarseness, rounding_share
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.bank.entry import Outline, exact_guards
 from sepme_diffusers.text.encoders import working_dtypes
-from sepme_diffusers.text.encoding import TOKENS, Encoded, encode_doors
+from sepme_diffusers.text.encoding import Encoded, encode_doors
 
 # What precision explains of a reading that should be zero: encoders round at every layer. Twelve layers in bfloat16
 # were seen to leave 2.4e-3, in float16 2.8e-4.
@@ -60,9 +60,8 @@ class GuardReadings:
         self._doors: dict[str, list[_Basis]] = {}
         for key, guards in exact.items():
             rows, own = [index for index, prompt in enumerate(self.prompts) if prompt in set(guards)], entries[key]
-            for door, increment in {TOKENS: own.increment, **own.increment.doors}.items():
-                basis = _Basis(key, own.guards.own, increment.A, increment.coarseness, rows)
-                self._doors.setdefault(door, []).append(basis)
+            for door, a in own.bases.items():
+                self._doors.setdefault(door, []).append(_Basis(key, own.guards.own, a, rows))
 
     def measure(self, pipe: Any, encoded: Encoded | None = None, **settings: Any) -> GuardReading:
         """Measure on a pipeline.
@@ -86,7 +85,7 @@ class GuardReadings:
         for door, bases in self._doors.items():
             for basis, reading in zip(bases, _readings(bases, embeddings[door]), strict=True):
                 largest[basis.key] = max(reading, largest.get(basis.key, 0.0))
-                stored = rounding_share(basis.A.shape[1], basis.coarseness)
+                stored = rounding_share(basis.A.shape[1], coarseness(basis.A.dtype))
                 if not reading <= max(explained, _EXPLAINED_IN_FULL) + stored:
                     foreign[basis.concept] = max(round(reading, 4), foreign.get(basis.concept, 0.0))
         return GuardReading(largest, foreign)
@@ -94,12 +93,11 @@ class GuardReadings:
 
 @dataclass(frozen=True)
 class _Basis:
-    """The A of an entry's increment at a door, how coarsely it is stored, and which of the prompts are its guards."""
+    """The A of an entry's increment at a door, and which of the prompts are its guards."""
 
     key: Any
     concept: str
     A: Tensor
-    coarseness: float
     prompts: list[int]
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sepme_diffusers.algebra.rounding import coarseness
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DOOR = re.compile(r"[a-z][a-z0-9_]{0,99}")
 
@@ -148,7 +150,7 @@ class Increment:
     @property
     def coarseness(self) -> float:
         """The relative rounding step of A where that is coarser than float32's, else 0."""
-        return torch.finfo(self.A.dtype).eps if self.is_compact else 0.0
+        return coarseness(self.A.dtype)
 
     def compact(self) -> Increment:
         """Bring the increment into float16, A and further doors included, scaled so that A's longest row has length 1.

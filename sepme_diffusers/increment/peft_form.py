@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +60,17 @@ def peft_files(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, b
     plain = json.dumps(settings, indent=2, sort_keys=True, default=str).encode()
     numbers = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return {"adapter_model.safetensors": save(numbers, {"format": "pt"}), "adapter_config.json": plain}
+
+
+def base_of_lora(keys: Iterable[str]) -> str:
+    """Return which of the keys of a LoRA is of an A; all of them are, in the LoRA of an increment.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if (key := next((key for key in keys if key.endswith(".lora_A.weight")), None)) is None:
+        raise ValueError("not the LoRA of an increment: it has no lora_A")
+    return key
 
 
 def factors_of(tensors: Mapping[str, Tensor]) -> Factors:

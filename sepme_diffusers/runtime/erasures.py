@@ -136,11 +136,16 @@ class Erasures:
 
         Hooks are registered before anything needs them, and removed when no call does any more: a call that is running
         goes on with the snapshot that it began with.
+
+        Raises:
+            BankError: If numbers of what is erased are not what the manifest says.
         """
         with self.lock:
-            standing = None
+            erased, standing = with_floors(snapshot.standing, snapshot.floors), None
             if snapshot.banks and snapshot.plain_pipelines:
-                standing = snapshot.active([with_floors(snapshot.standing, snapshot.floors)], fixed_shape=True)
+                standing = snapshot.active([erased], fixed_shape=True)
+            elif erased:
+                snapshot.active([erased])  # reads the numbers: where they are damaged, nothing changes
             self.copy_to_devices(standing)
             self._tidy()  # what an interrupt left
             try:

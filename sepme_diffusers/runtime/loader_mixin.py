@@ -190,8 +190,9 @@ class SepMELoaderMixin:
         Raises:
             TypeError: If a single string is given, or a name is no string.
             UnknownConceptError: On a name that is unknown (with the nearest one) or shared by two banks.
-            ValueError: If a name is given twice, or a strength is not a number from 2^-20 to 2^10. What was erased
-                stays erased then.
+            ValueError: If a name is given twice, or a strength is not a number from 2^-20 to 2^10.
+            BankError: If the numbers of an increment are not what the bank's manifest says. Whenever it raises, what
+                was erased before stays erased.
         """
         self._erasures().erase_exactly(lambda snapshot: strengths_of(concepts, snapshot))
 

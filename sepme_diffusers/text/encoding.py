@@ -16,10 +16,12 @@ from sepme_diffusers.text.concept import BLANK, Concept
 TOKENS, POOLED = "tokens", "pooled"
 # The bytes of embeddings that are remembered: some thousand prompts of Stable Diffusion 1.x.
 _REMEMBERED = 2**28
+# The prompts that an encoder is given at a time.
+_TOGETHER = 64
 
 
 @torch.no_grad()
-def encode_doors(pipe: Any, prompts: Iterable[str], batch_size: int = 64, **settings: Any) -> dict[str, Tensor]:
+def encode_doors(pipe: Any, prompts: Iterable[str], batch_size: int = _TOGETHER, **settings: Any) -> dict[str, Tensor]:
     """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
 
     The embeddings are float32 on the pipeline's device. No random numbers are drawn, and the pipeline stays as it is.
@@ -51,7 +53,7 @@ def _encode_together(pipe: Any, prompts: Sequence[str], settings: Mapping[str, A
     return doors
 
 
-def encode(pipe: Any, prompts: Iterable[str], batch_size: int = 64) -> Tensor:
+def encode(pipe: Any, prompts: Iterable[str], batch_size: int = _TOGETHER) -> Tensor:
     """Encode prompts as e(c), which the pipeline's cross-attention reads: (n_prompts, n_tokens, d), float32.
 
     Args:
@@ -91,7 +93,9 @@ class Encoded:
     def prefetch(self, prompts: Iterable[str]) -> None:
         """Encode prompts together that will be asked for one after the other, if all of them can be remembered."""
         prompts = list(dict.fromkeys(prompts))
-        if self._known.has_room_for(len(prompts), self._encode([BLANK])[BLANK]):
+        if not self._known.each:
+            self._encode(prompts[:_TOGETHER])
+        if self._known.has_room_for(len(prompts)):
             self._encode(prompts)
 
     @property
@@ -139,6 +143,7 @@ class _Remembered:
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
+        self.each = 0  # the bytes of one prompt's embeddings, once there is one
         self._known: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def get(self, prompt: str) -> dict[str, Tensor] | None:
@@ -148,16 +153,14 @@ class _Remembered:
 
     def put(self, prompt: str, doors: dict[str, Tensor]) -> None:
         self._known[prompt] = doors
-        self._held += _bytes(doors)
+        self.each = sum(embedding.nbytes for embedding in doors.values())
+        self._held += self.each
         while self._held > self._most:
-            self._held -= _bytes(self._known.popitem(last=False)[1])
+            self._known.popitem(last=False)
+            self._held -= self.each
 
-    def has_room_for(self, count: int, alike: dict[str, Tensor]) -> bool:
-        return count * _bytes(alike) <= self._most
-
-
-def _bytes(doors: Mapping[str, Tensor]) -> int:
-    return sum(embedding.nbytes for embedding in doors.values())
+    def has_room_for(self, count: int) -> bool:
+        return count * self.each <= self._most
 
 
 def rows(embeddings: Tensor) -> Tensor:

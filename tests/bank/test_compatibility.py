@@ -1,7 +1,12 @@
+import hashlib
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save
 
+from folders import manifest_of, reseal
+from sepme_diffusers import BankError
 from sepme_diffusers.bank.compatibility import refuse_other_text, refuse_other_weights
 from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.doors.linears import projection_weights
@@ -42,4 +47,35 @@ def test_a_bank_cannot_excuse_itself_from_the_check_of_its_text_encoder(text_see
         refuse_other_text(pipe, [text_bank.with_entries([excused])])
     with pytest.raises(ValueError, match=r"\['neon'\]: no guard is exact"):
         pipe.load_sepme(text_bank.with_entries([excused]))
+    assert pipe.get_bank() is None
+
+
+@pytest.mark.parametrize("concept", ["neon", "woodcut"])
+def test_numbers_that_no_check_on_loading_saw_are_refused_when_they_are_erased(concept, pipe, mixed_bank, tmp_path):
+    """On loading A alone is read, of text-side and of per-module increments."""
+    mixed_bank.save_pretrained(tmp_path)
+    increment = mixed_bank[concept].increment
+
+    def says_another_digest(manifest):
+        manifest["concepts"][concept]["digest"] = "1" * 64
+
+    reseal(tmp_path, says_another_digest)
+    pipe.load_sepme(tmp_path)
+    assert torch.equal(pipe.get_bank().entries.outline(concept).bases["tokens"], increment.A)
+    with pytest.raises(BankError, match=rf"concept '{concept}'.*(digest|SHA-256)"):
+        pipe.set_erased([concept])
+    assert list(pipe.erased) == []
+    pipe.unload_sepme()
+
+
+def test_a_lora_without_an_a_does_not_load(pipe, mixed_bank, tmp_path):
+    mixed_bank.save_pretrained(tmp_path)
+    name = next(name for name, entry in mixed_bank.items() if entry.form == "module")
+    record = manifest_of(tmp_path)["concepts"][name]
+    file = tmp_path / record["folder"] / "adapter_model.safetensors"
+    file.write_bytes(save({"x": torch.ones(1, 4)}))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    reseal(tmp_path, lambda manifest: manifest["concepts"][name]["files"].update({file.name: digest}))
+    with pytest.raises(BankError, match=rf"concept '{name}'.*no lora_A"):
+        pipe.load_sepme(tmp_path)
     assert pipe.get_bank() is None

@@ -67,6 +67,8 @@ def test_outlines_say_what_the_entries_do(saved, reads):
             assert getattr(outline, what) == getattr(entry, what), what
         assert list(outline.guards) == list(entry.guards)
         assert outline.guards.set == entry.guard_set
+        assert outline.bases.keys() == entry.bases.keys() == entry.ranks.keys()
+        assert all(torch.equal(outline.bases[door], a) for door, a in entry.bases.items())
     assert reads == []
     assert torch.equal(bank.entries.outline("neon").increment.A, original["neon"].increment.A)
     assert reads == ["neon"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,15 +12,13 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sepme_diffusers.bank.disk.held import HeldFile
 from sepme_diffusers.bank.disk.layout import shard_name
+from sepme_diffusers.bank.disk.tensor_file import TensorFile
 from sepme_diffusers.bank.errors import BankError, short
-from sepme_diffusers.bank.rows import DTYPES, digest
+from sepme_diffusers.bank.rows import digest
 
 # A shard is closed once it holds this much, so that a few concepts of many can be downloaded alone.
 _FULL = 8 * 2**20
-# A header names a tensor in some 150 bytes; a base has at most 10,000 modules.
-_LARGEST_HEADER = 4 * 2**20
 
 Rows = Mapping[str, Tensor]
 
@@ -80,27 +77,8 @@ def _shard(members: list[tuple[str, Rows]]) -> Shard:
     return Shard(save_tensors(tensors, {"format": "pt"}), places)
 
 
-class ShardFile:
-    """A shard, of which rows are read when somebody asks.
-
-    Args:
-        file: The file.
-
-    Raises:
-        BankError: If it is no safetensors file.
-    """
-
-    def __init__(self, file: HeldFile) -> None:
-        self.path, self._file = file.path, file
-        try:
-            size = int.from_bytes(file.read(0, 8), "little")
-            if size > min(_LARGEST_HEADER, file.size - 8):
-                raise ValueError(f"a header of {size} bytes")
-            self._header: dict[str, Any] = dict(json.loads(file.read(8, size)))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise BankError(f"{self.path} is no safetensors file: {short(error)}") from error
-        self._header.pop("__metadata__", None)
-        self._data = 8 + size
+class ShardFile(TensorFile):
+    """A shard, of which rows are read when somebody asks."""
 
     def rows(self, places: Mapping[str, tuple[int, int]], expected: str) -> dict[str, Tensor]:
         """Copy the rows of one increment out, and check the copy.
@@ -112,27 +90,26 @@ class ShardFile:
         Raises:
             BankError: If there are no such rows, or they are not those that the digest is of.
         """
-        try:
-            # A copy: whoever changes the file after the check changes nothing that was checked.
-            rows = {name: self._rows(name, *places[door]) for door, name in self._named() if door in places}
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise BankError(f"{self.path} does not hold the rows {short(dict(places))}: {short(error)}") from error
+        # A copy: whoever changes the file after the check changes nothing that was checked.
+        rows = self._copied({name: places[door] for door, name in self._named() if door in places})
         if digest(rows) != expected:
             raise BankError(f"{self.path} is damaged or was changed (the SHA-256 of {short(dict(places))} is another)")
         return rows
 
+    def bases(self, places: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Copy the A of one increment out by door, which no digest is of.
+
+        Args:
+            places: See `rows`.
+
+        Raises:
+            BankError: If there are no such rows.
+        """
+        return {door: self._copied({f"{door}.A": place})[f"{door}.A"] for door, place in places.items()}
+
+    def _copied(self, places: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        return {name: self.tensor(name, *place) for name, place in places.items()}
+
     def _named(self) -> list[tuple[str, str]]:
         """The tensors, each with its door."""
-        return [(name.split(".")[0], name) for name in self._header]
-
-    def _rows(self, name: str, first: int, behind: int) -> Tensor:
-        said = self._header[name]
-        (height, width), (start, end), dtype = said["shape"], said["data_offsets"], DTYPES[said["dtype"]]
-        of_row = width * dtype.itemsize
-        known = all(type(number) is int for number in (height, width, start, end))
-        if not known or width < 1 or not 0 <= first < behind <= height:
-            raise ValueError(f"{name} has the shape {said['shape']}")
-        if start < 0 or end - start != height * of_row or self._data + end > self._file.size:
-            raise ValueError(f"{name} stands at {said['data_offsets']}, and the file has {self._file.size} bytes")
-        data = self._file.read(self._data + start + first * of_row, (behind - first) * of_row)
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(behind - first, width)
+        return [(name.split(".")[0], name) for name in self.names]

@@ -8,18 +8,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from sepme_diffusers.bank.disk.folder import BankFolder, sha256
 from sepme_diffusers.bank.disk.held import HeldFile
 from sepme_diffusers.bank.disk.layout import LORA_CONFIG, LORA_FILE
 from sepme_diffusers.bank.disk.records import Shared, Tables, base_from_dict
 from sepme_diffusers.bank.disk.shards import ShardFile
+from sepme_diffusers.bank.disk.tensor_file import TensorFile
 from sepme_diffusers.bank.entries import Entries, StoredEntry
 from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.errors import BankError, short
 from sepme_diffusers.bank.rows import as_rows, digest, from_rows
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.increment.peft_form import from_lora
+from sepme_diffusers.increment.peft_form import base_of_lora, from_lora
 from sepme_diffusers.text.encoding import TOKENS
 
 # What a safetensors header takes for the two tensors of a module, generously.
@@ -96,6 +98,7 @@ class Store:
                     self.tables,
                     self.shared.guarded(name, record),
                     partial(self.entry, name),
+                    partial(self.bases, name),
                     partial(self.adapter_files, name),
                 )
                 for name, record in self.manifest["concepts"].items()
@@ -134,6 +137,21 @@ class Store:
         if wrong := _misfit(increment, record, self.base):
             raise BankError(f"concept {name!r} in {self.folder.folder} does not fit the manifest: {short(wrong)}")
         return increment
+
+    def bases(self, name: str) -> dict[str, Tensor]:
+        """Read the A of a concept's increment by door, and nothing else of it. Its digest is not checked.
+
+        Raises:
+            BankError: If its file is missing, damaged or larger than its shapes allow, or holds no A.
+        """
+        record = self.manifest["concepts"][name]
+        try:
+            if "folder" not in record:
+                return self.shard(record["shard"]).bases(record["rows"])
+            file = TensorFile(self._lora(record))
+            return {TOKENS: file.tensor(base_of_lora(file.names))}
+        except (BankError, ValueError) as error:
+            raise BankError(f"concept {name!r} in {self.folder.folder}: {short(error)}") from error
 
     def adapter_files(self, name: str) -> dict[str, bytes]:
         """Read the files of a concept's adapter by name, the weights first.
