@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from sepme_diffusers.bank.disk.files import replace_file
 from sepme_diffusers.doors.family import POOLED, TOKENS
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import encode_doors, rows
+from sepme_diffusers.text.spelling import mentions
 
 _AT_A_TIME = 1024
 # A file's float32 leaves less than this share of its largest direction.
@@ -150,8 +150,7 @@ class SoftGuards:
 
     def about(self, concept: Concept) -> list[str]:
         """Return the prompts that name a concept or are its own."""
-        named = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
-        return [prompt for prompt in self.prompts if named.search(prompt) or prompt in concept.prompts]
+        return [prompt for prompt in self.prompts if mentions(prompt, [concept.name]) or prompt in concept.prompts]
 
     @cached_property
     def _nearest(self) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
-"""How names are spelt: as folders, and when two of them look alike."""
+"""How names are spelt: as folders, when two of them look alike, and when a prompt mentions one."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import regex
 from confusable_homoglyphs.confusables import confusables_data
+
+from sepme_diffusers.text.names import listed
 
 # Every file system takes a folder's name of this length, with a hash behind it.
 _LONGEST_SLUG = 100
@@ -18,6 +20,11 @@ _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "
 # What is drawn as nothing: Unicode's own list of it, where Python has none.
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _BLANK_BRAILLE = "\u2800"
+
+_BETWEEN_WORDS = re.compile(r"[\s_\u2010-\u2015-]+")
+_ACCENTS = re.compile(r"[\u0300-\u036f]")
+# The s of "cats" and the es of "dresses"; what "gas", "tennis" and "bus" end in is none.
+_PLURAL = re.compile(r"(?:(?<=ss|sh|ch)es|(?<=x)es|(?<=\w\w[^\Wsuia])s)$")
 
 
 def slug(name: str) -> str:
@@ -56,6 +63,43 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
         for key in enumerate(keys):
             groups.setdefault(key, []).append(name)
     return list(dict.fromkeys(tuple(group) for group in groups.values() if len(group) > 1))
+
+
+def mentions(prompt: str, names: Iterable[str]) -> bool:
+    """Tell whether a prompt has one of these names in it, as whole words.
+
+    Case, accents, a plural s, and hyphens or spaces within a name make no difference.
+
+    Args:
+        prompt: The prompt.
+        names: The names.
+
+    Raises:
+        TypeError: If a single string is given for the names.
+
+    Example:
+        >>> mentions("two T-shirts on a chair", ["cat", "t shirt"]), mentions("a caterpillar", ["cat"])
+        (True, False)
+    """
+    return bool(_any_of(tuple(listed(names))).search(_plain(prompt)))
+
+
+@lru_cache(maxsize=64)
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Make a pattern that finds any of these names in a plain text: one name is sought in thousands of prompts."""
+    plain = filter(None, (_PLURAL.sub("", _plain(name)) for name in names))
+    either = "|".join(" ?".join(map(re.escape, name.split(" "))) for name in plain)
+    return re.compile(rf"(?<!\w)(?:{either})(?:e?s)?(?!\w)" if either else r"(?!)")
+
+
+@lru_cache(maxsize=2**14)
+def _plain(text: str) -> str:
+    """Reduce a text to small letters without accents, with single spaces between its words.
+
+    The same prompts are searched for one concept after another.
+    """
+    letters = _ACCENTS.sub("", unicodedata.normalize("NFKD", text.casefold()))
+    return _BETWEEN_WORDS.sub(" ", letters).strip()
 
 
 def _keys(names: Sequence[str]) -> Iterator[tuple[str, str]]:
