@@ -79,8 +79,8 @@ CONCEPTS = [
     Concept("cat", (("a cat", ""), ("a picture of a cat", ""))),
     Concept("pencil", (("a pencil picture of a fox", "a picture of a fox"),)),
 ]
-CLOSED = SepMEConfig(solver="closed_form", rank=6, soft_guard_weight=0.0)
-TRAIN = SepMEConfig(
+CLOSED = SepMEConfig.linear(rank=6, soft_guard_weight=0.0)
+TRAIN = SepMEConfig.linear(
     solver="train", rank=8, beta=0.02, min_steps=4, max_steps=6, batch_size=2, n_images=2, image_steps=2
 )
 

@@ -15,9 +15,9 @@ from rich.progress import track
 from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer, SoftGuards, pocket
 from sepme_diffusers.pocket import concepts
 
-STYLES = SepMEConfig(solver="closed_form")
+STYLES = SepMEConfig.linear()
 # Objects differ more from one another than styles do: less needs guarding, and four directions are enough.
-OBJECTS = SepMEConfig(solver="closed_form", rank=4, soft_guard_weight=30.0)
+OBJECTS = SepMEConfig.linear(rank=4, soft_guard_weight=30.0)
 
 
 def styles(pipe: SepMEPipeline) -> ConceptBank:

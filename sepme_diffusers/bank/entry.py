@@ -17,6 +17,9 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS
 
+# What an erasure should reach of its own prompts, and the most that it should move of regular ones.
+_LEAST_REACHED, _MOST_MOVED = 0.85, 0.005
+
 
 class Outline(Protocol):
     """What is known of an entry without its numbers. An `Entry` is one, and what stands for an entry on the disk.
@@ -118,6 +121,23 @@ class Entry:
     def digest(self) -> str:
         """SHA-256 of the increment, see `rows.digest`."""
         return digest(as_rows(self.increment))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What its calibration says against it: it reaches too few of its own prompts, or moves too many others."""
+        reached, moved = (self.metrics.get(key) for key in ("own_reached", "regular_moved"))
+        doubts = []
+        if reached is not None and reached < _LEAST_REACHED:
+            doubts.append(
+                f"{self.concept.name!r} opens its gate in {reached:.0%} of its own prompts only; prompts that spell "
+                "its name or an alias open it all the same. Give it aliases, or pairs of prompts that show it plainly"
+            )
+        if moved is not None and moved > _MOST_MOVED:
+            doubts.append(
+                f"erasing {self.concept.name!r} moves {moved:.1%} of the regular prompts; take prompts that resemble "
+                "it out of them, or describe it with more prompts"
+            )
+        return tuple(doubts)
 
 
 def exact_guards(outline: Outline) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ Parametrisation = Literal["module", "text"]
 Coupling = Literal["separate", "joint"]
 
 CALIBRATED: Final = "calibrated"
-"""The gate that is set by what prompts read."""
+"""The gate, or the weight of regular prompts, that is set by what prompts read."""
 
 # Above zero and below one.
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -50,16 +50,16 @@ class SepMEConfig:
         n_images: Pictures x_0 that the original model makes of the concept beforehand.
         image_steps: Denoising steps for those pictures.
         guidance_scale: Guidance for those pictures.
-        soft_guard_weight: What moving regular prompts costs, relative to moving the concept's own.
+        soft_guard_weight: What moving regular prompts costs, relative to moving the concept's own. "calibrated": the
+            weight of several at which regular prompts read the least share of what the concept's own prompts read.
         gain: The share of the wanted change that a closed-form increment gives the concept's own prompts; the
             increment is scaled to it. Default: what the regression gives, which is less the more there is to guard.
         gate: An increment acts on a prompt only if it reads at least this share of what it reads in each of the
             concept's own prompts; no other prompt moves by a single bit. Default: no gate. The increment then acts on
             every prompt in proportion to what it reads, as a LoRA does. Exports have no gate in either case.
-            "calibrated": in the middle between what its own prompts and what the regular prompts of the soft guards
-            read.
+            "calibrated": in the middle between what regular prompts and what its own prompts read.
         adapter_soft_guard_weight: `soft_guard_weight` of the adapter that stands for a gated increment where there is
-            no gate. Default: the same.
+            no gate. Default: that of `linear`.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
         reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other
@@ -73,11 +73,11 @@ class SepMEConfig:
     Source: arXiv 2402.05947 ("implementation details") for the paper's constants.
     """
 
-    solver: Solver = "train"
+    solver: Solver = "closed_form"
     basis: Basis = "aligned"
     parametrisation: Parametrisation = "module"
     coupling: Coupling = "separate"
-    rank: PositiveInt = 16
+    rank: PositiveInt = 1
     learning_rate: PositiveFloat = 0.1
     beta: PositiveFloat = 3e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -91,9 +91,9 @@ class SepMEConfig:
     n_images: PositiveInt = 24
     image_steps: PositiveInt = 20
     guidance_scale: NonNegativeFloat = 4.0
-    soft_guard_weight: NonNegativeFloat = 300.0
-    gain: PositiveFloat | None = None
-    gate: _Share | Literal["calibrated"] | None = None
+    soft_guard_weight: NonNegativeFloat | Literal["calibrated"] = CALIBRATED
+    gain: PositiveFloat | None = 0.8
+    gate: _Share | Literal["calibrated"] | None = CALIBRATED
     adapter_soft_guard_weight: NonNegativeFloat | None = None
     ridge: PositiveFloat = 1e-5
     guard_tolerance: _Share = 1e-6
@@ -112,8 +112,9 @@ class SepMEConfig:
         """Give the paper's constants: full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4, 10 to 1000 steps, and
         new noise in each of them."""
         constants: dict[str, Any] = {
-            "basis": "full", "learning_rate": 0.1, "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6,
-            "tolerance": 1e-4, "relative": False, "min_steps": 10, "max_steps": 1000, "steps_per_batch": 1,
+            "solver": "train", "basis": "full", "gate": None, "soft_guard_weight": 0.0, "learning_rate": 0.1,
+            "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6, "tolerance": 1e-4, "relative": False, "min_steps": 10,
+            "max_steps": 1000, "steps_per_batch": 1,
         }  # fmt: skip
         return cls(**(constants | changes))
 
@@ -122,11 +123,26 @@ class SepMEConfig:
         """Give the paper's constants for `SepMETrainer.erase_permanently`: those of `paper`, with Adam at 1e-5."""
         return cls.paper(**({"learning_rate": 1e-5} | changes))
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether anything is set by what prompts read."""
+        return CALIBRATED in (self.gate, self.soft_guard_weight)
+
+    @classmethod
+    def linear(cls, **changes: Any) -> SepMEConfig:
+        """Give settings for an increment without a gate: it acts on every prompt in proportion to what it reads."""
+        return cls(**({"rank": 16, "soft_guard_weight": 300.0, "gain": None, "gate": None} | changes))
+
     def for_adapter(self) -> SepMEConfig:
-        """Give the settings for the adapter that stands for a gated increment: without gate and gain."""
+        """Give the settings for the adapter that stands for a gated increment: those of `linear`."""
+        linear = type(self).linear()
         weight = self.adapter_soft_guard_weight
         return replace(
-            self, gate=None, gain=None, soft_guard_weight=self.soft_guard_weight if weight is None else weight
+            self,
+            rank=max(self.rank, linear.rank),
+            gate=None,
+            gain=None,
+            soft_guard_weight=linear.soft_guard_weight if weight is None else weight,
         )
 
     def to_dict(self) -> dict[str, Any]:

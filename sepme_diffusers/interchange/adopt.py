@@ -38,7 +38,7 @@ def from_lora(
     pipe: Any,
     concepts: Iterable[Concept | str],
     guards: Sequence[str] = (BLANK,),
-    soft_guards: SoftGuards | Sequence[str] = (),
+    regular: SoftGuards | Sequence[str] = (),
     bank: ConceptBank | None = None,
     config: SepMEConfig | None = None,
     method: Method = "imitate",
@@ -62,9 +62,9 @@ def from_lora(
         pipe: The pipeline that the eraser was made for; only read.
         concepts: What it erases. With several, each gets an increment of its own, guarded on the others' names.
         guards: Prompts that must not change, beside the blank one and the other concepts of the bank.
-        soft_guards: Regular prompts that should change little, or `SoftGuards`; only where the eraser is imitated.
+        regular: Regular prompts that should change little, or `SoftGuards`; only where the eraser is imitated.
         bank: The bank to add to; made on the same base.
-        config: Its `rank`, `guard_tolerance`, `ridge` and `soft_guard_weight` are used.
+        config: Its `rank`, `guard_tolerance`, `ridge` and `soft_guard_weight` are used. Default: `linear()`.
         method: "imitate" solves for the edit inside the null space that does to the concept's prompts what the eraser
             does. "project" takes ΔW NᵀN: what the eraser does to any prompt, less what the guards have in common with
             it, which weakens it on the concept too.
@@ -72,8 +72,8 @@ def from_lora(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If nothing in the source is understood or can be kept, it was made for another base, or the
-            guards take away all that it does to a concept.
+        ValueError: If the settings are to be calibrated, nothing in the source is understood or can be kept, it was
+            made for another base, or the guards take away all that it does to a concept.
 
     Example:
         >>> from sepme_diffusers import SepMEPipeline, export_lora, from_lora, pocket
@@ -85,7 +85,9 @@ def from_lora(
     if method not in get_args(Method):
         raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
     adopted = as_concepts(concepts)
-    config = config or SepMEConfig(solver="closed_form")
+    config = config or SepMEConfig.linear()
+    if config.is_calibrated:
+        raise ValueError("an eraser is imitated as it is, and nothing is calibrated: use SepMEConfig.linear()")
     base = SepMETrainer(pipe, config).base()
     if bank is None:
         bank = ConceptBank(base)
@@ -102,7 +104,7 @@ def from_lora(
             f"{[*change.further, *change.outside][:3]}"
         )
     names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
-    soft = cast("SoftGuards | None", as_soft_guards(pipe, soft_guards))
+    soft = cast("SoftGuards | None", as_soft_guards(pipe, regular))
     parts = _parts(change, pipe, tuple(dict.fromkeys((BLANK, *guards))), names, soft, config)
     entries = [_entry(concept, parts, change, method) for concept in adopted]
     return bank.with_entries(entries)
@@ -197,7 +199,7 @@ def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str,
     _refuse_without_effect(concept, part.room.prompts(concept), part.deltas, tokens, null)
     if method == "imitate":
         embedded = EmbeddedConcept.at_door(concept, part.encoded)
-        penalty = part.room.penalty(embedded, null, part.soft(concept), config.soft_guard_weight)
+        penalty = part.room.penalty(embedded, null, part.soft(concept), cast(float, config.soft_guard_weight))
         inside = imitated(part.deltas, tokens, null, penalty, config.ridge)
     else:
         inside = {name: delta.double() @ null.T @ null for name, delta in part.deltas.items()}

@@ -20,6 +20,7 @@ class EmbeddedConcept:
         own: Of the prompts that show it, in the order of `concept.prompts`, (n_prompts, n_tokens, d).
         anchors: What the closed form maps each of these to, (n_prompts, n_tokens, d).
         name: Of the name alone as a prompt, (n_tokens, d).
+        counted: Which tokens of the prompts count, (n_prompts, n_tokens), see `Encoded.anchors`. Default: all.
         doors: The same at further doors, by door.
 
     Raises:
@@ -30,6 +31,7 @@ class EmbeddedConcept:
     own: Tensor
     anchors: Tensor
     name: Tensor
+    counted: Tensor | None = None
     doors: Mapping[str, EmbeddedConcept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,20 +52,25 @@ class EmbeddedConcept:
     @classmethod
     def at_door(cls, concept: Concept, encoded: Encoded) -> EmbeddedConcept:
         """Encode a concept for one door of a pipeline, `encoded.door`."""
-        return cls(concept, encoded(concept.prompts), encoded.anchors(concept), encoded([concept.name])[0])
+        anchors, counted = encoded.anchors(concept)
+        return cls(concept, encoded(concept.prompts), anchors, encoded([concept.name])[0], counted)
 
     @property
     def rows(self) -> Tensor:
-        """E, the token rows of its prompts, (n, d)."""
-        return rows(self.own)
+        """E, the token rows of its prompts that count, (n, d)."""
+        return self._counted(self.own)
 
     @property
     def wanted_change(self) -> Tensor:
         """T, the change that is wanted of each of these rows, (n, d)."""
-        return rows(self.anchors) - self.rows
+        return self._counted(self.anchors) - self.rows
+
+    def _counted(self, embeddings: Tensor) -> Tensor:
+        return rows(embeddings) if self.counted is None else embeddings[self.counted]
 
     def only(self, prompts: Sequence[int]) -> EmbeddedConcept:
         """Keep these of its prompts, by index."""
         kept = list(prompts)
         doors = {door: part.only(kept) for door, part in self.doors.items()}
-        return replace(self, own=self.own[kept], anchors=self.anchors[kept], doors=doors)
+        counted = None if self.counted is None else self.counted[kept]
+        return replace(self, own=self.own[kept], anchors=self.anchors[kept], counted=counted, doors=doors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from sepme_diffusers.algebra.subspace import damped
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
 from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.making.calibration import calibrated, made_for
+from sepme_diffusers.making.calibration import RegularRows, best_weight, calibrated, made_for
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.text.concept import Concept
@@ -46,14 +46,14 @@ class Problem:
         guards: What may not change.
         soft: Returns P for a concept: what moving regular prompts costs, (d, d); or None.
         output_factor: Returns Fₒ (d, p), see `reduced_rank_edit`; or None for the identity.
-        regular: Returns the token rows of regular prompts for a concept, (m, d), by which gates are calibrated.
+        regular: Returns the regular prompts by which a concept's weights and gates are calibrated.
         doors: The same at further doors of the denoiser, by door name.
     """
 
     guards: Guards
     soft: Callable[[Concept], Tensor | None] = lambda _: None
     output_factor: Callable[[], Tensor | None] = lambda: None
-    regular: Callable[[Concept], Tensor | None] = lambda _: None
+    regular: Callable[[Concept], RegularRows | None] = lambda _: None
     doors: Mapping[str, Problem] = field(default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ class Problem:
         Raises:
             ValueError: If the guards leave nothing.
         """
-        learnt = concept.only(made_for(len(concept.own))) if self.config.gate == CALIBRATED else concept
+        learnt = concept.only(made_for(len(concept.own))) if self.config.is_calibrated else concept
         self.guards.refuse_alike(concept)
         null = self.guards.null(concept.concept)
         inside = learnt.rows.double() @ null.T
@@ -105,11 +105,13 @@ class Problem:
 
         Args:
             room: The concept's.
-            config: `rank`, `ridge`, `gain`, `soft_guard_weight`.
+            config: `rank`, `ridge`, `gain`, and a `soft_guard_weight` that is a number.
 
         Raises:
             ValueError: If no change is wanted.
         """
+        if config.soft_guard_weight == CALIBRATED:
+            raise ValueError("the weight of regular prompts has to be chosen first, see `weighted`")
         concept, output_factor = room.learnt, self.output_factor()
         own, change = concept.rows, concept.wanted_change
         soft = self.soft(concept.concept)
@@ -118,6 +120,27 @@ class Problem:
             own, change, room.null, config.rank, penalty, config.ridge, output_factor, room.inside
         )
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
+
+    def weighted(self, room: Room, concept: EmbeddedConcept, config: SepMEConfig) -> SepMEConfig:
+        """Choose the weight of regular prompts, where it is to be calibrated: the one that separates best.
+
+        Raises:
+            ValueError: If no change is wanted, or there are no regular prompts to calibrate by.
+        """
+        if config.soft_guard_weight != CALIBRATED:
+            return config
+
+        def solved(weight: float) -> Increment:
+            return as_increment(self.factors(room, replace(config, soft_guard_weight=weight)))
+
+        weight = best_weight(solved, concept.own, self._regular(concept.concept))
+        return replace(config, soft_guard_weight=weight)
+
+    def _regular(self, concept: Concept) -> RegularRows:
+        regular = self.regular(concept)
+        if regular is None:
+            raise ValueError("to calibrate takes regular prompts; give some, or the weight and the gate as numbers")
+        return regular
 
     def gated(self, increment: Increment, concept: EmbeddedConcept) -> tuple[Increment, dict[str, float]]:
         """Set the gate that the config asks for, at the tokens; return the metrics of a calibrated one as well.
@@ -129,10 +152,7 @@ class Problem:
         gate = self.config.gate
         if gate is None or isinstance(gate, float):
             return (increment if gate is None else increment.gated(concept.own, gate)), {}
-        regular = self.regular(concept.concept)
-        if regular is None:
-            raise ValueError("a calibrated gate needs regular prompts: give soft guards made of prompts")
-        return calibrated(increment, concept.own, regular)
+        return calibrated(increment, concept.own, self._regular(concept.concept), concept.concept.name)
 
     def at_doors(self, concept: EmbeddedConcept) -> dict[str, Increment]:
         """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.
@@ -144,7 +164,9 @@ class Problem:
         return {door: problem._at_door(part) for problem, door, part in parts if _tells_apart(part)}
 
     def _at_door(self, concept: EmbeddedConcept) -> Increment:
-        return self.gated(as_increment(self.factors(self.room(concept), self.config)), concept)[0]
+        room = self.room(concept)
+        factors = self.factors(room, self.weighted(room, concept, self.config))
+        return self.gated(as_increment(factors), concept)[0]
 
     def full_basis(self, room: Room) -> Tensor:
         """The whole null space (k, d), with directions shortened by what of damped names they hold."""
@@ -185,6 +207,7 @@ class Plan:
         factors: A (r, d) and B (d, r) of the closed form, float64; None where nothing needs them.
         full_basis: The directions (k, d) of a full basis; None for an aligned one.
         doors: What the increment does at further doors of the denoiser, which every solver takes as it is.
+        config: The problem's, with the weight of regular prompts that was chosen.
         adapter: The closed form that stands for a gated increment where there is no gate; None where none was asked
             for.
     """
@@ -196,6 +219,7 @@ class Plan:
     factors: tuple[Tensor, Tensor] | None
     full_basis: Tensor | None
     doors: Mapping[str, Increment]
+    config: SepMEConfig
     adapter: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -211,8 +235,9 @@ class Plan:
         Raises:
             ValueError: If the guards leave no room, or the concept's prompts and anchors are read the same.
         """
-        config, full = problem.config, solver.trains and problem.config.basis == "full"
+        full = solver.trains and problem.config.basis == "full"
         room = problem.room(embedded)
+        config = problem.weighted(room, embedded, problem.config)
         gated = adapters and config.gate is not None and not solver.trains
         return cls(
             embedded,
@@ -222,6 +247,7 @@ class Plan:
             problem.factors(room, config) if solver.starts_from_closed_form or not full else None,
             problem.full_basis(room) if full else None,
             problem.at_doors(embedded),
+            config,
             problem.factors(room, config.for_adapter()) if gated else None,
         )
 

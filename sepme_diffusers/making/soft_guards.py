@@ -19,9 +19,12 @@ from sepme_diffusers.bank.disk.files import replace_file
 from sepme_diffusers.doors.family import POOLED, TOKENS
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import encode_doors, rows
+from sepme_diffusers.text.lexicon import split
 from sepme_diffusers.text.spelling import mentions
 
 _AT_A_TIME = 1024
+# Of so many prompts on, every fifth is held out.
+_ENOUGH = 10
 # A file's float32 leaves less than this share of its largest direction.
 _ROUNDING = 1e-3
 _FORMAT = "sepme_soft_guards"
@@ -35,6 +38,7 @@ class SoftGuards:
         prompts: The prompts.
         covariance: SᵀS / n over all their tokens, (d, d).
         pooled: The same over their pooled embeddings, (d_pooled, d_pooled); None where the pipeline has none.
+        held_out: More regular prompts, which no increment is solved with: it is calibrated by them.
 
     Raises:
         ValueError: If there are no prompts, or a covariance is not a finite symmetric matrix.
@@ -49,6 +53,7 @@ class SoftGuards:
     prompts: tuple[str, ...]
     covariance: Tensor
     pooled: Tensor | None = None
+    held_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -61,8 +66,13 @@ class SoftGuards:
                 )
 
     @classmethod
-    def from_prompts(cls, pipe: Any, prompts: Sequence[str]) -> SoftGuards:
+    def from_prompts(cls, pipe: Any, prompts: Sequence[str], held_out: Sequence[str] | None = None) -> SoftGuards:
         """Make soft guards of prompts; they are encoded in parts, so that there may be very many.
+
+        Args:
+            pipe: The pipeline.
+            prompts: The prompts.
+            held_out: Prompts to calibrate by. Default: every fifth of the prompts, if they are ten or more.
 
         Raises:
             TypeError: If a single string is given.
@@ -73,8 +83,10 @@ class SoftGuards:
         prompts = tuple(dict.fromkeys(prompts))
         if not prompts:
             raise ValueError("soft guards need at least one prompt")
+        if held_out is None:
+            prompts, held_out = split(prompts) if len(prompts) >= _ENOUGH else (prompts, ())
         means = _mean_covariances(pipe, prompts)
-        return cls(prompts, means[TOKENS], means.get(POOLED))
+        return cls(prompts, means[TOKENS], means.get(POOLED), tuple(held_out))
 
     @classmethod
     def from_file(cls, pipe: Any, path: str | Path) -> SoftGuards:
@@ -93,8 +105,12 @@ class SoftGuards:
             name: matrix.float().cpu()[_upper(len(matrix))].contiguous()
             for name, matrix in self._covariances().items()
         }
-        metadata = {"format": _FORMAT, "version": "1", "prompts": json.dumps(self.prompts, ensure_ascii=False)}
-        replace_file(Path(path), save(triangles, metadata))
+        lists = {"prompts": self.prompts, "held_out": self.held_out}
+        metadata = {"format": _FORMAT, "version": "1"}
+        metadata |= {name: json.dumps(texts, ensure_ascii=False) for name, texts in lists.items()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, save(triangles, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> SoftGuards:
@@ -108,14 +124,14 @@ class SoftGuards:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 matrices = {name: _symmetric(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            prompts = tuple(map(str, json.loads(metadata["prompts"])))
+            prompts, held_out = (tuple(map(str, json.loads(metadata[name]))) for name in ("prompts", "held_out"))
             covariance, pooled = matrices["covariance"], matrices.get("pooled")
             known = (metadata.get("format"), metadata.get("version")) == (_FORMAT, "1")
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no soft guards that this version can read: {error}") from error
         if not known:
             raise ValueError(f"{path} holds no soft guards that this version can read: {metadata}")
-        return cls(prompts, covariance, pooled)
+        return cls(prompts, covariance, pooled, held_out)
 
     def without(self, pipe: Any, concept: Concept, door: str = TOKENS) -> Tensor:
         """Return the covariance of the prompts that neither name the concept nor are its own, (d, d), float64.
@@ -148,9 +164,20 @@ class SoftGuards:
             raise ValueError("the soft guards were made with another text encoder than the pipeline's; make them anew")
         return nearest
 
+    def joined(self, other: SoftGuards) -> SoftGuards:
+        """Join the prompts of both, made with one text encoder."""
+        n, m = len(self.prompts), len(other.prompts)
+
+        def mean(mine: Tensor, theirs: Tensor) -> Tensor:
+            return (n * mine.double() + m * theirs.double()) / (n + m)
+
+        pooled = None if self.pooled is None or other.pooled is None else mean(self.pooled, other.pooled)
+        whole = mean(self.covariance, other.covariance)
+        return SoftGuards(self.prompts + other.prompts, whole, pooled, self.held_out + other.held_out)
+
     def about(self, concept: Concept) -> list[str]:
         """Return the prompts that name a concept or are its own."""
-        return [prompt for prompt in self.prompts if mentions(prompt, [concept.name]) or prompt in concept.prompts]
+        return [prompt for prompt in self.prompts if is_about(prompt, concept)]
 
     @cached_property
     def _nearest(self) -> dict[str, Tensor]:
@@ -160,6 +187,11 @@ class SoftGuards:
 
     def _covariances(self) -> dict[str, Tensor]:
         return {"covariance": self.covariance} | ({} if self.pooled is None else {"pooled": self.pooled})
+
+
+def is_about(prompt: str, concept: Concept) -> bool:
+    """Tell whether a prompt names a concept or is one of its own."""
+    return mentions(prompt, (concept.name, *concept.aliases)) or prompt in concept.prompts
 
 
 def _mean_covariances(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

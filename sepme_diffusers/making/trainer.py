@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -19,17 +20,19 @@ from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint, heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
-from sepme_diffusers.making.calibration import distinct_rows
+from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.distribute import shared_out
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import NAMES_AT_A_TIME, Capacity, Guards
+from sepme_diffusers.making.kinds.registry import find_kind
+from sepme_diffusers.making.kinds.wording import Worded, word_concept
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.maker import entry_of, measured
 from sepme_diffusers.making.measure import Embeddings, LeakageMeter
 from sepme_diffusers.making.noise import NoisyPictures, refuse_other_schedules, refuse_other_sizes
 from sepme_diffusers.making.permanent import unlearn_permanently
 from sepme_diffusers.making.plan import Plan, Problem
+from sepme_diffusers.making.regular import Regular, lexicon_of, regular_guards
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.solvers import SOLVERS, Task
 from sepme_diffusers.making.state import TrainingState
@@ -37,12 +40,12 @@ from sepme_diffusers.runtime.erasures import unedited
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded
 
+logger = logging.get_logger(__name__)
+
 Pictures = Mapping[str, Sequence[Image.Image]]
 
 # A bank of more concepts is not packaged as adapters by default, so its gated increments get none.
 _MOST_ADAPTERS = 200
-# So many regular prompts calibrate a gate, evenly out of all.
-_CALIBRATING = 256
 
 
 class SepMETrainer:
@@ -53,9 +56,11 @@ class SepMETrainer:
             pipeline that was loaded with `unet=None` will do, and every change of an embedding counts alike then.
         config: The settings.
         guards: Prompts that no increment may change at all, beside the names of the bank's other concepts.
-        soft_guards: Regular prompts that an increment should change little. Give prompts or `SoftGuards`, of which
-            those that name the concept are passed over; or the mean outer product of their tokens, (d, d), which is
-            used as it is, and says nothing of further doors.
+        regular: Regular prompts that an increment should change little, and by which it is calibrated; those that
+            name the concept are passed over. Default: some thousands that the package or the model's folder brings,
+            see `regular_guards`. A number: so many of these. Or prompts, or `SoftGuards`; none if the list is empty.
+            Or the mean outer product of their tokens, (d, d), which is used as it is, calibrates nothing, and says
+            nothing of further doors.
         others: Names that are guarded like the bank's concepts although they are not in it.
         on_step: Called after every training step.
         state: A folder in which training is written down every few steps, one file per concept. A trainer with the
@@ -80,7 +85,7 @@ class SepMETrainer:
         pipe: Any,
         config: SepMEConfig | None = None,
         guards: Sequence[str] = (BLANK,),
-        soft_guards: SoftGuards | Tensor | Sequence[str] = (),
+        regular: SoftGuards | Tensor | Sequence[str] | int | None = None,
         others: Sequence[str] = (),
         on_step: Callable[[Step], None] | None = None,
         state: str | Path | None = None,
@@ -95,18 +100,30 @@ class SepMETrainer:
                 f"solver={self._solver.name!r} trains on pictures that the denoiser draws, and this pipeline has none "
                 "(unet=None); load it with its denoiser, or use SepMEConfig(solver='closed_form')"
             )
-        self._soft = as_soft_guards(pipe, soft_guards)
-        if self.config.gate == CALIBRATED and not isinstance(self._soft, SoftGuards):
-            raise ValueError("gate='calibrated' needs regular prompts to read: give soft_guards as prompts")
         self._weights = projection_weights(pipe.unet) if pipe.unet is not None else {}
         self._encoded = Encoded(pipe)
-        self._regular_rows: dict[tuple[str, ...], Tensor] = {}
+        self._regular = self._regular_of(regular)
+        self._wordings: dict[str, Worded] = {}
+        if self.config.is_calibrated and not self._regular.calibrates:
+            raise ValueError(
+                "to calibrate takes regular prompts, ten or more: leave regular= out, or give more; or give the "
+                "weight and the gate as numbers: SepMEConfig(soft_guard_weight=100.0, gate=None)"
+            )
+
+    def _regular_of(self, regular: SoftGuards | Tensor | Sequence[str] | int | None) -> Regular:
+        if regular is None and not self.config.is_calibrated:
+            regular = ()
+        if regular is None or isinstance(regular, int):
+            return Regular(self.pipe, self._encoded, regular_guards(self.pipe, regular), lexicon_of(self.pipe))
+        return Regular(self.pipe, self._encoded, as_soft_guards(self.pipe, regular))
 
     def erase(
         self,
         concepts: Iterable[Concept | str],
         bank: ConceptBank | None = None,
         pictures: Pictures | None = None,
+        *,
+        kind: str | None = None,
     ) -> ConceptBank:
         """Return the bank with an increment for each concept; its other increments are not touched.
 
@@ -115,16 +132,17 @@ class SepMETrainer:
         entry's metrics.
 
         Args:
-            concepts: Concepts, or names for the paper's choice of prompt (the name against the blank prompt).
+            concepts: Concepts, or names of one kind.
             bank: The bank to add to; made on the same base, or for text-side increments with the same text encoder.
             pictures: {concept name: pictures x_0 to train on}, picture i showing pair i in turns. Default: the
                 original model draws them.
+            kind: Of bare names: "style", "object", "person", "content", or what `find_kind` takes.
 
         Raises:
             ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
             FloatingPointError: If training diverges.
         """
-        concepts, problem, bank = self._prepared(concepts, bank)
+        concepts, problem, bank = self._prepared(concepts, bank, kind)
         if self._solver.trains and self.config.parametrisation == "module":
             refuse_other_base(bank, self.base())
             bank = replace(bank, base=bank.base.completed_by(self.base()))
@@ -145,20 +163,25 @@ class SepMETrainer:
         guards = problem.guard_set(known)
         names = partial(self._batches, problem.guards.names)
         finished = measured(entries, problem, self._embeddings(self.guards), names, self._weights)
+        for doubt in (doubt for entry in finished for doubt in entry.doubts):
+            logger.warning(doubt)
         grown = bank.with_entries(replace(entry, guard_set=guards) for entry in finished)
         return grown if self.pipe.unet is None else grown.remembering(self.pipe)
 
-    def capacity(self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None) -> dict[str, Capacity]:
+    def capacity(
+        self, concepts: Iterable[Concept | str], bank: ConceptBank | None = None, *, kind: str | None = None
+    ) -> dict[str, Capacity]:
         """Tell what there is room for, by concept, before anything is made.
 
         Args:
             concepts: What would be erased.
             bank: The bank that it would join.
+            kind: Of bare names, see `erase`.
 
         Raises:
             ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.
         """
-        concepts, problem, _ = self._prepared(concepts, bank)
+        concepts, problem, _ = self._prepared(concepts, bank, kind)
         return {concept.name: self._capacity(concept, problem) for concept in concepts}
 
     def erase_permanently(
@@ -194,20 +217,30 @@ class SepMETrainer:
         return BaseModel(name, text.doors, text.vocabularies, projections)
 
     def _prepared(
-        self, concepts: Iterable[Concept | str], bank: ConceptBank | None
+        self, concepts: Iterable[Concept | str], bank: ConceptBank | None, kind: str | None
     ) -> tuple[list[Concept], Problem, ConceptBank]:
-        concepts = as_concepts(concepts)
+        given = as_concepts(concepts, kind)
         if bank is None:
             bank = ConceptBank(self.base())
         else:
             if self._weights:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
-        names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in concepts))))
+        names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
+        worded = [self._worded(concept, names) for concept in given]
         # Together and in one order, so that every process that shares the work gets the same numbers.
-        texts = [p for concept in concepts for group in (concept.prompts, *concept.anchors) for p in group]
-        self._encoded.prefetch([*self.guards, *names, *texts, *(w for c in concepts for _, w in c.pairs)])
-        return concepts, self._problem(names), bank
+        texts = [p for concept in worded for group in (concept.prompts, *concept.anchors) for p in group]
+        self._encoded.prefetch([*self.guards, *names, *texts, *(w for c in worded for _, w in c.pairs)])
+        return worded, self._problem(names), bank
+
+    def _worded(self, concept: Concept, names: Sequence[str]) -> Concept:
+        """Describe a concept by the prompts of its kind, unless it brings prompts of its own."""
+        if concept.pairs:
+            return concept
+        kind, others = find_kind(cast(str, concept.kind), self.pipe), [name for name in names if name != concept.name]
+        worded = word_concept(concept, kind, getattr(self.pipe, "tokenizer", None), self._encoded, others)
+        self._wordings[concept.name] = worded
+        return worded.concept
 
     def _problem(self, names: Sequence[str]) -> Problem:
         """The closed form's problem for concepts that are guarded on these names, at every door."""
@@ -215,13 +248,13 @@ class SepMETrainer:
             # Without an output factor: a change counts as the embedding's own.
             door: Problem(
                 Guards(self.guards, self._encoded.at(door)(self.guards), self.config),
-                partial(self._soft_covariance, door=door),
-                regular=partial(self._regular, door=door),
+                partial(self._regular.covariance, door=door),
+                regular=partial(self._regular.rows, door=door),
             )
             for door in self._encoded.further_doors
         }
         guards = Guards(self.guards, self._encoded(self.guards), self.config)
-        problem = Problem(guards, self._soft_covariance, lambda: self._output_factor, self._regular, doors)
+        problem = Problem(guards, self._regular.covariance, lambda: self._output_factor, self._regular.rows, doors)
         for prompts, embeddings in self._batches(names):
             problem.update(prompts, embeddings)
         return problem
@@ -253,23 +286,6 @@ class SepMETrainer:
 
     def _pictures(self, concept: Concept, pictures: Pictures) -> NoisyPictures:
         return NoisyPictures(self.pipe, concept, self.config, self._encoded, pictures.get(concept.name, ()))
-
-    def _soft_covariance(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
-        if isinstance(self._soft, SoftGuards):
-            return self._soft.without(self.pipe, concept, door)
-        return self._soft if door == TOKENS else None
-
-    def _regular(self, concept: Concept, door: str = TOKENS) -> Tensor | None:
-        """The token rows of regular prompts, but for those that name the concept; each row once."""
-        if not isinstance(self._soft, SoftGuards) or self.config.gate != CALIBRATED:
-            return None
-        own = set(self._soft.about(concept))
-        prompts = [prompt for prompt in self._soft.prompts if prompt not in own]
-        prompts = prompts[:: -(-len(prompts) // _CALIBRATING)]
-        key = (door, *prompts)
-        if key not in self._regular_rows:
-            self._regular_rows = {key: distinct_rows(self._encoded.at(door)(prompts))}
-        return self._regular_rows[key]
 
     @cached_property
     def _output_factor(self) -> Tensor | None:
@@ -305,12 +321,25 @@ class SepMETrainer:
             self._state(plans, pictures) if self._solver.trains else None,
         )
         solutions = zip(plans, self._solver.solve(task), strict=True)
-        return [entry_of(plan, solution.increment, solution.metrics) for plan, solution in solutions]
+        return [
+            entry_of(plan, solution.increment, {**solution.metrics, **self._said(plan.concept)})
+            for plan, solution in solutions
+        ]
+
+    def _said(self, concept: Concept) -> dict[str, Any]:
+        """What the wording of a concept says of it: what takes its place, and what is kept beside it."""
+        worded = self._wordings.get(concept.name)
+        if worded is None:
+            return {}
+        anchor = {} if worded.anchor is None else {"anchor": worded.anchor}
+        near = self._regular.neighbours(concept)
+        return {**anchor, **({"nearest": list(near)} if near else {}), "templates_left_out": len(worded.left_out)}
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""
         if self.state is None:
             return None
-        soft = self._soft if self._soft is None or isinstance(self._soft, Tensor) else self._soft.covariance
+        soft = self._regular.soft
+        soft = soft.covariance if isinstance(soft, SoftGuards) else soft
         images = [image.tobytes() for plan in plans for image in pictures.get(plan.concept.name, ())]
         return TrainingState.of(self.state, plans, self.base(), self.config, soft, images)

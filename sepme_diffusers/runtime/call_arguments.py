@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,13 @@ class CallArguments:
         if prompt is None:
             return 0
         return 1 if isinstance(prompt, str) else len(prompt)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each prompt, of all text encoders together; none where the caller brings embeddings instead."""
+        given = [value for name, value in self.values.items() if re.fullmatch(r"prompt(_\d+)?", name) and value]
+        parts = [[value] if isinstance(value, str) else [str(text) for text in value] for value in given]
+        return [" ".join(of_prompt) for of_prompt in zip(*parts, strict=False)]
 
     @property
     def pictures_per_prompt(self) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from sepme_diffusers.doors.attachment import Attachment, ErasureNotInForce
 from sepme_diffusers.runtime.active import ActiveSet
-from sepme_diffusers.runtime.erased_sets import Strengths
+from sepme_diffusers.runtime.erased_sets import Key, Strengths
 from sepme_diffusers.runtime.snapshot import Snapshot
+from sepme_diffusers.runtime.spelled import Spelled
 
 # What a thread runs at the moment: `record`, and the records `before` it. torch.compile traces a `threading.local`,
 # and no ContextVar.
@@ -51,12 +52,17 @@ class Call:
         self.attachments, self.snapshot, self.sets, self.active = attachments, snapshot, tuple(sets), active
         self.own, self.pictures, self.unedited = own, pictures, unedited
         self.least, self.fixed_shape = least, fixed_shape
+        self.spelled: Spelled = ()
         self.alive, self.ran, self.helped = True, False, False
         self.thread = threading.get_ident()
 
     def set_of(self, picture: int) -> Strengths:
         """Return the erased set of one picture."""
         return self.sets[picture if len(self.sets) > 1 else 0]
+
+    def spelled_by(self, picture: int) -> frozenset[Key]:
+        """Return the concepts that the prompt of one picture spells."""
+        return self.spelled[picture] if picture < len(self.spelled) else frozenset()
 
     def names(self) -> list[str]:
         """Return what should be erased, for messages."""
@@ -130,7 +136,8 @@ class _Mixed(Call):
             )
         sets = [call.set_of(picture) for call, picture in parts]
         least, fixed_shape = max(call.least for call in calls), any(call.fixed_shape for call in calls)
-        active = first.snapshot.active(sets, len(sets), fixed_shape, least)
+        spelled = [call.spelled_by(picture) for call, picture in parts]
+        active = first.snapshot.active(sets, len(sets), fixed_shape, least, spelled)
         active = None if active is None else ActiveSet(active.doors, active.module, len(sets))
         super().__init__(first.attachments, first.snapshot, sets, active, True, len(sets))
         self._calls, self._rows = calls, list(parts)

@@ -19,6 +19,7 @@ from sepme_diffusers.runtime.erasures import Erasures
 from sepme_diffusers.runtime.host_rules import obey_hosts
 from sepme_diffusers.runtime.pipeline_state import PipelineState
 from sepme_diffusers.runtime.receipt import Receipt
+from sepme_diffusers.runtime.spelled import spelled_by
 from sepme_diffusers.text.encoders import text_encoders
 
 # Pipelines that show rows of one prompt to the denoiser beside rows of another, in an order of their own.
@@ -149,7 +150,8 @@ def _prepare(pipe: Any, state: PipelineState, erasures: Erasures, call: Call, ar
     settings = arguments.encode_settings(pipe)
     call.least = check_before(pipe, erasures, call.snapshot, keys, text_check, settings)
     call.fixed_shape = any(is_compiled(component) for component in denoising_components(pipe))
-    call.active = call.snapshot.active(call.sets, call.pictures, call.fixed_shape, call.least)
+    call.spelled = spelled_by(arguments.texts, keys, call.snapshot.banks, arguments.pictures_per_prompt)
+    call.active = call.snapshot.active(call.sets, call.pictures, call.fixed_shape, call.least, call.spelled)
     erasures.copy_to_devices(call.active)
 
 

@@ -16,6 +16,7 @@ from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.runtime.active import ActiveSet
 from sepme_diffusers.runtime.erased_sets import Key, Names, Strengths
+from sepme_diffusers.runtime.spelled import Spelled
 from sepme_diffusers.runtime.stack import ActiveStack, Stack
 from sepme_diffusers.runtime.vocabularies import Vocabularies
 from sepme_diffusers.text.names import some
@@ -214,7 +215,12 @@ class Snapshot:
         return {key: strengths[key] for key in self.names.shown if key in strengths}
 
     def active(
-        self, rows: Sequence[Strengths], pictures: int = 1, fixed_shape: bool = False, least: float = 0.0
+        self,
+        rows: Sequence[Strengths],
+        pictures: int = 1,
+        fixed_shape: bool = False,
+        least: float = 0.0,
+        spelled: Spelled = (),
     ) -> ActiveSet | None:
         """Return what acts on a batch with these sets, one for the whole batch or one per picture; None for nothing.
 
@@ -223,6 +229,7 @@ class Snapshot:
             pictures: How many pictures the record of gates tells apart.
             fixed_shape: See `Stacks.get`.
             least: See `ActiveStack`.
+            spelled: The concepts that the prompt of each picture spells.
         """
         asked = {key for strengths in rows for key in strengths}
         active: dict[str, ActiveStack] = {}
@@ -230,7 +237,7 @@ class Snapshot:
             stack = self.stacks.get(group, asked, fixed_shape)
             if stack is not None:
                 own = [{key: s for key, s in strengths.items() if key in stack.slices} for strengths in rows]
-                active[group] = ActiveStack(stack, stack.mask(own), pictures, least)
+                active[group] = ActiveStack(stack, stack.mask(own), pictures, least, stack.opened_for(spelled))
         held = {key for part in active.values() for key in part.stack.slices}
         if unheld := sorted(asked - held):
             raise KeyError(f"not loaded: {unheld}; loaded: {some(self.names.shown)}")

@@ -5,12 +5,13 @@
 A mask holds the strengths of the active increments, in one row for a whole batch or one row per picture. A mask of
 zeros changes nothing, exactly; the order in which increments were asked for cannot leave a trace. Neither can what
 else is loaded, which decides how many zeros are added up: sums are made in float64 and rounded once. `open` is 1 for
-the rows of an increment whose gate the prompt opens, and of one that has none, else 0.
+the rows of an increment whose gate the prompt opens, by what is read of it or because it spells the concept, and of
+one that has none, else 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,16 @@ class Stack:
                 values[offset + where.start : offset + where.stop] = [strength] * (where.stop - where.start)
         return torch.tensor(values, dtype=torch.float32, device="cpu").view(len(rows), 1, self.width)
 
+    def opened_for(self, pictures: Sequence[Collection[Any]]) -> Tensor | None:
+        """Return which gates are open whatever is read, (pictures, 1, K): of the increments named for each picture."""
+        if self.gates is None or not pictures:
+            return None
+        keys = list(self.slices)
+        opened = torch.zeros(len(pictures), 1, len(self.gates.squares.copies()[0]), dtype=torch.bool, device="cpu")
+        for picture, named in enumerate(pictures):
+            opened[picture, 0, [index for index, key in enumerate(keys) if key in named]] = True
+        return opened
+
 
 @dataclass(frozen=True, eq=False)
 class _Gates:
@@ -143,17 +154,22 @@ class ActiveStack:
         pictures: How many pictures the record tells apart.
         least: What a reading must exceed to count, as a share of ‖e‖ ‖a‖; more than rounding alone, where the text
             encoder is coarser than its numbers look.
+        open: The gates that are open whatever is read, (rows, 1, K); see `Stack.opened_for`.
     """
 
-    def __init__(self, stack: Stack, mask: Tensor, pictures: int = 1, least: float = 0.0) -> None:
+    def __init__(
+        self, stack: Stack, mask: Tensor, pictures: int = 1, least: float = 0.0, open: Tensor | None = None
+    ) -> None:
         self.stack, self.mask = stack, DeviceTensor(mask)
         self.least = DeviceTensor(torch.tensor(least, dtype=torch.float64, device="cpu"))
         members = 0 if stack.gates is None else len(stack.gates.squares.copies()[0])
         self.opened = DeviceTensor(torch.zeros(pictures, members, dtype=torch.bool, device="cpu"))
+        # Always a tensor, so that a compiled graph does not depend on it.
+        self.open = DeviceTensor(torch.zeros(1, 1, members, dtype=torch.bool, device="cpu") if open is None else open)
 
     def copy_to(self, device: torch.device) -> None:
         """Copy everything to a device, so that no pass has to."""
-        for part in (*self.stack.parts(), self.mask, self.least, self.opened):
+        for part in (*self.stack.parts(), self.mask, self.least, self.opened, self.open):
             part.on(device)
 
     def read(self, embedding: Tensor, pictures: int | None = None) -> Tensor:
@@ -181,7 +197,7 @@ class ActiveStack:
             seen = e @ a.T
             seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
             if stack.gates is not None:
-                gates = stack.gates.open(seen)
+                gates = stack.gates.open(seen) | _for_any_batch(self.open.on(device), batch, each)
                 self._record(gates.detach(), each)
                 seen = seen * (gates.to(a.dtype) @ stack.gates.members.on(device).T)
             return seen * _for_batch(self.mask.on(device), batch, each)
@@ -233,3 +249,10 @@ def _for_batch(mask: Tensor, batch: int, each: int) -> Tensor:
             "erased sets asked for"
         )
     return mask.repeat(batch // (len(mask) * each), 1, 1).repeat_interleave(each, dim=0)
+
+
+def _for_any_batch(open: Tensor, batch: int, each: int) -> Tensor:
+    """The open gates (rows, 1, K) for a batch, as `_for_batch`; where it holds other rows, what is open for any."""
+    if batch % (len(open) * each):
+        return open.any(dim=0, keepdim=True)
+    return _for_batch(open, batch, each)

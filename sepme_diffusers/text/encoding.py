@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepme_diffusers.text.alignment import aligned_rows
 from sepme_diffusers.text.concept import BLANK, Concept
 
 # The doors for which a pipeline encodes text.
@@ -122,9 +123,27 @@ class Encoded:
         """Where the embeddings are."""
         return self._pipe._execution_device
 
-    def anchors(self, concept: Concept) -> Tensor:
-        """Return the mean embedding of each pair's anchors, (n_pairs, n_tokens, d)."""
-        return torch.stack([self(prompts).mean(dim=0) for prompts in concept.anchors])
+    def anchors(self, concept: Concept) -> tuple[Tensor, Tensor]:
+        """Return what each token of a concept's prompts is mapped to, (n_pairs, n_tokens, d), and which tokens count.
+
+        The tokens of prompts and anchors are matched by words, see `aligned_rows`; of several anchors it is the mean.
+        A word that an anchor lacks has nothing to be mapped to: it does not count, (n_pairs, n_tokens) of bool.
+        """
+        pairs = [
+            self._anchor(prompt, anchors) for (prompt, _), anchors in zip(concept.pairs, concept.anchors, strict=True)
+        ]
+        return torch.stack([mapped for mapped, _ in pairs]), torch.stack([counted for _, counted in pairs])
+
+    def _anchor(self, prompt: str, anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+        own, mapped = self([prompt])[0], []
+        counted = torch.ones(len(own), dtype=torch.bool, device=own.device)
+        tokenizer = getattr(self._pipe, "tokenizer", None) if self.door == TOKENS else None
+        for anchor, embedding in zip(anchors, self(anchors), strict=True):
+            matched = aligned_rows(tokenizer, prompt, anchor, len(own))
+            lacking = torch.tensor([row is None for row in matched], device=own.device)
+            mapped.append(embedding[[0 if row is None else row for row in matched]].where(~lacking[:, None], own))
+            counted &= ~lacking
+        return torch.stack(mapped).mean(dim=0), counted
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Return {prompt: {door: embedding}}."""

@@ -14,12 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from sepme_diffusers.text.captions import SLOT, filled, slots_of
 from sepme_diffusers.text.names import some
 
-# "a {subject2}": an article if there is one, the slot, and which of the caption's words of that slot it is.
-_SLOT = re.compile(r"(?P<article>\b[Aa] )?\{(?P<numbered>(?P<slot>[a-z]+)\d*)\}")
-# A vowel that is heard: an owl and an hourglass, but a unicorn.
-_VOWEL = re.compile(r"(?!e[uw]|one\b|once\b|u(?:ni[^mn]|k|ra|se|su|to))[aeiou]|hour|hon(?:est|o)|heir", re.IGNORECASE)
 # A caption whose prompts were all there before is tried so often, and all captions in turn for so many rounds.
 _TRIES = 10
 _ROUNDS = 100
@@ -122,7 +119,7 @@ class Lexicon:
             if in_vain % _TRIES == 0:
                 caption = captions.draw()
             chosen = _chosen(caption, decks)
-            prompt = _filled(caption, chosen)
+            prompt = filled(caption, {slot: word for words in chosen.values() for slot, word in words.items()})
             if prompt not in made:
                 made.add(prompt)
                 in_vain = 0
@@ -189,9 +186,9 @@ def _texts(key: str, texts: Any) -> tuple[str, ...]:
 
 def _check_slots(caption: str, words: Mapping[str, Sequence[str]]) -> None:
     """Refuse a caption that cannot be filled."""
-    if set("{}") & set(_SLOT.sub("", caption)):
+    if set("{}") & set(SLOT.sub("", caption)):
         raise ValueError(f"captions: {caption!r} has a brace that is part of no slot; write slots like {{subject}}")
-    slots = Counter({match["numbered"]: match["slot"] for match in _SLOT.finditer(caption)}.values())
+    slots = Counter(slots_of(caption).values())
     for slot, count in slots.items():
         if slot not in words:
             raise ValueError(f"captions: {caption!r} has the unknown slot {slot!r}; there are {sorted(words)}")
@@ -236,10 +233,9 @@ class _Deck:
 def _chosen(caption: str, decks: Mapping[str, _Deck]) -> dict[str, dict[str, str]]:
     """Draw words for a caption: by slot, for each number that it has there, and no word twice."""
     chosen: dict[str, dict[str, str]] = {}
-    for match in _SLOT.finditer(caption):
-        words = chosen.setdefault(match["slot"], {})
-        if match["numbered"] not in words:
-            words[match["numbered"]] = _unlike(words.values(), decks[match["slot"]])
+    for slot, kind in slots_of(caption).items():
+        words = chosen.setdefault(kind, {})
+        words[slot] = _unlike(words.values(), decks[kind])
     return chosen
 
 
@@ -250,13 +246,3 @@ def _unlike(taken: Collection[str], deck: _Deck) -> str:
         skipped.append(word)
     deck.put_back(skipped)
     return word
-
-
-def _filled(caption: str, chosen: Mapping[str, Mapping[str, str]]) -> str:
-    """Put words in a caption's slots."""
-
-    def fill(match: re.Match[str]) -> str:
-        word, article = chosen[match["slot"]][match["numbered"]], match["article"] or ""
-        return (article.replace(" ", "n ") if _VOWEL.match(word) else article) + word
-
-    return _SLOT.sub(fill, caption)

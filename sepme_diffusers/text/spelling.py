@@ -84,7 +84,23 @@ def mentions(prompt: str, names: Iterable[str]) -> bool:
     return bool(_any_of(tuple(listed(names))).search(_plain(prompt)))
 
 
-@lru_cache(maxsize=64)
+def spells(prompt: str, names: Sequence[str]) -> bool:
+    """Tell whether a prompt has one of these names in it, perhaps in letters that look like those of the name.
+
+    Args:
+        prompt: The prompt.
+        names: The names.
+
+    Example:
+        >>> spells("a c\u0430t", ["cat"])  # with a Cyrillic letter
+        True
+    """
+    if mentions(prompt, names):
+        return True
+    return not prompt.isascii() and mentions(_skeleton(prompt.casefold()), [_skeleton(n.casefold()) for n in names])
+
+
+@lru_cache(maxsize=1024)
 def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
     """Make a pattern that finds any of these names in a plain text: one name is sought in thousands of prompts."""
     plain = filter(None, (_PLURAL.sub("", _plain(name)) for name in names))

@@ -241,7 +241,7 @@ def test_steps_to_the_stopping_rule_are_counted(runner, monkeypatch):
     few = {"n_images": 1, "batch_size": 1, "image_steps": 1, "max_steps": 12}
     paper = SepMEConfig.paper
     monkeypatch.setattr(SepMEConfig, "paper", lambda **settings: paper(**few, **settings))
-    figure = solving.stopping_steps(runner, ["neon"], SepMEConfig(solver="train", tolerance=0.9, **few))
+    figure = solving.stopping_steps(runner, ["neon"], SepMEConfig.linear(solver="train", tolerance=0.9, **few))
     assert 0 < number(figure.value) < 13
     assert figure.detail.split(": ")[1].startswith("neon 1")
 

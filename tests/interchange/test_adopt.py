@@ -34,7 +34,7 @@ def test_a_separable_eraser_comes_in_unchanged(format, method, pipe, text_bank, 
     path = tmp_path / ("l.safetensors" if format == "kohya" else "l")
     export_lora(text_bank, pipe, ["neon"], path, format=format)
     guards = text_bank["neon"].guards
-    adopted = from_lora(path, pipe, [NEON], guards=guards, method=method, config=SepMEConfig(ridge=1e-9))
+    adopted = from_lora(path, pipe, [NEON], guards=guards, method=method, config=SepMEConfig.linear(ridge=1e-9))
     pipe.load_sepme(text_bank)
     pipe.set_erased(["neon"])
     ours = latents(pipe, "a cat in the style of neon")
@@ -98,7 +98,7 @@ def test_soft_guards_hold_regular_prompts(edited, pipe):
     regular = rows(encode(pipe, ["a picture of a tiger", "a pig"]))
     moved = {}
     for soft in ((), ("a picture of a tiger", "a pig")):
-        entry = from_lora(edited, pipe, [NEON], soft_guards=soft)["neon"]
+        entry = from_lora(edited, pipe, [NEON], regular=soft)["neon"]
         deltas = entry.increment.delta_weights(projection_weights(pipe.unet))
         moved[bool(soft)] = float(sum((regular @ delta.detach().T).square().sum() for delta in deltas.values()))
     assert moved[True] < 0.1 * moved[False]
@@ -195,7 +195,7 @@ def test_an_sdxl_eraser_is_adopted_at_both_doors(format, method, xl, tmp_path):
     path = tmp_path / ("l" if format == "diffusers" else "l.safetensors")
     export = export_checkpoint if format == "single_file" else export_lora
     export(bank, pipe, ["neon"], path, format=format)
-    config = SepMEConfig(ridge=1e-9, reserve=0.1, rank=4)
+    config = SepMEConfig.linear(ridge=1e-9, reserve=0.1, rank=4)
     adopted = from_lora(path, pipe, [NEON], bank["neon"].guards, method=method, config=config)
     own, guards = "a cat in the style of neon", ["", "watermark", "cat"]
     before = latents(pipe, guards)
@@ -222,7 +222,7 @@ def test_an_eraser_of_the_pooled_embedding_is_not_lost_in_silence(xl):
         f"{name}.weight": weight.detach() + 0.05 * torch.randn(weight.shape, generator=generator)
         for name, weight in weights.items()
     }
-    entry = from_lora(edited, pipe, [NEON], ["watermark"], config=SepMEConfig(reserve=0.1))["neon"]
+    entry = from_lora(edited, pipe, [NEON], ["watermark"], config=SepMEConfig.linear(reserve=0.1))["neon"]
     assert entry.metrics["guard_damage_before"] > 0.05
     assert entry.metrics["guard_damage_after"] < 1e-5
     assert entry.metrics["leakage"] < 1e-5

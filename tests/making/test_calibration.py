@@ -45,10 +45,10 @@ def test_the_trainer_calibrates_by_its_soft_guards(pipe):
     )
     regular = ["a dog", "a big bus", "a red cat", "a house in the rain"]
     config = replace(CLOSED, rank=1, gate="calibrated", soft_guard_weight=3.0)
-    entry = SepMETrainer(pipe, config, soft_guards=regular).erase([concept])["cat"]
+    entry = SepMETrainer(pipe, config, regular=regular).erase([concept])["cat"]
     metrics, gate = entry.metrics, entry.increment.gate
     assert metrics["regular_reading"] < gate < metrics["own_reading"]
-    bank = SepMETrainer(pipe, config, soft_guards=regular).erase([concept])
+    bank = SepMETrainer(pipe, config, regular=regular).erase([concept])
     before, own = latents(pipe, regular[:2]), latents(pipe, "a old cat")
     pipe.load_sepme(bank)
     assert torch.equal(latents(pipe, regular[:2], erased=["cat"]), before)

@@ -96,7 +96,7 @@ def test_a_noisy_batch_serves_its_steps(pipe):
 
 
 def test_a_warm_start_is_the_closed_form(pipe):
-    closed = SepMETrainer(pipe, SepMEConfig(solver="closed_form", rank=8)).erase([CONCEPTS[0]])["neon"].increment
+    closed = SepMETrainer(pipe, SepMEConfig.linear(rank=8)).erase([CONCEPTS[0]])["neon"].increment
     basis = torch.linalg.svd(closed.A.double(), full_matrices=False).Vh
     weights = projection_weights(pipe.unet)
     for form in ("module", "text"):
@@ -109,7 +109,7 @@ def test_a_warm_start_is_the_closed_form(pipe):
 
 def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
     """Too weak or too strong, it starts nearer to the target; what erases nothing is left alone."""
-    closed = SepMETrainer(pipe, SepMEConfig(solver="closed_form", rank=8)).erase([WOODCUT])["woodcut"].increment
+    closed = SepMETrainer(pipe, SepMEConfig.linear(rank=8)).erase([WOODCUT])["woodcut"].increment
     basis = torch.linalg.svd(closed.A.double(), full_matrices=False).Vh
     left = []
     for strength in (0.3, 1.0, 2.0):

@@ -145,7 +145,7 @@ def test_soft_guards_hold_regular_prompts_at_the_pooled_door(xl, tmp_path):
     torch.testing.assert_close(SoftGuards.load(tmp_path / "soft.safetensors").pooled.double(), soft.pooled)
     config, moved = replace(CLOSED, soft_guard_weight=1000.0), []
     for guards in ((), prompts):
-        increment = SepMETrainer(xl, config, soft_guards=guards).erase(CONCEPTS[:1])["neon"].increment
+        increment = SepMETrainer(xl, config, regular=guards).erase(CONCEPTS[:1])["neon"].increment
         moved.append((edited(increment.doors["pooled"], regular) - regular).norm())
     assert moved[1] < 0.5 * moved[0]
 
@@ -155,7 +155,7 @@ def test_soft_guards_of_a_pipeline_without_the_door_are_refused(xl, pipe):
     soft = replace(SoftGuards.from_prompts(xl, ["a dog", "a fox"]), pooled=None)
     assert SoftGuards.from_prompts(pipe, ["a dog"]).pooled is None
     with pytest.raises(ValueError, match="made with a pipeline without the door 'pooled'"):
-        SepMETrainer(xl, CLOSED, soft_guards=soft).erase(CONCEPTS[:1])
+        SepMETrainer(xl, CLOSED, regular=soft).erase(CONCEPTS[:1])
 
 
 def test_a_gate_stands_at_the_pooled_door_too(xl):

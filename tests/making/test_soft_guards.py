@@ -50,7 +50,7 @@ def test_the_file_does_what_the_prompts_do(pipe, soft, tmp_path):
     config = CLOSED.__class__(solver="closed_form", rank=6)
     others = [prompt for prompt in PROMPTS if "neon" not in prompt.lower()]
     from_list, from_file = (
-        SepMETrainer(pipe, config, soft_guards=guards).erase([CONCEPTS[0]])["neon"].increment
+        SepMETrainer(pipe, config, regular=guards).erase([CONCEPTS[0]])["neon"].increment
         for guards in (covariance(rows(encode(pipe, others))), SoftGuards.load(tmp_path / "soft.safetensors"))
     )
     prompts = rows(encode(pipe, [*PROMPTS, *CONCEPTS[0].prompts]))
@@ -74,7 +74,7 @@ def test_bad_lists_are_refused(pipe, soft):
     with pytest.raises(TypeError, match="list of prompts"):
         SoftGuards.from_prompts(pipe, "a cat")
     with pytest.raises(TypeError, match="list of prompts"):
-        SepMETrainer(pipe, CLOSED, soft_guards="regular.safetensors")
+        SepMETrainer(pipe, CLOSED, regular="regular.safetensors")
     with pytest.raises(ValueError, match="at least one prompt"):
         SoftGuards.from_prompts(pipe, [])
     with pytest.raises(ValueError, match=r"symmetric.*\(2, 3\)"):

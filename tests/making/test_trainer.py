@@ -106,8 +106,8 @@ def test_soft_guards_are_moved_less(pipe):
     prompts = ["a dog", "a fox", "a bus"]
     moved = []
     for soft in ((), prompts):
-        config = SepMEConfig(solver="closed_form", rank=16, soft_guard_weight=1000.0)
-        increment = SepMETrainer(pipe, config, soft_guards=soft).erase([CONCEPTS[1]])["cat"].increment
+        config = SepMEConfig.linear(soft_guard_weight=1000.0)
+        increment = SepMETrainer(pipe, config, regular=soft).erase([CONCEPTS[1]])["cat"].increment
         moved.append((rows(encode(pipe, prompts)) @ increment.A.T @ increment.B.T).norm())
     assert moved[1] < 0.5 * moved[0]
 
@@ -127,7 +127,7 @@ def test_a_gated_increment_leaves_every_other_prompt_to_the_bit(pipe, config):
     regular = ["a picture of a house", "a dog", "neon", "a picture of a bus"]
     before, own = latents(pipe, regular), CONCEPTS[1].prompts
     soft = ["a dog", "a picture of a bus"]
-    trainers = {gate: SepMETrainer(pipe, replace(config, gate=gate), soft_guards=soft) for gate in (None, 0.9)}
+    trainers = {gate: SepMETrainer(pipe, replace(config, gate=gate), regular=soft) for gate in (None, 0.9)}
     made = {gate: trainer.erase([CONCEPTS[1]]) for gate, trainer in trainers.items()}
     assert made[0.9]["cat"].increment.gate > 0
     changed = {}

@@ -609,7 +609,7 @@ def test_true_stable_diffusion_1_shape(tmp_path):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     size = {"height": 64, "width": 64}
-    bank = SepMETrainer(pipe, SepMEConfig(solver="closed_form", rank=8), guards=["watermark"]).erase(CONCEPTS[:2])
+    bank = SepMETrainer(pipe, SepMEConfig.linear(rank=8), guards=["watermark"]).erase(CONCEPTS[:2])
     bank.save_pretrained(tmp_path / "bank", torch.float16)
     assert sum(file.stat().st_size for file in (tmp_path / "bank").glob("increments-*")) < 2 * 40_000
     before = {prompt: latents(pipe, prompt, **size) for prompt in ("", "watermark", "neon", "a cat in neon")}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sepme_diffusers import ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig, SepMEPipeline, SepMETrainer
 from sepme_diffusers.evaluation.bench import shapes
 from sepme_diffusers.evaluation.bench.processes import alone as in_a_process
 from sepme_diffusers.evaluation.bench.processes import peak_resident
@@ -24,7 +24,7 @@ from sepme_diffusers.text.encoding import encode
 pytestmark = pytest.mark.slow
 
 LATENT = 16
-CLOSED = SepMEConfig(solver="closed_form", rank=8)
+CLOSED = SepMEConfig.linear(rank=8)
 TWO_STEPS = {"batch_size": 1, "n_images": 1, "image_steps": 1, "min_steps": 2, "max_steps": 2}
 
 
@@ -49,10 +49,12 @@ def made_and_used(shape: str, dtype: torch.dtype, width: int, folder: Path) -> N
     """Encode, guard, closed form, two training steps, save, load, erase."""
     pipe = getattr(shapes, shape)(dtype, LATENT)
     assert encode(pipe, ["cat", ""]).shape == (2, 77, width)
-    bank = SepMETrainer(pipe, CLOSED, guards=["watermark"]).erase(["cat", "dog"])
+    bank = SepMETrainer(pipe, CLOSED, guards=["watermark"]).erase([Concept("cat"), Concept("dog")])
     seen = []
-    trainer = SepMETrainer(pipe, SepMEConfig(rank=8, **TWO_STEPS), ["watermark"], on_step=seen.append)
-    bank = trainer.erase(["fox"], bank)
+    trainer = SepMETrainer(
+        pipe, SepMEConfig.linear(solver="train", rank=8, **TWO_STEPS), ["watermark"], on_step=seen.append
+    )
+    bank = trainer.erase([Concept("fox")], bank)
     assert [step.step for step in seen] == [1, 2]
     assert 0 < seen[0].loss < float("inf")
     assert any(c.any() for c in bank["fox"].increment.C.values())
@@ -69,7 +71,7 @@ def read_from_one_file(folder: Path) -> None:
     source = shapes.sd15_shape(torch.bfloat16, LATENT)
     save_file(single_file_tensors(source), folder / "model.safetensors", {"format": "pt"})
     save_configs(source, folder / "configs")
-    bank = SepMETrainer(source, CLOSED, guards=["watermark"]).erase(["cat", "dog"])
+    bank = SepMETrainer(source, CLOSED, guards=["watermark"]).erase([Concept("cat"), Concept("dog")])
     expected = draw(source, "cat")
     del source
     pipe = SepMEPipeline.from_single_file(

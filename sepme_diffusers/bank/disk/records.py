@@ -115,25 +115,25 @@ class Shared:
 
 
 def wording(concept: Concept) -> dict[str, Any]:
-    """Give a concept's prompts with "{concept}" in the place of its name, so that many concepts can share them.
+    """Give a concept's kind, aliases and prompts with "{concept}" in the place of its name: many concepts share them.
 
-    Where a prompt has "{concept}" in it by itself, the prompts are given as they are, and `literal` says so.
+    Where a text has "{concept}" in it by itself, the texts are given as they are, and `literal` says so.
     """
     values = {key: value for key, value in concept.to_dict().items() if key != "name"}
     if any(SLOT in text for text in _texts(values)):
         return {**values, "literal": True}
-    return {key: _replaced(value, concept.name, SLOT) for key, value in values.items()}
+    return {key: value if key == "kind" else _replaced(value, concept.name, SLOT) for key, value in values.items()}
 
 
 def worded(name: str, values: Mapping[str, Any]) -> Concept:
-    """Make the concept of which `wording` gave the prompts.
+    """Make the concept of which `wording` gave the rest.
 
     Raises:
-        ValueError: If they are not a concept's.
+        ValueError: If it is not a concept's.
     """
     values = dict(values)
     if not values.pop("literal", False):
-        values = {key: _replaced(value, SLOT, name) for key, value in values.items()}
+        values = {key: value if key == "kind" else _replaced(value, SLOT, name) for key, value in values.items()}
     return Concept.from_dict({"name": name, **values})
 
 

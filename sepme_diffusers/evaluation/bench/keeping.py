@@ -107,7 +107,7 @@ def bank_of(size: int) -> ConceptBank:
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(size, 1, WIDTH, generator=draw).half(), torch.randn(size, WIDTH, 1, generator=draw).half()
     guards = GuardSet((BLANK, "watermark"), tuple(map(name, range(size))))
-    config = SepMEConfig(solver="closed_form", rank=1)
+    config = SepMEConfig.linear(rank=1)
     templates, without = ["{concept}", "a picture of {concept}"], ["", "a picture"]
     figures = {"reach": 0.91, "dimensions_left": 189, "own_reading": 12.34, "regular_reading": 0.1234}
     entries = (

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.bank.entry import BaseModel
 from sepme_diffusers.bank.fingerprint import Encoding
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.processes import alone, peak_resident
 from sepme_diffusers.evaluation.bench.runner import Runner
-from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
-from sepme_diffusers.making.calibration import distinct_rows
+from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.making.calibration import RegularRows
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import NAMES_AT_A_TIME, Guards
 from sepme_diffusers.making.maker import bank_from_embeddings
@@ -96,10 +97,10 @@ def make_many(
     text = SyntheticText(n_tokens, d)
     # After the concepts' own words there are those of regular prompts, and the anchors'.
     regular = torch.cat([text.prompts(size + n, 1 + n % N_PROMPTS) for n in range(N_REGULAR)])
-    regular_rows = distinct_rows(regular)
-    soft = regular_rows.double().T @ regular_rows.double() / len(regular_rows)
+    regular_rows = RegularRows.of(regular)
+    soft = covariance(regular_rows.rows)
     hard = text.blank()
-    config = SepMEConfig(solver="closed_form", rank=1, gate=CALIBRATED)
+    config = SepMEConfig(soft_guard_weight=300.0)
     guards = Guards([BLANK], hard, config)
     problem = Problem(guards, lambda _: soft, regular=lambda _: regular_rows)
     base = BaseModel("synthetic text", {TOKENS: Encoding(d, n_tokens)})

@@ -38,7 +38,7 @@ def hundred_concepts(runner: Runner) -> Iterator[Figure]:
 @measure("<= 0.3 x", "the paper's full basis")
 def steps_to_stop(runner: Runner) -> Iterator[Figure]:
     """Count the training steps until the stopping rule on the built-in model."""
-    yield stopping_steps(runner, ("neon", "woodcut", "mosaic"), SepMEConfig(solver="closed_form+train"))
+    yield stopping_steps(runner, ("neon", "woodcut", "mosaic"), SepMEConfig.linear(solver="closed_form+train"))
 
 
 def against_elimination(runner: Runner, part: Tensor, whole: Tensor) -> Figure:
@@ -60,7 +60,7 @@ def against_elimination(runner: Runner, part: Tensor, whole: Tensor) -> Figure:
 def closed_forms(runner: Runner, names: Sequence[str]) -> Figure:
     """Time the increments of these concepts in closed form and a fused edit of them by UCE."""
     concepts = [Concept(name) for name in names]
-    config = SepMEConfig(solver="closed_form", rank=8)
+    config = SepMEConfig.linear(rank=8)
     acts = {
         "ours": lambda: SepMETrainer(runner.large, config).erase(concepts),
         "uce": lambda: uce(runner.large, concepts, [BLANK]),

@@ -119,7 +119,7 @@ def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
 def single_steps(count: int, full: bool = False) -> SepMEConfig:
     """Configure so many steps of one picture each, as in the authors' code; on the paper's full basis where asked."""
     few: dict[str, Any] = {"batch_size": 1, "n_images": 1, "image_steps": 1, "min_steps": count, "max_steps": count}
-    return SepMEConfig.paper(**few) if full else SepMEConfig(**few)
+    return SepMEConfig.paper(**few) if full else SepMEConfig.linear(**({"solver": "train"} | few))
 
 
 def paper_step(pipe: Any, edited: torch.nn.Module, freeze: bool) -> PaperStep:

@@ -82,7 +82,7 @@ def erase_live(pipe: Any, on_step: Callable[[Step], None] | None = None) -> tupl
     orders: tuple[tuple[str, Solver, tuple[str, ...]], ...]
     orders = ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ()))
     for style, solver, others in orders:
-        config = SepMEConfig(solver=solver)
+        config = SepMEConfig.linear(solver=solver)
         started = time.perf_counter()
         trainer = SepMETrainer(pipe, config, GUARDS, regular_for_styles(style), others, on_step)
         bank = trainer.erase([style_concept(style)], bank)

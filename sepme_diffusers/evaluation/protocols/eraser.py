@@ -27,8 +27,8 @@ _GATED = SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=100.0, gain
 GATED: dict[Kind, SepMEConfig] = {"styles": _GATED, "objects": replace(_GATED, gate=0.42)}
 # Without gates, as a LoRA: acts on every prompt in proportion to what it reads.
 LINEAR: dict[Kind, SepMEConfig] = {
-    "styles": SepMEConfig(solver="closed_form"),
-    "objects": SepMEConfig(solver="closed_form", rank=1, soft_guard_weight=30.0, name_weight=0.0),
+    "styles": SepMEConfig.linear(),
+    "objects": SepMEConfig.linear(rank=1, soft_guard_weight=30.0, name_weight=0.0),
 }
 
 

@@ -79,7 +79,9 @@ class VariantMaker:
             settings: Fields of SepMEConfig.
         """
         concepts = [_against_blank(concept) for concept in self.concepts] if against_blank else self.concepts
-        trainer = SepMETrainer(self.pipe, SepMEConfig(**settings), GUARDS, self.soft, BANKED_STYLES, self.on_step)
+        trainer = SepMETrainer(
+            self.pipe, SepMEConfig.linear(**settings), GUARDS, self.soft, BANKED_STYLES, self.on_step
+        )
         bank = trainer.erase(concepts)
         return Edit(bank, sum(entry.metrics.get("steps", 0) for entry in bank.values()))
 

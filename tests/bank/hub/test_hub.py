@@ -155,7 +155,7 @@ def test_one_more_concept_on_ten_thousand_uploads_four_files_and_six_megabytes_a
     torch.manual_seed(0)
     names = [f"synthetic concept {number}" for number in range(10_000)]
     guards = GuardSet(("", "watermark"), tuple(names))
-    config = SepMEConfig(solver="closed_form", rank=1, gain=1.0, gate=0.5)
+    config = SepMEConfig(soft_guard_weight=300.0, gain=1.0, gate=0.5)
 
     def synthetic(name: str) -> Entry:
         a, b = torch.randn(1, 768), torch.randn(768, 1)
