@@ -18,6 +18,12 @@ from sepme_diffusers import Concept, ConceptBank, SepMEPipeline, SepMETrainer, p
 from small import CLOSED, CONCEPTS, TRAIN, random_pipeline
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kept_prompts(tmp_path_factory):
+    """What is encoded of regular prompts is kept for one run of the tests, also by processes that they start."""
+    os.environ["SEPME_CACHE"] = str(tmp_path_factory.mktemp("regular"))
+
+
 @pytest.fixture
 def pipe() -> SepMEPipeline:
     return random_pipeline()
@@ -51,3 +57,9 @@ def graphs():
     torch.compiler.reset()
     yield GraphCounter()
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def pocket_trainer() -> SepMETrainer:
+    """A trainer of the built-in model with nothing tuned: what a user gets."""
+    return SepMETrainer(SepMEPipeline.from_pretrained(pocket.path()))

@@ -227,6 +227,11 @@ class SepMETrainer:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
         names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
+        for concept in given:
+            if taken := [alias for alias in concept.aliases if alias in bank]:
+                raise ValueError(
+                    f"{taken} cannot be aliases of {concept.name!r}: the bank has concepts of these names"
+                )
         worded = [self._worded(concept, names) for concept in given]
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in worded for group in (concept.prompts, *concept.anchors) for p in group]

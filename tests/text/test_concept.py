@@ -15,6 +15,47 @@ def test_bare_name_is_the_papers_choice():
     assert concept.anchors == (("",),)
 
 
+def test_the_papers_choice_by_name():
+    assert Concept.paper("Van Gogh") == Concept("Van Gogh")
+
+
+def test_a_concept_of_a_kind_has_no_prompts_until_a_text_encoder_is_known():
+    concept = Concept.style("Van Gogh", aliases=["Vincent van Gogh"])
+    assert (concept.kind, concept.aliases, concept.pairs) == ("style", ("Vincent van Gogh",), ())
+    assert [Concept.object("gun").kind, Concept.person("x").kind, Concept.content("nudity").kind] == [
+        "object",
+        "person",
+        "content",
+    ]
+
+
+def test_a_bare_name_without_a_kind_is_refused_with_the_calls():
+    with pytest.raises(ValueError, match=r"erase\(\['Van Gogh'\], kind='style'\).*Concept.paper\('Van Gogh'\)"):
+        as_concepts(["Van Gogh"])
+    assert as_concepts(["Van Gogh"], "style") == [Concept.style("Van Gogh")]
+
+
+@pytest.mark.parametrize("aliases", [("",), ("Vincent", "vincent"), ("VAN GOGH",), ("a\nb",)])
+def test_unusable_aliases_are_refused(aliases):
+    with pytest.raises(ValueError, match=r"alias of 'Van Gogh' needs|names given twice"):
+        Concept.style("Van Gogh", aliases=aliases)
+
+
+def test_an_alias_that_names_another_concept_is_refused():
+    with pytest.raises(ValueError, match=r"\['dog'\] cannot be aliases of 'cat'"):
+        as_concepts([Concept.object("cat", aliases=["dog"]), Concept.object("Dog")])
+
+
+def test_only_a_concepts_own_names_are_spelled():
+    with pytest.raises(ValueError, match=r"'nudity' is not called \['cat'\]"):
+        Concept("nudity", kind="content", aliases=("nude",), spelled=("cat",))
+
+
+def test_a_concept_of_a_kind_is_read_back():
+    concept = Concept("nudity", kind="content", aliases=("nude", "bare"), spelled=("nudity", "nude"))
+    assert Concept.from_dict(concept.to_dict()) == concept
+
+
 def test_template_pairs_each_prompt_with_itself_without_the_concept():
     concept = Concept.from_template("neon", ["{concept} cat", "a dog in {concept}"], ["cat", "a dog"])
     assert concept.pairs == (("neon cat", "cat"), ("a dog in neon", "a dog"))
@@ -75,7 +116,7 @@ def test_one_string_is_not_a_list_of_letters():
 
 def test_a_concept_twice_is_refused():
     with pytest.raises(ValueError, match="given twice: \\['neon'\\]"):
-        as_concepts(["neon", Concept("neon")])
+        as_concepts(["neon", Concept("neon")], "style")
 
 
 def test_encode_gives_what_the_unet_reads(pipe):

@@ -121,8 +121,11 @@ class Kind(BaseModel, frozen=True, extra="forbid", strict=True):
         for template in self.templates:
             yield from slots_of(template.prompt).values()
 
+    def _each_known_has_others(self, slot: str) -> bool:
+        return slot == OTHER and bool(self.known) and all(said.other for said in self.known.values())
+
     def _has_words(self, slot: str) -> bool:
-        return bool(self.words.get(slot)) or (slot == OTHER and all(said.other for said in self.known.values()))
+        return bool(self.words.get(slot)) or self._each_known_has_others(slot)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Kind:

@@ -99,7 +99,7 @@ class _Reader:
         """Tell whether a prompt is not cut."""
         if self.tokenizer is None:
             return True
-        return len(self.tokenizer(text).input_ids) <= self.tokenizer.model_max_length
+        return len(self.tokenizer(text, verbose=False).input_ids) <= self.tokenizer.model_max_length
 
 
 def _usable(templates: Sequence[Template], name: str, reader: _Reader) -> tuple[list[Template], dict[str, str]]:

@@ -1,0 +1,94 @@
+"""The prompts in which a concept shows, for one text encoder."""
+
+import pytest
+from transformers import CLIPTokenizer
+
+from sepme_diffusers import Concept
+from sepme_diffusers.making.calibration import made_for
+from sepme_diffusers.making.kinds import find_kind
+from sepme_diffusers.making.kinds.wording import word_concept
+from sepme_diffusers.text.encoding import Encoded
+from sepme_diffusers.text.spelling import mentions
+
+
+def worded(concept, tokenizer=None, **settings):
+    return word_concept(concept, find_kind(concept.kind), tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [Concept.style("Van Gogh"), Concept.object("gun"), Concept.person("Ada Lovelace"), Concept.content("nudity")],
+)
+def test_every_prompt_names_the_concept_and_no_other_text_does(concept):
+    found = worded(concept).concept
+    names = (found.name, *found.aliases)
+    assert len(found.pairs) >= 90
+    assert all(mentions(prompt, names) for prompt in found.prompts)
+    assert not any(mentions(without, names) for _, without in found.pairs)
+    assert not any(mentions(anchor, names) for anchors in found.anchors for anchor in anchors)
+
+
+def test_held_out_prompts_have_templates_and_words_of_their_own():
+    found = worded(Concept.style("Van Gogh")).concept
+    made = set(made_for(len(found.pairs)))
+    withouts = [without for _, without in found.pairs]
+    solved = {withouts[index] for index in made}
+    assert len(made) == pytest.approx(0.8 * len(withouts), abs=1)
+    assert not solved & {text for index, text in enumerate(withouts) if index not in made and text}
+
+
+def test_aliases_take_half_of_the_prompts():
+    found = worded(Concept.style("Van Gogh", aliases=["VG"])).concept
+    own = [prompt for prompt in found.prompts if mentions(prompt, ["Van Gogh"])]
+    assert 0.4 < len(own) / len(found.prompts) < 0.9
+    assert any(mentions(prompt, ["VG"]) for prompt in found.prompts)
+
+
+def test_a_style_becomes_the_prompt_without_it():
+    found = worded(Concept.style("Van Gogh"))
+    assert found.anchor is None
+    assert found.concept.anchors == tuple((without,) for _, without in found.concept.pairs)
+
+
+def test_an_object_becomes_the_nearest_other(pocket_pipe):
+    """In the same wording; never another concept that is erased."""
+    concept, kind = Concept.object("pig"), find_kind("object", pocket_pipe)
+    encoded = Encoded(pocket_pipe)
+    first = word_concept(concept, kind, pocket_pipe.tokenizer, encoded)
+    assert all(mentions(anchors[0], [first.anchor]) for anchors in first.concept.anchors)
+    second = word_concept(concept, kind, pocket_pipe.tokenizer, encoded, avoid=[first.anchor])
+    assert second.anchor not in (first.anchor, "pig")
+    own, near, far = encoded(["a pig", f"a {first.anchor}", f"a {second.anchor}"]).flatten(1)
+    assert (own - near).norm() <= (own - far).norm()
+
+
+def test_templates_that_the_text_encoder_spells_letter_by_letter_are_left_out(pocket_pipe):
+    """The built-in tokenizer does not know "painting"; it is told, and what is left is used."""
+    found = worded(Concept.style("neon"), pocket_pipe.tokenizer)
+    assert any("letter by letter" in reason for reason in found.left_out.values())
+    assert not any("painting" in prompt for prompt in found.concept.prompts)
+    longest = max(len(pocket_pipe.tokenizer(prompt).input_ids) for prompt in found.concept.prompts)
+    assert longest <= pocket_pipe.tokenizer.model_max_length
+
+
+def test_too_few_templates_are_refused(tmp_path):
+    words = {chr(letter): letter - 96 for letter in range(97, 123)}
+    vocabulary = {"<|startoftext|>": 0, **words, **{f"{c}</w>": n + 26 for c, n in words.items()}, "<|endoftext|>": 53}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=6)
+    with pytest.raises(ValueError, match=r"reads \d for 'Van Gogh', and 4 are the fewest; left out"):
+        worded(Concept.style("Van Gogh"), tokenizer)
+
+
+def test_words_that_name_the_concept_are_not_used():
+    assert not any("window" in without.split() for _, without in worded(Concept.object("window")).concept.pairs)
+
+
+def test_only_unambiguous_words_of_a_content_are_spelled():
+    found = worded(Concept.content("nudity", aliases=["my word"])).concept
+    assert {"nudity", "my word"} <= set(found.spellings)
+    assert "naked" in found.aliases
+    assert "naked" not in found.spellings
+
+
+def test_the_same_prompts_every_time():
+    assert worded(Concept.object("gun")) == worded(Concept.object("gun"))
