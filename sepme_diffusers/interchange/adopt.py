@@ -21,6 +21,7 @@ from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.interchange.weight_change import Source, WeightChange, read_change
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.kinds.wording import described
 from sepme_diffusers.making.measure import LeakageMeter
 from sepme_diffusers.making.soft_guards import SoftGuards, as_soft_guards
 from sepme_diffusers.making.trainer import SepMETrainer
@@ -43,6 +44,7 @@ def from_lora(
     config: SepMEConfig | None = None,
     method: Method = "imitate",
     difference: bool = False,
+    kind: str | None = None,
 ) -> ConceptBank:
     """Make a bank from an eraser of another method: a LoRA, or edited weights (ESD, UCE, MACE ...).
 
@@ -69,6 +71,7 @@ def from_lora(
             does. "project" takes ΔW NᵀN: what the eraser does to any prompt, less what the guards have in common with
             it, which weakens it on the concept too.
         difference: The source's weights are differences, not edited weights.
+        kind: Of bare names, see `SepMETrainer.erase`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,12 +82,12 @@ def from_lora(
         >>> from sepme_diffusers import SepMEPipeline, export_lora, from_lora, pocket
         >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
         >>> file = export_lora(pocket.bank("styles"), pipe, ["neon"], "neon.safetensors", format="kohya")
-        >>> list(from_lora(file, pipe, ["neon"]))
+        >>> list(from_lora(file, pipe, ["neon"], kind="style"))
         ['neon']
     """
     if method not in get_args(Method):
         raise ValueError(f"no method {method!r}; choose one of {list(get_args(Method))}")
-    adopted = as_concepts(concepts)
+    adopted = as_concepts(concepts, kind)
     config = config or SepMEConfig.linear()
     if config.is_calibrated:
         raise ValueError("an eraser is imitated as it is, and nothing is calibrated: use SepMEConfig.linear()")
@@ -104,9 +107,10 @@ def from_lora(
             f"{[*change.further, *change.outside][:3]}"
         )
     names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
+    worded = [described(concept, pipe, Encoded(pipe), names) for concept in adopted]
     soft = cast("SoftGuards | None", as_soft_guards(pipe, regular))
     parts = _parts(change, pipe, tuple(dict.fromkeys((BLANK, *guards))), names, soft, config)
-    entries = [_entry(concept, parts, change, method) for concept in adopted]
+    entries = [replace(_entry(each.concept, parts, change, method), concept=each.kept) for each in worded]
     return bank.with_entries(entries)
 
 

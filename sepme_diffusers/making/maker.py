@@ -39,7 +39,7 @@ def entry_of(plan: Plan, increment: Increment, metrics: Mapping[str, Any] | None
     known = {"dimensions_left": plan.dimensions_left, "reach": plan.reach, **readings, **(metrics or {})}
     adapter = None if plan.adapter is None else as_increment(plan.adapter)
     finished = replace(gated, doors=plan.doors)
-    return Entry(plan.concept.unworded, finished, plan.config, problem.guard_set(), known, adapter)
+    return Entry(plan.concept, finished, plan.config, problem.guard_set(), known, adapter)
 
 
 def measured(

@@ -20,7 +20,7 @@ from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.making.calibration import RegularRows, made_for
 from sepme_diffusers.making.kinds.kind import Kind
-from sepme_diffusers.making.kinds.registry import find_kind, model_folder
+from sepme_diffusers.making.kinds.registry import find_kind, has_kind, model_folder
 from sepme_diffusers.making.kinds.wording import word_concept
 from sepme_diffusers.making.soft_guards import SoftGuards, is_about
 from sepme_diffusers.text.concept import Concept
@@ -177,7 +177,7 @@ class Regular:
 
     def neighbours(self, concept: Concept) -> tuple[str, ...]:
         """Return the names of the same sort that the text encoder reads most like the concept's, the nearest first."""
-        kind = None if concept.kind is None else find_kind(concept.kind, self._pipe)
+        kind = find_kind(str(concept.kind), self._pipe) if has_kind(concept.kind, self._pipe) else None
         if self._lexicon is None or kind is None or kind.neighbours is None:
             return ()
         own = (concept.name, *concept.aliases)
@@ -190,10 +190,10 @@ class Regular:
 
     def _near(self, concept: Concept) -> list[str]:
         """Prompts that show the concept's neighbours."""
-        if concept.kind is None:
+        if not has_kind(concept.kind, self._pipe):
             return []
         if concept != self._prompts_near[0]:
-            kind = find_kind(concept.kind, self._pipe)
+            kind = find_kind(str(concept.kind), self._pipe)
             prompts = (_prompts(name, kind, self._pipe) for name in self.neighbours(concept))
             self._prompts_near = concept, [p for of_name in prompts for p in of_name if not is_about(p, concept)]
         return self._prompts_near[1]

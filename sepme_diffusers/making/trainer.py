@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers.utils import logging
 from PIL import Image
@@ -24,8 +24,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.distribute import shared_out
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import NAMES_AT_A_TIME, Capacity, Guards
-from sepme_diffusers.making.kinds.registry import find_kind
-from sepme_diffusers.making.kinds.wording import Worded, word_concept
+from sepme_diffusers.making.kinds.wording import Worded, described
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.maker import entry_of, measured
 from sepme_diffusers.making.measure import Embeddings, LeakageMeter
@@ -232,20 +231,12 @@ class SepMETrainer:
                 raise ValueError(
                     f"{taken} cannot be aliases of {concept.name!r}: the bank has concepts of these names"
                 )
-        worded = [self._worded(concept, names) for concept in given]
+        self._wordings |= {c.name: described(c, self.pipe, self._encoded, names) for c in given}
+        worded = [self._wordings[concept.name].concept for concept in given]
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in worded for group in (concept.prompts, *concept.anchors) for p in group]
         self._encoded.prefetch([*self.guards, *names, *texts, *(w for c in worded for _, w in c.pairs)])
         return worded, self._problem(names), bank
-
-    def _worded(self, concept: Concept, names: Sequence[str]) -> Concept:
-        """Describe a concept by the prompts of its kind, unless it brings prompts of its own."""
-        if concept.pairs:
-            return concept
-        kind, others = find_kind(cast(str, concept.kind), self.pipe), [name for name in names if name != concept.name]
-        worded = word_concept(concept, kind, getattr(self.pipe, "tokenizer", None), self._encoded, others)
-        self._wordings[concept.name] = worded
-        return worded.concept
 
     def _problem(self, names: Sequence[str]) -> Problem:
         """The closed form's problem for concepts that are guarded on these names, at every door."""
@@ -326,16 +317,15 @@ class SepMETrainer:
             self._state(plans, pictures) if self._solver.trains else None,
         )
         solutions = zip(plans, self._solver.solve(task), strict=True)
-        return [
+        entries = (
             entry_of(plan, solution.increment, {**solution.metrics, **self._said(plan.concept)})
             for plan, solution in solutions
-        ]
+        )
+        return [replace(entry, concept=self._wordings[entry.concept.name].kept) for entry in entries]
 
     def _said(self, concept: Concept) -> dict[str, Any]:
         """What the wording of a concept says of it: what takes its place, and what is kept beside it."""
-        worded = self._wordings.get(concept.name)
-        if worded is None:
-            return {}
+        worded = self._wordings[concept.name]
         anchor = {} if worded.anchor is None else {"anchor": worded.anchor}
         near = self._regular.neighbours(concept)
         return {**anchor, **({"nearest": list(near)} if near else {}), "templates_left_out": len(worded.left_out)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sepme_diffusers.text.names import listed
@@ -152,11 +152,6 @@ class Concept:
     def spellings(self) -> tuple[str, ...]:
         """The names by which a prompt spells the concept."""
         return (self.name, *self.aliases) if self.spelled is None else self.spelled
-
-    @property
-    def unworded(self) -> Concept:
-        """The concept without prompts, if those of its kind are its prompts."""
-        return self if self.kind is None else replace(self, pairs=(), anchors=())
 
     def to_dict(self) -> dict[str, Any]:
         """Give a dict of plain values that `from_dict` reads back, without what follows from the rest."""

@@ -43,6 +43,11 @@ def find_kind(kind: Kind | str | Path, pipe: Any = None) -> Kind:
     return _of_package(kind)
 
 
+def has_kind(kind: str | None, pipe: Any) -> bool:
+    """Tell whether the model's folder or the package has a kind of this name."""
+    return kind is not None and (kind in kind_names() or (model_folder(pipe) / FOLDER / f"{kind}.json").is_file())
+
+
 def model_folder(pipe: Any) -> Path:
     """Return the folder that a pipeline was loaded from; a folder that does not exist for one from elsewhere."""
     config = getattr(pipe, "config", None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from sepme_diffusers.making.kinds.kind import NAME, OTHER, Kind, Template
+from sepme_diffusers.making.kinds.registry import find_kind
 from sepme_diffusers.text.captions import SLOT, filled, slots_of
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.spelling import mentions
@@ -30,13 +31,36 @@ class Worded:
 
     Args:
         concept: With pairs and anchors, and with the aliases that are known of it.
+        kept: What a bank keeps of it: without prompts that follow from its kind.
         anchor: What takes its place; None where nothing does.
         left_out: {template: why the text encoder cannot read it}.
     """
 
     concept: Concept
-    anchor: str | None
-    left_out: Mapping[str, str]
+    kept: Concept
+    anchor: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def described(concept: Concept, pipe: Any, embed: Embed | None, avoid: Collection[str] = ()) -> Worded:
+    """Describe a concept by the prompts that it brings, or by those of its kind.
+
+    Args:
+        concept: The concept.
+        pipe: The pipeline whose text encoder is to read them.
+        embed: See `word_concept`.
+        avoid: See there; its own name does not count.
+
+    Raises:
+        ValueError: See there; or if there is no such kind.
+    """
+    if concept.pairs:
+        return Worded(concept, concept)
+    kind, others = find_kind(str(concept.kind), pipe), [name for name in avoid if name != concept.name]
+    named = replace(concept, kind=kind.kind)
+    worded = word_concept(named, kind, getattr(pipe, "tokenizer", None), embed, others)
+    # Of a kind in a file nobody else has the prompts.
+    return worded if kind.kind == concept.kind else replace(worded, kept=worded.concept)
 
 
 def word_concept(
@@ -77,7 +101,8 @@ def word_concept(
     if spelled is not None:
         given = (concept.name, *concept.aliases)
         spelled = tuple(name for name in names if name in given or name in spelled)
-    return Worded(replace(concept, aliases=names[1:], spelled=spelled, **prompts), anchor, left_out)
+    kept = replace(concept, aliases=names[1:], spelled=spelled)
+    return Worded(replace(kept, **prompts), kept, anchor, left_out)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_a_faulty_file_is_refused_with_its_name_and_the_key(tmp_path, changes, s
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ValueError, match="x.json is no kind of concepts"):
+    with pytest.raises(ValueError, match=r"x\.json is no kind of concepts"):
         Kind.from_file(tmp_path / "x.json")
 
 
