@@ -12,8 +12,8 @@ from sepme_diffusers.evaluation.baselines.uce import uce
 from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.pictures import generate
-from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
-from sepme_diffusers.pocket.vocabulary import STYLES
+from sepme_diffusers.evaluation.protocols.erasures import concepts_of, preserved_prompts
+from sepme_diffusers.pocket.vocabulary import STYLES, TEST_OBJECTS
 
 
 def main(style: str = "neon", seed: int = 0) -> None:
@@ -40,7 +40,7 @@ def main(style: str = "neon", seed: int = 0) -> None:
         typer.echo(f"{label}: {style} {erased}, others {kept} moved by {moved:.1f}, guards by at most {guards}")
 
     report("original")
-    concept, preserved = style_concept(style), regular_for_styles(style)
+    [concept], preserved = concepts_of(pipe, "styles", [style]), preserved_prompts(pipe, [style])
     edited, plain = uce(pipe, [concept], preserved), {k: t.clone() for k, t in pipe.unet.state_dict().items()}
     pipe.unet.load_state_dict({**plain, **edited})
     report("UCE")

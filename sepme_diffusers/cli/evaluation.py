@@ -48,11 +48,10 @@ def scenes(
     with _progress(sum(1 + len(numbers) for numbers in chosen.values())) as advance:
         from sepme_diffusers.evaluation import report
         from sepme_diffusers.evaluation.protocols import scene_report
-        from sepme_diffusers.evaluation.protocols.eraser import GATED, LINEAR
         from sepme_diffusers.evaluation.protocols.scenes import SceneRunner
 
         for kind, numbers in chosen.items():
-            runner = SceneRunner(kind, seed, pictures, steps, GATED if gates else LINEAR)
+            runner = SceneRunner(kind, seed, pictures, steps, gates)
             moments = [moment for number in numbers for moment in _played(runner, number, output, settings, advance)]
             advance(f"{kind}: six erased, more pictures", 0)
             six = runner.six_erased()
@@ -97,7 +96,7 @@ def many(
         from sepme_diffusers.evaluation.baselines.registry import BASELINES
         from sepme_diffusers.evaluation.pictures import built_in
         from sepme_diffusers.evaluation.protocols import any_six, half_of_all
-        from sepme_diffusers.evaluation.protocols.eraser import LINEAR
+        from sepme_diffusers.evaluation.protocols.erasures import without_gates
         from sepme_diffusers.evaluation.report import bars_table
 
         pipe = built_in()
@@ -109,7 +108,7 @@ def many(
         advance("half of all objects erased", 1)
         separate, restored = half.separate(bank), half.restored_change(bank, built_in())
         advance("half of all objects erased, without gates", 1)
-        linear = half.separate(half.bank(LINEAR), "separate increments, without gates")
+        linear = half.separate(without_gates(bank), "separate increments, without gates")
         advance("half of all objects: UCE", 1)
         baseline, tries = half.baseline(BASELINES["UCE"], lambda name: advance(name, 0))
         advance("making one bank of all objects and styles", 1)
@@ -152,12 +151,12 @@ def variants(
             advance(name, 1)
         tables = [variant_runner.table(rows), variant_runner.measures_table(rows)]
         if not only:
-            advance("the closed form on another UNet", 0)
-            bank = cast("ConceptBank", maker.bank(solver="closed_form").product)
+            advance("the default on another UNet", 0)
+            bank = cast("ConceptBank", VARIANTS["the default"](maker).product)
             transferred = variant_runner.transfer(pipe, bank, seed, 2 * pictures, steps)
             bars = bars_table("Bars", variant_runner.transfer_bars(transferred))
             tables += [variant_runner.transfer_table(transferred), bars]
-            advance("the closed form on another UNet", 1)
+            advance("the default on another UNet", 1)
     _finish(output, "variants", "Variants", *tables)
 
 

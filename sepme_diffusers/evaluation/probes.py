@@ -9,7 +9,6 @@ from math import gcd, lcm
 from typing import Literal
 
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import TEST_OBJECTS
 
 Kind = Literal["styles", "objects"]
 
@@ -59,7 +58,7 @@ def probe(
         word: What to call it in the prompts. Default: its name.
     """
     own = {"styles": words.STYLES, "objects": words.OBJECTS}[kind]
-    others = TEST_OBJECTS if kind == "styles" else tuple(words.STYLES)
+    others = words.TEST_OBJECTS if kind == "styles" else tuple(words.STYLES)
     start = 5 * list(own).index(name)  # so that names do not all meet the same few others
     styles, objects, prompts = [], [], []
     for index in range(n):
@@ -74,7 +73,7 @@ def probe(
     return Probe(tuple(prompts), tuple(styles), tuple(objects), tuple(range(seed, seed + n)))
 
 
-def plain_probe(n: int, seed: int, among: Sequence[str] = TEST_OBJECTS) -> Probe:
+def plain_probe(n: int, seed: int, among: Sequence[str] = words.TEST_OBJECTS) -> Probe:
     """Write n prompts for objects in no style; by default of objects that no style edit sees."""
     stride = _coprime(len(among), 7)
     objects = tuple(among[(stride * index) % len(among)] for index in range(n))

@@ -143,6 +143,7 @@ class Regular:
         self._means: dict[str, Tensor] = {}
         # Of the last concept that was asked for.
         self._costs: tuple[Any, Tensor | None] = (None, None)
+        self._prompts: dict[tuple[str, str], Sequence[str]] = {}
         self._prompts_near: tuple[Any, list[str]] = (None, [])
 
     @property
@@ -194,13 +195,16 @@ class Regular:
             return []
         if concept != self._prompts_near[0]:
             kind = find_kind(str(concept.kind), self._pipe)
-            prompts = (_prompts(name, kind, self._pipe) for name in self.neighbours(concept))
+            prompts = (self._prompts_of(name, kind) for name in self.neighbours(concept))
             self._prompts_near = concept, [p for of_name in prompts for p in of_name if not is_about(p, concept)]
         return self._prompts_near[1]
 
-
-def _prompts(name: str, kind: Kind, pipe: Any) -> Sequence[str]:
-    return word_concept(Concept(name, kind=kind.kind), kind, pipe.tokenizer).concept.prompts[:_PROMPTS_EACH]
+    def _prompts_of(self, name: str, kind: Kind) -> Sequence[str]:
+        """Some prompts that show what has this name; concepts have neighbours in common."""
+        if (kind.kind, name) not in self._prompts:
+            worded = word_concept(Concept(name, kind=kind.kind), kind, self._pipe.tokenizer)
+            self._prompts[kind.kind, name] = worded.concept.prompts[:_PROMPTS_EACH]
+        return self._prompts[kind.kind, name]
 
 
 def _means(pipe: Any, names: Sequence[str]) -> Tensor:

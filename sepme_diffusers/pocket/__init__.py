@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.making.soft_guards import SoftGuards
 from sepme_diffusers.pocket.judge import Judge
 from sepme_diffusers.pocket.vocabulary import OBJECTS, PLAIN, STYLES
 
@@ -54,11 +53,6 @@ def bank(name: Literal["styles", "objects"]) -> ConceptBank:
     if name not in ("styles", "objects"):
         raise ValueError(f"the built-in banks are 'styles' and 'objects', not {name!r}")
     return ConceptBank.from_pretrained(_HERE / "banks" / name)
-
-
-def soft_guards() -> SoftGuards:
-    """Load the shipped soft guards: every banked object, plain and in each banked style."""
-    return SoftGuards.load(_HERE / "soft_guards.safetensors")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the built-in model knows: styles, objects, their second names, caption templates, held-out pairs."""
+"""What the built-in model knows: styles, objects, their second names, caption templates; and what its banks hold."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ UNBANKED_STYLES: tuple[str, ...] = ("chalk", "popart")
 UNBANKED_OBJECTS: tuple[str, ...] = (
     "panda", "dolphin", "banana", "pizza", "cactus", "moon", "bicycle", "guitar", "heart", "robot",
 )  # fmt: skip
+BANKED_STYLES: tuple[str, ...] = tuple(name for name in STYLES if name not in UNBANKED_STYLES)
+BANKED_OBJECTS: tuple[str, ...] = tuple(name for name in OBJECTS if name not in UNBANKED_OBJECTS)
+# The model's kinds fill their templates with the other half: what erasing a style does is judged on these.
+TEST_OBJECTS: tuple[str, ...] = tuple(OBJECTS)[1::2]
 
 PAIR_TEMPLATES: tuple[str, ...] = (
     "a {object} in the style of {style}",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.evaluation.baselines.baseline import Baseline
+from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.encoding import encode, rows
+from sepme_diffusers.text.encoding import Encoded, encode, rows
 
 
 def uce(
@@ -19,7 +20,7 @@ def uce(
 ) -> dict[str, Tensor]:
     """Edit weights by unified concept editing, all concepts in one fused edit: {parameter name: weight}.
 
-    The concepts take the values of their anchors, and the preserved prompts keep theirs:
+    The concepts take the values of their anchors, word by word, and the preserved prompts keep theirs:
 
         W ← W (Σ e* eᵀ + λ_p Σ p pᵀ + ε I) (Σ e eᵀ + λ_p Σ p pᵀ + ε I)⁻¹
 
@@ -32,8 +33,10 @@ def uce(
 
     Source: arXiv 2308.14761.
     """
-    edited = rows(encode(pipe, [prompt for concept in concepts for prompt in concept.prompts])).double()
-    anchors = rows(_anchors(pipe, concepts)).double()
+    encoded = Encoded(pipe)
+    described = [EmbeddedConcept.of(concept, encoded) for concept in concepts]
+    edited = torch.cat([concept.rows for concept in described]).double()
+    anchors = edited + torch.cat([concept.wanted_change for concept in described]).double()
     still = ridge * torch.eye(edited.shape[1], dtype=torch.float64, device=edited.device)
     if preserved:
         kept = rows(encode(pipe, preserved)).double()
@@ -41,14 +44,6 @@ def uce(
     operator = torch.linalg.solve(edited.T @ edited + still, edited.T @ anchors + still)
     weights = projection_weights(pipe.unet)
     return {f"{name}.weight": (weight.double() @ operator.T).float() for name, weight in weights.items()}
-
-
-def _anchors(pipe: Any, concepts: Sequence[Concept]) -> Tensor:
-    """Average the embeddings of each pair's anchors, (n_pairs, n_tokens, d)."""
-    groups = [prompts for concept in concepts for prompts in concept.anchors]
-    unique = list(dict.fromkeys(prompt for prompts in groups for prompt in prompts))
-    encoded = dict(zip(unique, encode(pipe, unique), strict=True))
-    return torch.stack([sum(encoded[prompt] for prompt in prompts) / len(prompts) for prompts in groups])
 
 
 UCE = Baseline(

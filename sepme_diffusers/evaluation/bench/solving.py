@@ -13,12 +13,15 @@ from sepme_diffusers.evaluation.baselines.uce import uce
 from sepme_diffusers.evaluation.bench.measure import Figure, measure
 from sepme_diffusers.evaluation.bench.paper import null_space_by_elimination
 from sepme_diffusers.evaluation.bench.runner import Runner
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import BANKED_STYLES, GUARDS, regular_for_styles, style_concept
+from sepme_diffusers.pocket.vocabulary import BANKED_STYLES
 from sepme_diffusers.text.concept import BLANK, Concept
 from sepme_diffusers.text.encoding import encode, rows
+
+_REGULAR = 1000
 
 
 @measure(">= 1000 x faster", "sympy's Matrix.nullspace on floats, as in the authors' code")
@@ -89,8 +92,8 @@ def stopping_steps(runner: Runner, styles: Sequence[str], config: SepMEConfig) -
 
 def _metrics_of(runner: Runner, style: str, config: SepMEConfig) -> Mapping[str, Any]:
     others = [name for name in BANKED_STYLES if name != style]
-    trainer = SepMETrainer(runner.small, config, GUARDS, regular_for_styles(style), others)
-    return trainer.erase([style_concept(style)])[style].metrics
+    trainer = SepMETrainer(runner.small, config, GUARDS, _REGULAR, others)
+    return trainer.erase([style], kind="style")[style].metrics
 
 
 def _steps(metrics: Mapping[str, Any]) -> str:

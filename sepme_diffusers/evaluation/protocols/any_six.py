@@ -16,10 +16,9 @@ from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
 from sepme_diffusers.evaluation.pictures import PictureCache, erased
 from sepme_diffusers.evaluation.probes import Probe, pairs_probe, plain_probe
-from sepme_diffusers.evaluation.protocols.eraser import Eraser
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,13 @@ class AnySixRunner:
 
     def bank(self) -> ConceptBank:
         """Make the bank. Styles guard each other's names exactly; the names of so many objects are damped."""
-        eraser = Eraser(self.pipe, pocket.objects)
-        return eraser.erase("styles", pocket.styles).with_entries(eraser.erase("objects", pocket.objects).values())
+        styles = erase_names(self.pipe, "styles", pocket.styles)
+        return styles.with_entries(erase_names(self.pipe, "objects", pocket.objects).values())
 
     def probes(self, selection: Selection) -> dict[str, Probe]:
         """Write held-out prompts for the erased styles and objects, for regular pairs and for plain objects."""
         styles = [name for name in pocket.styles if name not in selection.styles]
-        objects = [name for name in TEST_OBJECTS if name not in selection.objects]
+        objects = [name for name in words.TEST_OBJECTS if name not in selection.objects]
         share, templates = self.pictures // 6, words.HELD_OUT_TEMPLATES
         probes = {
             "style": pairs_probe(

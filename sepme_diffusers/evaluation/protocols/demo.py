@@ -5,25 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
-from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged, style_accuracy
 from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.pictures import built_in, generate
 from sepme_diffusers.evaluation.probes import Probe
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
 from sepme_diffusers.evaluation.report import Table, contact_sheet
-from sepme_diffusers.increment.config import SepMEConfig, Solver
-from sepme_diffusers.making.loop import Step
-from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS, regular_for_styles, style_concept
 
-TRAINED, SOLVED = "neon", "halftone"
-ERASED = ("woodcut", TRAINED, SOLVED, "blueprint", "mosaic", "pencil")
+ERASED = ("woodcut", "neon", "halftone", "blueprint", "mosaic", "pencil")
 RESTORED = ERASED[:2]
 KEPT = ("stencil", "pixel", "watercolour", "thermal")
 NEVER_SEEN = words.UNBANKED_STYLES
@@ -40,7 +34,7 @@ def probes(n_objects: int) -> dict[str, Probe]:
     """Write prompts by kind, in held-out templates and with objects that no edit used."""
     erased = _styled(ERASED, n_objects)
     regular = _styled((*KEPT, *NEVER_SEEN), n_objects)
-    plain = tuple(TEST_OBJECTS[: 2 * n_objects])
+    plain = tuple(words.TEST_OBJECTS[: 2 * n_objects])
     return {
         "erased": erased,
         "regular": Probe(
@@ -56,7 +50,7 @@ def probes(n_objects: int) -> dict[str, Probe]:
 def _styled(styles: tuple[str, ...], n_objects: int) -> Probe:
     # A different stretch of objects for each style, so that the sample covers many.
     cases = [
-        (template, style, TEST_OBJECTS[(5 * index + step) % len(TEST_OBJECTS)])
+        (template, style, words.TEST_OBJECTS[(5 * index + step) % len(words.TEST_OBJECTS)])
         for index, style in enumerate(styles)
         for step in range(n_objects)
         for template in words.HELD_OUT_TEMPLATES
@@ -67,33 +61,18 @@ def _styled(styles: tuple[str, ...], n_objects: int) -> Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demonstration gives: a grid, tables, figures by name, and the bank that it made."""
+    """What the demonstration gives: a grid, tables, figures by name, the bank that it made, and how long that took."""
 
     grid: Image.Image
     tables: tuple[Table, ...]
     figures: dict[str, float]
     bank: ConceptBank
-
-
-def erase_live(pipe: Any, on_step: Callable[[Step], None] | None = None) -> tuple[ConceptBank, dict[str, float]]:
-    """Make two increments of the shipped styles bank anew, one trained, one in closed form; and time each."""
-    shipped = pocket.bank("styles")
-    bank, seconds = shipped.subset(name for name in shipped if name not in (TRAINED, SOLVED)), {}
-    orders: tuple[tuple[str, Solver, tuple[str, ...]], ...]
-    orders = ((TRAINED, "train", (SOLVED,)), (SOLVED, "closed_form", ()))
-    for style, solver, others in orders:
-        config = SepMEConfig.linear(solver=solver)
-        started = time.perf_counter()
-        trainer = SepMETrainer(pipe, config, GUARDS, regular_for_styles(style), others, on_step)
-        bank = trainer.erase([style_concept(style)], bank)
-        seconds[style] = time.perf_counter() - started
-    return bank, seconds
+    seconds: float
 
 
 def run(
     seed: int = 0,
     n_objects: int = 6,
-    on_step: Callable[[Step], None] | None = None,
     on_moment: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Erase, compose and restore on the built-in model.
@@ -101,11 +80,12 @@ def run(
     Args:
         seed: Of the pictures.
         n_objects: Objects for each style, two pictures each.
-        on_step: Called after every training step.
         on_moment: Called before the pictures of each moment are drawn.
     """
     pipe = built_in()
-    bank, seconds = erase_live(pipe, on_step)
+    started = time.perf_counter()
+    bank = erase_names(pipe, "styles", ERASED, others=KEPT)
+    seconds = time.perf_counter() - started
     asked, pictures = probes(n_objects), {}
     for moment, erased in MOMENTS.items():
         if on_moment is not None:
@@ -114,8 +94,8 @@ def run(
             pipe.load_sepme(bank)
         pipe.set_erased(erased)
         pictures[moment] = {kind: generate(pipe, probe.prompts, seed) for kind, probe in asked.items()}
-    figures = measure(pictures, asked) | {f"seconds to make {style}": taken for style, taken in seconds.items()}
-    return Outcome(grid(pictures, asked), (table(figures),), figures, bank)
+    figures = measure(pictures, asked)
+    return Outcome(grid(pictures, asked), (table(figures),), figures, bank, seconds)
 
 
 def measure(pictures: dict[str, dict[str, list[Image.Image]]], asked: dict[str, Probe]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,12 +14,10 @@ from sepme_diffusers.evaluation.baselines.baseline import Baseline, replaced
 from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.pictures import erased, generate
-from sepme_diffusers.evaluation.probes import Kind, Probe
-from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
+from sepme_diffusers.evaluation.probes import Probe
+from sepme_diffusers.evaluation.protocols.erasures import concepts_of, erase_names, preserved_prompts
 from sepme_diffusers.evaluation.report import Bar, Table
-from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import BANKED_STYLES, object_concept, regular_prompts
 
 # Every other object, so that both halves hold animals, food and things.
 HALF: tuple[str, ...] = pocket.objects[::2]
@@ -77,13 +75,11 @@ class HalfOfAllRunner:
         self.pipe, self.steps, self.seed = pipe, steps, seed
         self.test = half_probes(words.UNBANKED_STYLES, words.HELD_OUT_TEMPLATES, each, seed)
         # What the baseline's settings are chosen on: other templates, styles and seeds.
-        self.choice = half_probes(BANKED_STYLES, words.PAIR_TEMPLATES, 1, seed + 50_000)
-        self.concepts = [object_concept(name) for name in HALF]
-        self.preserved = [prompt for name in REST for prompt in regular_prompts(name)]
+        self.choice = half_probes(words.BANKED_STYLES, words.PAIR_TEMPLATES, 1, seed + 50_000)
 
-    def bank(self, settings: Mapping[Kind, SepMEConfig] = GATED) -> ConceptBank:
+    def bank(self) -> ConceptBank:
         """Make the half's increments, each alone; they guard each other's names as far as there is room."""
-        return Eraser(self.pipe, pocket.objects, settings).erase("objects", HALF)
+        return erase_names(self.pipe, "objects", HALF)
 
     def original(self) -> HalfErased:
         """Measure with nothing erased."""
@@ -104,11 +100,11 @@ class HalfOfAllRunner:
         Returns:
             What it did on the test prompts, and what each of its settings did on the choice prompts.
         """
-        tries = []
+        concepts, preserved, tries = concepts_of(self.pipe, "objects", HALF), preserved_prompts(self.pipe, HALF), []
         for settings in baseline.choices:
             name = ", ".join((baseline.name, *(f"{setting} {value}" for setting, value in settings.items())))
             on_try(name)
-            weights = baseline.edit(self.pipe, self.concepts, self.preserved, **settings)
+            weights = baseline.edit(self.pipe, concepts, preserved, **settings)
             with replaced(self.pipe.unet, weights):
                 tries.append((self._measured(name, self.choice), weights))
         best, weights = max(tries, key=lambda attempt: attempt[0].h)

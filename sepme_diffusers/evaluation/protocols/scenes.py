@@ -6,7 +6,7 @@ and 2 all six are made at once, in 3 and 4 each when it is first erased, with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -22,10 +22,8 @@ from sepme_diffusers.evaluation.measures.judge_features import pooled_features
 from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
 from sepme_diffusers.evaluation.pictures import PictureCache, built_in, generate
 from sepme_diffusers.evaluation.probes import PARAPHRASES, Kind, Probe, plain_probe, probe
-from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
-from sepme_diffusers.increment.config import SepMEConfig
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import GUARDS
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 # What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only
@@ -170,17 +168,15 @@ class SceneRunner:
         seed: Of the pictures.
         pictures: Of each concept at each moment.
         steps: Denoising steps per picture.
-        settings: How the increments are made, by kind.
+        gates: Erase with gates, or as adapters do, which have none.
     """
 
-    def __init__(
-        self, kind: Kind, seed: int, pictures: int, steps: int = 20, settings: Mapping[Kind, SepMEConfig] = GATED
-    ) -> None:
-        self.kind, self.seed, self.pictures = kind, seed, pictures
+    def __init__(self, kind: Kind, seed: int, pictures: int, steps: int = 20, gates: bool = True) -> None:
+        self.kind, self.seed, self.pictures, self.gates = kind, seed, pictures, gates
         self.concepts = CONCEPTS[kind]
         # The second one never holds anything but what is erased.
         self.pipe, self.other = built_in(), built_in()
-        self.cache, self.eraser = PictureCache(self.pipe, steps), Eraser(self.pipe, settings=settings)
+        self.cache = PictureCache(self.pipe, steps)
         self.cells = cells(kind, pictures, seed)
         held_out = [cell.probe.prompts[0] for cell in self.cells[:5]]
         self._exact_prompts = (*self.concepts, *held_out)
@@ -193,7 +189,7 @@ class SceneRunner:
 
     def _erase(self, names: Sequence[str], bank: ConceptBank | None) -> ConceptBank:
         self.pipe.unload_sepme()
-        return self.eraser.erase(self.kind, names, bank, self.concepts[REGULAR])
+        return erase_names(self.pipe, self.kind, names, bank, self.concepts[REGULAR], self.gates)
 
     def play(self, scene: int, on_moment: Callable[[str], None] | None = None) -> list[Moment]:
         """Play a scene and measure each moment.

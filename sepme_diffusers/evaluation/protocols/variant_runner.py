@@ -16,9 +16,9 @@ from sepme_diffusers.evaluation.measures.measure import Sample
 from sepme_diffusers.evaluation.measures.registry import MEASURES
 from sepme_diffusers.evaluation.pictures import PictureCache
 from sepme_diffusers.evaluation.probes import Probe, probe
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS
 from sepme_diffusers.evaluation.protocols.variants import STYLES, Edit
 from sepme_diffusers.evaluation.report import Bar, Table
-from sepme_diffusers.pocket.concepts import GUARDS
 
 REGULAR = ("stencil", "pixel", "watercolour", "pencil")
 # What the table of variants shows: group and measure.

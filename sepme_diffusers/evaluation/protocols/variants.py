@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,11 +18,12 @@ from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.baselines.baseline import Baseline, replaced
 from sepme_diffusers.evaluation.baselines.registry import BASELINES
 from sepme_diffusers.evaluation.pictures import erased
-from sepme_diffusers.evaluation.protocols.eraser import GATED
+from sepme_diffusers.evaluation.protocols.erasures import GUARDS, concepts_of, preserved_prompts
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.loop import Step
+from sepme_diffusers.making.regular import regular_guards
 from sepme_diffusers.making.trainer import SepMETrainer
-from sepme_diffusers.pocket.concepts import BANKED_STYLES, GUARDS, regular_for_styles, style_concept
+from sepme_diffusers.pocket.vocabulary import BANKED_STYLES
 from sepme_diffusers.text.concept import BLANK, Concept
 
 STYLES = ("neon", "woodcut")
@@ -59,7 +60,7 @@ class Edit:
 
 
 class VariantMaker:
-    """Makes variants, all from the same prompts, guards and soft guards.
+    """Makes variants, all from the same prompts, guards and regular prompts.
 
     Args:
         pipe: The built-in model's pipeline.
@@ -68,21 +69,18 @@ class VariantMaker:
 
     def __init__(self, pipe: Any, on_step: Callable[[Step], None] | None = None) -> None:
         self.pipe, self.on_step = pipe, on_step
-        self.concepts = [style_concept(style) for style in STYLES]
-        self.soft = tuple(p for p in regular_for_styles(STYLES[0]) if p in set(regular_for_styles(STYLES[1])))
+        self.concepts = concepts_of(pipe, "styles", STYLES)
+        self.regular = regular_guards(pipe)
 
-    def bank(self, against_blank: bool = False, **settings: Any) -> Edit:
+    def bank(self, config: SepMEConfig, concepts: Sequence[Concept] = ()) -> Edit:
         """Make a bank.
 
         Args:
-            against_blank: Compare each prompt with the blank prompt, as in the paper.
-            settings: Fields of SepMEConfig.
+            config: The settings.
+            concepts: The styles, otherwise described than by the prompts of their kind.
         """
-        concepts = [_against_blank(concept) for concept in self.concepts] if against_blank else self.concepts
-        trainer = SepMETrainer(
-            self.pipe, SepMEConfig.linear(**settings), GUARDS, self.soft, BANKED_STYLES, self.on_step
-        )
-        bank = trainer.erase(concepts)
+        trainer = SepMETrainer(self.pipe, config, GUARDS, self.regular, BANKED_STYLES, self.on_step)
+        bank = trainer.erase(concepts or self.concepts)
         return Edit(bank, sum(entry.metrics.get("steps", 0) for entry in bank.values()))
 
     def unconstrained(self) -> Edit:
@@ -98,31 +96,52 @@ class VariantMaker:
         return Edit(weights, sum(taken.values()))
 
     def baseline(self, baseline: Baseline) -> Edit:
-        """Let a baseline erase the styles and preserve what the others guard, softly or not."""
-        return Edit(baseline.edit(self.pipe, self.concepts, (*GUARDS, *self.soft)))
+        """Let a baseline erase the styles and preserve the guards and regular prompts."""
+        return Edit(baseline.edit(self.pipe, self.concepts, (*GUARDS, *preserved_prompts(self.pipe, STYLES))))
 
 
-def _against_blank(concept: Concept) -> Concept:
-    """Pair prompts as the paper does, with the blank prompt. Anchors stay, so the basis is the same."""
-    return replace(concept, pairs=tuple((prompt, BLANK) for prompt in concept.prompts), anchors=concept.anchors)
+def _two_templates() -> list[Concept]:
+    """Describe the styles as in docs/training.md, by pairs of prompts."""
+    templates, without = ["a cat in the style of {concept}", "{concept} cat"], ["a cat", "cat"]
+    return [Concept.from_template(style, templates, without) for style in STYLES]
 
 
 # The paper's learning rate and threshold are for a model two hundred times as large: here it would not move.
 _UNCONSTRAINED = SepMEConfig.unconstrained(learning_rate=1e-4, relative=True, tolerance=0.02, max_steps=300)
 
+
+def _linear(**settings: Any) -> Callable[[VariantMaker], Edit]:
+    """A variant without gates: settings beside those of `SepMEConfig.linear`."""
+    return lambda maker: maker.bank(SepMEConfig.linear(**settings))
+
+
+def _against_blank(**settings: Any) -> Callable[[VariantMaker], Edit]:
+    """The same, with each prompt paired with the blank prompt, as in the paper. Anchors stay, so the basis does."""
+
+    def make(maker: VariantMaker) -> Edit:
+        concepts = [
+            replace(concept, pairs=tuple((prompt, BLANK) for prompt in concept.prompts), anchors=concept.anchors)
+            for concept in maker.concepts
+        ]
+        return maker.bank(SepMEConfig.linear(**settings), concepts)
+
+    return make
+
+
 # To add a variant, list it here; a baseline is listed in `baselines.registry`.
 VARIANTS: dict[str, Callable[[VariantMaker], Edit]] = {
-    "the paper's constants": lambda maker: maker.bank(**SepMEConfig.paper().to_dict()),
-    "full basis, prompt pairs": lambda maker: maker.bank(basis="full"),
-    "full basis, against the blank prompt": lambda maker: maker.bank(against_blank=True, basis="full"),
-    "aligned basis, prompt pairs": lambda maker: maker.bank(),
-    "aligned basis, new noise each step": lambda maker: maker.bank(steps_per_batch=1),
-    "aligned basis, against the blank prompt": lambda maker: maker.bank(against_blank=True),
-    "aligned basis, text-side": lambda maker: maker.bank(parametrisation="text"),
-    "closed form": lambda maker: maker.bank(solver="closed_form"),
-    "closed form, with a gate": lambda maker: maker.bank(**GATED["styles"].to_dict()),
-    "closed form, then trained": lambda maker: maker.bank(solver="closed_form+train"),
-    "joint": lambda maker: maker.bank(coupling="joint"),
+    "the default": lambda maker: maker.bank(SepMEConfig()),
+    "the default, two templates of a user's own": lambda maker: maker.bank(SepMEConfig(), concepts=_two_templates()),
+    "the paper's constants": lambda maker: maker.bank(SepMEConfig.paper()),
+    "full basis, prompt pairs": _linear(solver="train", basis="full"),
+    "full basis, against the blank prompt": _against_blank(solver="train", basis="full"),
+    "aligned basis, prompt pairs": _linear(solver="train"),
+    "aligned basis, new noise each step": _linear(solver="train", steps_per_batch=1),
+    "aligned basis, against the blank prompt": _against_blank(solver="train"),
+    "aligned basis, text-side": _linear(solver="train", parametrisation="text"),
+    "closed form, without a gate": _linear(),
+    "closed form, then trained": _linear(solver="closed_form+train"),
+    "joint": _linear(solver="train", coupling="joint"),
     "unconstrained": VariantMaker.unconstrained,
     **{name: partial(VariantMaker.baseline, baseline=baseline) for name, baseline in BASELINES.items()},
 }

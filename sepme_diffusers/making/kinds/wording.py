@@ -74,10 +74,11 @@ def word_concept(
         tokenizer: Of the text encoder; None takes every template.
         embed: Returns the embeddings of prompts, (n, n_tokens, d): what takes the concept's place is what is nearest
             to it. Default: the first of the kind's words for it.
-        avoid: What may not take its place: the other concepts that are or may be erased.
+        avoid: What may not take its place: the other concepts that are or may be erased. If no word is left, the
+            prompts without the concept do.
 
     Raises:
-        ValueError: If fewer than four of the kind's templates can be read, or nothing is left for a slot.
+        ValueError: If fewer than four of the kind's templates can be read, or no word is left for a slot.
     """
     reader = _Reader(tokenizer)
     names = kind.names_of(concept.name, concept.aliases)
@@ -143,15 +144,11 @@ def _usable(templates: Sequence[Template], name: str, reader: _Reader) -> tuple[
 
 def _nearest(
     name: str, others: Sequence[str], templates: Sequence[Template], embed: Embed | None, avoid: Collection[str]
-) -> str:
-    """Choose what takes the concept's place: what the text encoder reads most like it."""
+) -> str | None:
+    """Choose what takes the concept's place: what the text encoder reads most like it. None if nothing is left."""
     others = [other for other in others if not mentions(other, list(avoid))]
-    if not others:
-        raise ValueError(
-            f"nothing is left that could take the place of {name!r}; give the kind more words for 'other'"
-        )
-    if embed is None:
-        return others[0]
+    if not others or embed is None:
+        return others[0] if others else None
     plain = next((t.prompt for t in templates if list(slots_of(t.prompt)) == [NAME]), "{name}")
     embeddings = embed([filled(plain, {NAME: text}) for text in (name, *others)]).flatten(1)
     distances = (embeddings[1:] - embeddings[:1]).norm(dim=1)
