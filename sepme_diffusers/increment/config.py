@@ -57,7 +57,7 @@ class SepMEConfig:
         gate: An increment acts on a prompt only if it reads at least this share of what it reads in each of the
             concept's own prompts; no other prompt moves by a single bit. Default: no gate. The increment then acts on
             every prompt in proportion to what it reads, as a LoRA does. Exports have no gate in either case.
-            "calibrated": in the middle between what regular prompts and what its own prompts read.
+            "calibrated": between what regular prompts and what its own prompts read, see docs/training.md.
         adapter_soft_guard_weight: `soft_guard_weight` of the adapter that stands for a gated increment where there is
             no gate. Default: that of `linear`.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.

@@ -21,7 +21,7 @@ _ENOUGH, _EVERY = 10, 5
 # Separations that differ by less than this share are one: then regular prompts weigh more, also those in no list.
 _AS_GOOD = 1.1
 # So many of its own prompts a gate may leave shut: those that hardly read of the concept, as where it is named last of
-# three. Where more of them read less than a regular prompt, a gate would leave too much of the concept.
+# three, and do not spell it either.
 _MAY_MISS = 0.1
 # Where the gate stands between the largest reading of a regular prompt (0) and that of own prompts (1). Beyond the
 # middle: regular prompts that are in no list read up to half of what own prompts do, and own ones seldom less.
@@ -77,7 +77,9 @@ def best_weight(
 ) -> float:
     """Choose how strongly regular prompts weigh: so that they read the least share of what own prompts read.
 
-    Of weights that do about as well it is the largest.
+    It is the largest reading of a regular prompt as a share of what half of the own prompts read at least: in some of
+    them the text encoder hardly sees the concept, whatever is solved for. Of weights that do about as well it is the
+    largest.
 
     Args:
         solved: Solves for the increment with a weight.
@@ -88,29 +90,33 @@ def best_weight(
     shares = {}
     for weight in weights:
         increment = solved(weight)
-        shares[weight] = float(regular.readings(increment).max() / _low(increment.reading(own)).clamp(min=1e-30))
+        shares[weight] = float(regular.readings(increment).max() / increment.reading(own).median().clamp(min=1e-30))
     best = min(shares.values())
     return max(weight for weight, share in shares.items() if share <= _AS_GOOD * best)
 
 
 def calibrated(
-    increment: Increment, own: Tensor, regular: RegularRows, what: str
+    increment: Increment, own: Tensor, regular: RegularRows, what: str, spelled: Tensor | None = None
 ) -> tuple[Increment, dict[str, float]]:
-    """Set the gate between what own prompts and what regular prompts read, if there is anything between.
+    """Set the gate between what own prompts and what regular prompts read.
 
-    The gate stands two thirds of the way from the largest reading of a regular prompt to what nine tenths of the
-    concept's own prompts read at least. If regular prompts read as much as that, there is no gate: the increment acts
-    on everything in proportion to what it reads, and a warning says so.
+    The own prompts that read more than any regular prompt are told from them. The gate stands two thirds of the way
+    from the largest reading of a regular prompt to what nine tenths of these read at least. Of the others those open
+    it that spell the concept. Where more than a tenth of the own prompts neither are told from regular ones nor spell
+    the concept, there is no gate: the increment acts on everything in proportion to what it reads, and a warning says
+    so.
 
     Args:
         increment: Text-side or per-module; gates of further doors stay as they are.
         own: Embeddings of the concept's own prompts, held-out ones included, (n_prompts, n_tokens, d).
         regular: Regular prompts.
         what: The concept's name, for the warning.
+        spelled: Which of the own prompts open any gate because they spell the concept, (n_prompts,). Default: none.
 
     Returns:
-        The increment, and metrics: `own_reading` is what nine tenths of the own prompts read at least, and
-        `own_reached` the share of own prompts above the gate; `regular_reading` is the largest of a regular prompt,
+        The increment, and metrics: `own_reading` is what nine tenths of the own prompts read at least that are told
+        from regular ones, and `own_reached` the share of own prompts that read as much as the gate, so that it opens
+        where the text is not known as well; `regular_reading` is the largest of a regular prompt,
         `regular_moved` the share of regular prompts that move, of `regular_prompts`, and `regular_bound` what the
         true share is below with a confidence of 95 %.
 
@@ -120,14 +126,15 @@ def calibrated(
     of_own, of_regular = increment.reading(own), regular.readings(increment)
     if not float(of_own.max()) > 0:
         raise ValueError(f"the increment of {what!r} reads nothing in its own prompts, so it has no gate")
-    most, low = float(of_regular.max()), float(_low(of_own))
-    gate = most + _PLACE * (low - most) if low > most else None
+    most, told_apart = float(of_regular.max()), of_own > of_regular.max()
+    low = float(of_own[told_apart].quantile(_MAY_MISS)) if told_apart.any() else most / _PLACE
+    missed = float((~told_apart if spelled is None else ~(told_apart | spelled.to(told_apart))).float().mean())
+    gate = most + _PLACE * (low - most) if missed <= _MAY_MISS else None
     if gate is None:
-        missed = float((of_own <= most).float().mean())
         logger.warning(
-            f"no gate for {what!r}: {missed:.0%} of its own prompts read less than some regular prompt, so it acts on "
-            "all prompts, in proportion to what it reads. Describe it with more prompts or aliases, or take prompts "
-            "that resemble it out of the regular ones"
+            f"no gate for {what!r}: {missed:.0%} of its own prompts read less than some regular prompt and do not "
+            "spell it, so it acts on all prompts, in proportion to what it reads. Describe it with more prompts or "
+            "aliases, or take prompts that resemble it out of the regular ones"
         )
     moved = int((of_regular > (gate or 0.0)).sum())
     return replace(increment, gate=gate), {
@@ -138,11 +145,6 @@ def calibrated(
         "regular_prompts": len(of_regular),
         "regular_bound": share_bound(moved, len(of_regular)),
     }
-
-
-def _low(readings: Tensor) -> Tensor:
-    """What nine tenths of prompts read at least."""
-    return readings.float().quantile(_MAY_MISS)
 
 
 def share_bound(count: int, of: int, confidence: float = _CONFIDENCE) -> float:

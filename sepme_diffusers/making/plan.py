@@ -19,6 +19,7 @@ from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS
+from sepme_diffusers.text.spelling import spells
 
 # The width of the text embedding for which `SepMEConfig.beta` is given: that of Stable Diffusion 1.x.
 _WIDTH_OF_BETA = 768
@@ -152,7 +153,9 @@ class Problem:
         gate = self.config.gate
         if gate is None or isinstance(gate, float):
             return (increment if gate is None else increment.gated(concept.own, gate)), {}
-        return calibrated(increment, concept.own, self._regular(concept.concept), concept.concept.name)
+        said = concept.concept
+        spelled = torch.tensor([spells(prompt, said.spellings) for prompt in said.prompts])
+        return calibrated(increment, concept.own, self._regular(said), said.name, spelled)
 
     def at_doors(self, concept: EmbeddedConcept) -> dict[str, Increment]:
         """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.

@@ -100,9 +100,9 @@ class SoftGuards:
         return cls.from_prompts(pipe, [line for line in lines if line])
 
     def save(self, path: str | Path) -> None:
-        """Write a .safetensors file, wholly or not at all: d (d + 1) / 2 numbers per door, and the prompts."""
+        """Write a .safetensors file, wholly or not at all: d (d + 1) / 2 float64 per door, and the prompts."""
         triangles = {
-            name: matrix.float().cpu()[_upper(len(matrix))].contiguous()
+            name: matrix.double().cpu()[_upper(len(matrix))].contiguous()
             for name, matrix in self._covariances().items()
         }
         lists = {"prompts": self.prompts, "held_out": self.held_out}
@@ -207,8 +207,8 @@ def _mean_covariances(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
 def _symmetric(triangle: Tensor) -> Tensor:
     """Return the symmetric matrix (d, d) with this upper triangle, row by row."""
     d = round((2 * len(triangle) + 0.25) ** 0.5 - 0.5)
-    matrix = torch.zeros(d, d)
-    matrix[_upper(d)] = triangle.float()
+    matrix = torch.zeros(d, d, dtype=torch.float64)
+    matrix[_upper(d)] = triangle.double()
     return matrix + matrix.triu(1).T
 
 

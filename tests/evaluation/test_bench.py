@@ -236,7 +236,7 @@ def test_many_concepts_are_compared_with_one_fused_edit(runner):
 
 def test_steps_to_the_stopping_rule_are_counted(runner, monkeypatch):
     """On an untrained model, with few prompts: the count is the trainer's, and stopping by the rule is told apart."""
-    monkeypatch.setattr(solving, "regular_for_styles", lambda style: ())
+    monkeypatch.setattr(solving, "_REGULAR", ())
     monkeypatch.setattr(solving, "BANKED_STYLES", ("neon", "woodcut"))
     few = {"n_images": 1, "batch_size": 1, "image_steps": 1, "max_steps": 12}
     paper = SepMEConfig.paper

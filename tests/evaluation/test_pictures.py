@@ -9,8 +9,8 @@ from sepme_diffusers.evaluation import report
 from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.evaluation.protocols import demo
+from sepme_diffusers.evaluation.protocols.erasures import concepts_of
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import TEST_OBJECTS, regular_for_styles, style_concept
 
 
 def flat(value: int) -> Image.Image:
@@ -24,13 +24,12 @@ def test_a_picture_does_not_depend_on_its_batch(pocket_pipe):
     assert largest_change(together, alone) <= 1
 
 
-def test_probes_use_nothing_that_an_edit_saw():
-    edited = {p for style in demo.ERASED for pair in style_concept(style).pairs for p in pair}
-    edited |= {p for style in demo.ERASED for p in regular_for_styles(style)}
+def test_probes_use_nothing_that_an_edit_saw(pocket_pipe):
+    edited = {p for style in concepts_of(pocket_pipe, "styles", demo.ERASED) for pair in style.pairs for p in pair}
     for kind in ("erased", "regular"):
         probe = demo.probes(6)[kind]
         assert not edited & set(probe.prompts)
-        assert set(probe.objects) <= set(TEST_OBJECTS)
+        assert set(probe.objects) <= set(words.TEST_OBJECTS)
         assert len(probe.prompts) == len(probe.styles) == len(probe.objects)
     assert set(demo.probes(1)["erased"].styles) == set(demo.ERASED)
     assert set(demo.probes(1)["regular"].styles) == {*demo.KEPT, *demo.NEVER_SEEN, words.PLAIN}

@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sepme_diffusers.cli.app import app
-from sepme_diffusers.evaluation.protocols import eraser, scene_report, scenes
+from sepme_diffusers.evaluation.protocols import scene_report, scenes
 from sepme_diffusers.evaluation.protocols.scenes import (
     CONCEPTS,
     ITERATIVE,
@@ -96,8 +96,6 @@ def played(tmp_path_factory):
     short.setitem(SCENES, 4, ((0, 1), (1, 3), ()))
     short.setitem(CONCEPTS, "styles", ("woodcut", "neon", "blueprint", "pencil", "stencil", "watercolour"))
     short.setattr(scenes, "REGULAR", slice(4, 6))
-    # Their regular prompts are encoded.
-    short.setattr(eraser, "BANKED_STYLES", ("woodcut", "neon", "blueprint", "pencil"))
     short.setattr(scenes, "_FEW_STEPS", 1)
     short.setattr(scenes, "BAR_PICTURES", 1)
     shown = CliRunner().invoke(app, ["eval", "scenes", *options])

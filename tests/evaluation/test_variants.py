@@ -10,7 +10,6 @@ from sepme_diffusers.cli.app import app
 from sepme_diffusers.evaluation.measures.registry import MEASURES
 from sepme_diffusers.evaluation.protocols.variant_runner import Row, transfer_bars
 from sepme_diffusers.evaluation.protocols.variants import STYLES, VARIANTS, Edit, VariantMaker
-from sepme_diffusers.pocket.concepts import style_concept
 
 
 def test_the_papers_representation_is_against_the_blank_prompt_with_the_same_anchors(pocket_pipe, monkeypatch):
@@ -19,16 +18,13 @@ def test_the_papers_representation_is_against_the_blank_prompt_with_the_same_anc
         "sepme_diffusers.making.trainer.SepMETrainer.erase",
         lambda self, concepts: seen.extend(concepts) or pocket.bank("styles"),
     )
-    VARIANTS["aligned basis, against the blank prompt"](VariantMaker(pocket_pipe))
-    for concept, style in zip(seen, STYLES, strict=True):
-        assert concept.prompts == style_concept(style).prompts
-        assert {without for _, without in concept.pairs} == {""}
-        assert concept.anchors == style_concept(style).anchors
-
-
-def test_every_variant_guards_the_same_and_sees_no_prompt_for_what_it_erases_as_regular(pocket_pipe):
     maker = VariantMaker(pocket_pipe)
-    assert not any(style in prompt.split() for prompt in maker.soft for style in STYLES)
+    VARIANTS["aligned basis, against the blank prompt"](maker)
+    assert [concept.name for concept in seen] == list(STYLES)
+    for concept, own in zip(seen, maker.concepts, strict=True):
+        assert concept.prompts == own.prompts
+        assert {without for _, without in concept.pairs} == {""}
+        assert concept.anchors == own.anchors
 
 
 def test_size_is_that_of_the_files():
@@ -38,12 +34,12 @@ def test_size_is_that_of_the_files():
 
 
 def test_variants_are_measured_beside_the_original(tmp_path):
-    options = ["--only", "closed form", "--only", "UCE", "--pictures", "1", "--steps", "1", "--output", str(tmp_path)]
+    options = ["--only", "the default", "--only", "UCE", "--pictures", "1", "--steps", "1", "--output", str(tmp_path)]
     shown = CliRunner().invoke(app, ["eval", "variants", *options])
     assert shown.exit_code == 0, shown.output
     rows, measures = json.loads((tmp_path / "variants.json").read_text("utf-8")).values()
     original, closed, fused = rows
-    assert [row["variant"] for row in rows] == ["original", "closed form", "UCE"]
+    assert [row["variant"] for row in rows] == ["original", "the default", "UCE"]
     assert original["guarded: max, /255"] == closed["guarded: max, /255"] == "0"
     assert int(fused["guarded: max, /255"]) > 0
     assert float(closed["KB"]) < float(fused["KB"])
@@ -57,7 +53,7 @@ def test_variants_are_measured_beside_the_original(tmp_path):
 def test_unknown_variants_are_refused_with_what_there_is():
     shown = CliRunner().invoke(app, ["eval", "variants", "--only", "best"])
     assert shown.exit_code == 2
-    assert "closed form" in shown.output
+    assert "closed form, then trained" in shown.output
 
 
 def test_another_unet_may_be_two_points_worse():

@@ -38,7 +38,20 @@ def test_where_they_overlap_there_is_no_gate_and_a_warning(caplog):
     increment, said = calibrated(READS_FIRST, prompts(6.0), regular(9.0, 0.0), "cat")
     assert increment.gate is None
     assert said["regular_moved"] == 0.5
-    assert "no gate for 'cat'" in caplog.text
+    assert "no gate for 'cat': 100% of its own prompts" in caplog.text
+
+
+def test_prompts_that_spell_the_concept_need_not_be_told_from_regular_ones(caplog):
+    """They open any gate; so it leaves every regular prompt alone, however little some own ones read."""
+    own, spelled = prompts(*[8.0] * 10, *[0.5] * 10), torch.tensor([False] * 10 + [True] * 10)
+    increment, said = calibrated(READS_FIRST, own, regular(2.0, 1.0), "cat", spelled)
+    assert increment.gate == pytest.approx(6.0)
+    assert (said["own_reading"], said["own_reached"], said["regular_moved"]) == (8.0, 0.5, 0.0)
+    increment, said = calibrated(READS_FIRST, prompts(6.0), regular(9.0, 0.0), "cat", torch.tensor([True]))
+    assert increment.gate > 9
+    assert (said["own_reached"], said["regular_moved"]) == (0.0, 0.0)
+    assert not caplog.text
+    assert calibrated(READS_FIRST, own, regular(2.0), "cat", ~spelled)[0].gate is None
 
 
 def test_an_increment_that_reads_nothing_of_its_own_is_refused():

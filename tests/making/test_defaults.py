@@ -8,7 +8,6 @@ from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.pictures import erased, generate
 from sepme_diffusers.evaluation.probes import pairs_probe, plain_probe
 from sepme_diffusers.pocket import vocabulary as words
-from sepme_diffusers.pocket.concepts import TEST_OBJECTS
 
 N = 12
 
@@ -29,7 +28,7 @@ def shown(pictures, probe):
 
 
 def test_an_erased_style_is_gone_and_its_objects_stay(pocket_pipe, made):
-    probe = pairs_probe(["neon"], TEST_OBJECTS, words.HELD_OUT_TEMPLATES, N, 0)
+    probe = pairs_probe(["neon"], words.TEST_OBJECTS, words.HELD_OUT_TEMPLATES, N, 0)
     style, objects = shown(drawn(pocket_pipe, made, probe, ["neon"]), probe)
     assert style <= 10
     assert objects >= 90
@@ -44,7 +43,7 @@ def test_an_erased_object_is_gone_and_its_style_stays(pocket_pipe, made):
 
 
 def test_everything_else_is_the_same_to_the_bit(pocket_pipe, made):
-    others = [name for name in TEST_OBJECTS if name != "pig"]
+    others = [name for name in words.TEST_OBJECTS if name != "pig"]
     styles = ["woodcut", *words.UNBANKED_STYLES]
     for probe in (pairs_probe(styles, others, words.HELD_OUT_TEMPLATES, N, 0), plain_probe(N, 0, others)):
         before = generate(pocket_pipe, probe.prompts, probe.seeds)
@@ -84,7 +83,7 @@ def test_pairs_that_a_user_gives_are_as_safe(pocket_pipe):
     probe = plain_probe(N, 0)
     before = generate(pocket_pipe, probe.prompts, probe.seeds)
     assert [p.tobytes() for p in drawn(pocket_pipe, bank, probe, list(bank))] == [p.tobytes() for p in before]
-    own = pairs_probe(["neon", "woodcut"], TEST_OBJECTS, words.HELD_OUT_TEMPLATES, N, 0)
+    own = pairs_probe(["neon", "woodcut"], words.TEST_OBJECTS, words.HELD_OUT_TEMPLATES, N, 0)
     style, objects = shown(drawn(pocket_pipe, bank, own, list(bank)), own)
     assert style <= 10
     assert objects >= 80

@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from sepme_diffusers import SoftGuards, pocket
+from sepme_diffusers import pocket
 from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.pictures import generate
-from sepme_diffusers.pocket import concepts
+from sepme_diffusers.evaluation.protocols.erasures import concepts_of
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.text.encoding import encode, rows
 
@@ -88,41 +88,24 @@ def test_shipped_banks_hold_their_guards(pocket_pipe, name):
     """Every guarded token of every shipped increment is moved by rounding alone."""
     bank = pocket.bank(name)
     assert len(bank) == {"styles": 10, "objects": 100}[name]
+    own_prompts = {concept.name: concept.prompts for concept in concepts_of(pocket_pipe, name, list(bank))}
     prompts = sorted({prompt for entry in bank.values() for prompt in entry.guards})
     embedded = dict(zip(prompts, encode(pocket_pipe, prompts), strict=True))
     for entry in bank.values():
         guarded = rows(torch.stack([embedded[prompt] for prompt in entry.guards]))
-        own = rows(encode(pocket_pipe, entry.concept.prompts[:4]))
+        own = rows(encode(pocket_pipe, own_prompts[entry.concept.name][:4]))
         moved = [(e @ entry.increment.A.T @ entry.increment.B.float().T).norm(dim=1) for e in (guarded, own)]
         assert moved[0].max() < 1e-4 * moved[1].max(), entry.concept.name
 
 
 def test_the_styles_bank_guards_the_papers_way():
     bank = pocket.bank("styles")
-    assert set(bank) == set(concepts.BANKED_STYLES)
+    assert set(bank) == set(words.BANKED_STYLES)
     for name, entry in bank.items():
-        assert set(entry.guards) == {"", "watermark", *concepts.BANKED_STYLES} - {name}
-
-
-def test_edits_and_tests_share_no_object_and_no_template():
-    assert not set(concepts.EDIT_OBJECTS) & set(concepts.TEST_OBJECTS)
-    seen = {prompt for style in pocket.styles for pair in concepts.style_concept(style).pairs for prompt in pair}
-    held = {
-        t.format(style=s, object=o) for t in words.HELD_OUT_TEMPLATES for s in pocket.styles for o in pocket.objects
-    }
-    assert not seen & held
-    assert not any(second in prompt.split() for prompt in seen for second in words.STYLES.values() if second)
+        assert set(entry.guards) == {"", "watermark", *words.BANKED_STYLES} - {name}
 
 
 @pytest.mark.parametrize("call", [pocket.path, pocket.bank])
 def test_unknown_names_are_refused(call):
     with pytest.raises(ValueError, match="not 'big'"):
         call("big")
-
-
-def test_the_shipped_soft_guards_are_those_of_the_recipe(pocket_pipe):
-    """Another text encoder's would guard nothing in particular."""
-    made = SoftGuards.from_prompts(pocket_pipe, concepts.regular_for_anything())
-    shipped = pocket.soft_guards()
-    assert shipped.prompts == made.prompts
-    torch.testing.assert_close(shipped.covariance.double(), made.covariance, rtol=1e-4, atol=1e-6)
