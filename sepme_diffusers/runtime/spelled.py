@@ -23,7 +23,7 @@ def spelled_by(
         banks: {name: bank}.
         pictures_per_prompt: How many pictures are drawn for each.
     """
-    gated = (key for key in keys if banks[key[0]].entries.outline(key[1]).gates)
-    names = {key: banks[key[0]][key[1]].concept.spellings for key in gated}
+    outlines = {key: banks[key[0]].entries.outline(key[1]) for key in keys}
+    names = {key: outline.spellings for key, outline in outlines.items() if outline.gates}
     found = [frozenset(key for key, spellings in names.items() if spells(text, spellings)) for text in texts]
     return [keys_of for keys_of in found for _ in range(pictures_per_prompt)]
