@@ -25,5 +25,7 @@ def spelled_by(
     """
     outlines = {key: banks[key[0]].entries.outline(key[1]) for key in keys}
     names = {key: outline.spellings for key, outline in outlines.items() if outline.gates}
-    found = [frozenset(key for key, spellings in names.items() if spells(text, spellings)) for text in texts]
+    # One concept after another: patterns that find names are remembered, but not those of thousands of concepts.
+    hits = {key: [spells(text, spellings) for text in texts] for key, spellings in names.items()}
+    found = [frozenset(key for key, of_text in hits.items() if of_text[index]) for index in range(len(texts))]
     return [keys_of for keys_of in found for _ in range(pictures_per_prompt)]
