@@ -27,10 +27,12 @@ from .runtime.calls import Call as Call
 from .runtime.calls import current_call as current_call
 from .runtime.calls import mixed_calls as mixed_calls
 from .runtime.erased_sets import UnknownConceptError as UnknownConceptError
+from .runtime.explanation import Explanation as Explanation
 from .runtime.loader_mixin import SepMELoaderMixin as SepMELoaderMixin
 from .runtime.pipeline import SepMEPipeline as SepMEPipeline
 from .runtime.pipeline import SepMEXLPipeline as SepMEXLPipeline
 from .runtime.pipeline import attach as attach
+from .runtime.readings import ConceptReading as ConceptReading
 from .runtime.receipt import Receipt as Receipt
 from .runtime.sheets import card_pictures as card_pictures
 from .text.concept import Concept as Concept

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sepme_diffusers.bank.disk.records import Tables
+from sepme_diffusers.bank.disk.records import Tables, worded
 from sepme_diffusers.bank.entry import Entry, Outline
 from sepme_diffusers.bank.guard_sets import Guarded
 from sepme_diffusers.increment.increment import Increment
@@ -88,6 +88,13 @@ class StoredEntry:
         """{door: gate} of the doors that have one."""
         gates: Mapping[str, float] = self.record.get("gates", {})
         return gates
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The names by which a prompt spells the concept."""
+        if "_entry" in vars(self):
+            return self.entry.spellings
+        return worded(self.guards.own, self.tables.wordings[self.record["wording"]]).spellings
 
     @property
     def metrics(self) -> Mapping[str, Any]:

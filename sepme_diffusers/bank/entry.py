@@ -29,6 +29,7 @@ class Outline(Protocol):
         ranks: {door: r}, the tokens' first.
         gates: {door: gate} of the doors that have one.
         guards: The prompts that it leaves alone.
+        spellings: The names by which a prompt spells the concept.
         metrics: What was measured.
         digest: SHA-256 of the increment, see `rows.digest`.
         increment: The numbers; read when they are asked for.
@@ -43,6 +44,8 @@ class Outline(Protocol):
     def gates(self) -> Mapping[str, float]: ...
     @property
     def guards(self) -> Guarded: ...
+    @property
+    def spellings(self) -> tuple[str, ...]: ...
     @property
     def metrics(self) -> Mapping[str, Any]: ...
     @property
@@ -78,6 +81,11 @@ class Entry:
     def guards(self) -> Guarded:
         """The prompts that it leaves as they were."""
         return Guarded(self.guard_set, self.concept.name)
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The names by which a prompt spells the concept."""
+        return self.concept.spellings
 
     def renamed(self, name: str) -> Entry:
         """Call the concept otherwise. What it guards stays the same: its former name is not one of its guards.

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sepme_diffusers.cli import banks, bench, demo, evaluation, export, making
+from sepme_diffusers.cli import banks, bench, demo, evaluation, explaining, export, making
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable concept erasure for diffusers.")
 
@@ -35,6 +35,7 @@ app.command()(making.erase)
 app.command()(making.capacity)
 app.command("soft-guards")(making.soft_guards)
 app.command()(export.export)
+app.command()(explaining.explain)
 app.command()(banks.sign)
 app.command()(banks.verify)
 app.command()(banks.pack)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from sepme_diffusers.cli.console import console, quieten, refusals
+from sepme_diffusers.cli.console import console, harmless, quieten, refusals
 
 
 def sign(
@@ -72,5 +72,4 @@ def verify(
 
 
 def _verdict(faults: tuple[str, ...]) -> str:
-    # What a bank says is nobody's markup, and no command to a terminal.
-    return "\n".join(escape("".join(c if c.isprintable() else "?" for c in fault)) for fault in faults) or "ok"
+    return "\n".join(map(harmless, faults)) or "ok"

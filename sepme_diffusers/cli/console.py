@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ def refusals() -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError, FloatingPointError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def harmless(text: str) -> str:
+    """Show a text that others wrote as it is: it is no markup, and no command to a terminal."""
+    return escape("".join(c if c.isprintable() else "?" for c in text))
 
 
 def as_rich(table: Table) -> RichTable:

@@ -19,6 +19,8 @@ from sepme_diffusers.runtime.checks import check_before
 from sepme_diffusers.runtime.erased_sets import Key, Strengths, UnknownConceptError, with_floors
 from sepme_diffusers.runtime.erasing_call import erasing_call, naming
 from sepme_diffusers.runtime.erasures import Erasures, erasures_of
+from sepme_diffusers.runtime.explaining import Explainer
+from sepme_diffusers.runtime.explanation import Explanation
 from sepme_diffusers.runtime.pipeline_state import PipelineState
 from sepme_diffusers.runtime.receipt import Receipt
 from sepme_diffusers.runtime.snapshot import LoadOptions, Snapshot
@@ -292,6 +294,42 @@ class SepMELoaderMixin:
         with naming(names):
             check_before(self, erasures, snapshot, keys, state.text_check_for(snapshot), {})
         return names
+
+    def explain(
+        self, prompt: str | Iterable[str], concepts: Iterable[str] | None = None, limit: int = 20
+    ) -> Explanation:
+        """Tell why a call with this prompt is changed by what is loaded, or why not, without drawing.
+
+        What is said of a concept is what a call that erases it decides by. The prompt is read by the text encoder; the
+        denoiser does not run, and nothing that is loaded or erased changes. While a call runs in another thread, use
+        `for_request()`.
+
+        Args:
+            prompt: A prompt, or several. A negative prompt is one more prompt: either may open a gate.
+            concepts: Their names. Default: all that are erasable.
+            limit: How many are listed for each prompt: those that act, then the nearest to it; what is erased goes
+                before what is not. The others are counted.
+
+        Raises:
+            TypeError: If a prompt is no string, or a single string is given for the concepts.
+            UnknownConceptError: As `set_erased`.
+            ValueError: If there is no prompt, a concept is given twice, or the limit is no number above zero.
+            ErasureNotInForce: If the pipeline has no text encoder, or another one than the banks were made for.
+
+        Example:
+            >>> from sepme_diffusers import SepMEPipeline, pocket
+            >>> pipe = SepMEPipeline.from_pretrained(pocket.path())
+            >>> pipe.load_sepme(pocket.bank("styles"))
+            >>> pipe.set_erased(["neon"])
+            >>> seen = pipe.explain("a neon cat").prompts[0]["neon"]
+            >>> seen.erased, seen.acts, seen.doors[0].word
+            (True, True, 'neon')
+        """
+        erasures, state = self._erasures(), self._sepme
+        snapshot = erasures.snapshot
+        keys = list(snapshot.names.shown) if concepts is None else list(strengths_of(concepts, snapshot))
+        explainer = Explainer(self, snapshot, state.request, state.text_check_for(snapshot))
+        return explainer.explain(prompt, keys, limit)
 
     @property
     def last_call(self) -> Receipt | None:

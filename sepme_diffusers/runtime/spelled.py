@@ -23,7 +23,9 @@ def spelled_by(
         banks: {name: bank}.
         pictures_per_prompt: How many pictures are drawn for each.
     """
-    gated = (key for key in keys if banks[key[0]].entries.outline(key[1]).gates)
-    names = {key: banks[key[0]][key[1]].concept.spellings for key in gated}
-    found = [frozenset(key for key, spellings in names.items() if spells(text, spellings)) for text in texts]
+    outlines = {key: banks[key[0]].entries.outline(key[1]) for key in keys}
+    names = {key: outline.spellings for key, outline in outlines.items() if outline.gates}
+    # One concept after another: patterns that find names are remembered, but not those of thousands of concepts.
+    hits = {key: [spells(text, spellings) for text in texts] for key, spellings in names.items()}
+    found = [frozenset(key for key, of_text in hits.items() if of_text[index]) for index in range(len(texts))]
     return [keys_of for keys_of in found for _ in range(pictures_per_prompt)]

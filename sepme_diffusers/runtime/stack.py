@@ -185,22 +185,44 @@ class ActiveStack:
         Raises:
             ValueError: If the batch does not hold the mask's rows a whole number of times.
         """
-        device, d, batch = embedding.device, embedding.shape[-1], len(embedding)
+        device, batch = embedding.device, len(embedding)
         each = batch // pictures if pictures and batch % pictures == 0 else 1
-        stack = self.stack
+        with torch.autocast(device.type, enabled=False):
+            seen = self._seen(embedding)
+            if self.stack.gates is not None:
+                gates = self._open(self.stack.gates, seen, each)
+                self._record(gates.detach(), each)
+                seen = seen * (gates.to(seen.dtype) @ self.stack.gates.members.on(device).T)
+            return seen * _for_batch(self.mask.on(device), batch, each)
+
+    def look(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what a pass decides by, for token rows (batch, n_tokens, d); record nothing.
+
+        Returns:
+            For each increment of the stack what it reads of each token, ‖e_t Aᵀ‖, (batch, n_tokens, K) in float64; the
+            most of a prompt is what its gate is compared with. And whether it is open, (batch, K).
+        """
+        with torch.autocast(embedding.device.type, enabled=False):
+            seen, gates, slices = self._seen(embedding), self.stack.gates, self.stack.slices.values()
+            readings = torch.stack([seen[..., where].norm(dim=-1) for where in slices], dim=-1)
+            if gates is None:
+                return readings, torch.ones_like(readings[:, 0], dtype=torch.bool)
+            return readings, self._open(gates, seen, 1)[:, 0, : len(slices)]
+
+    def _seen(self, embedding: Tensor) -> Tensor:
+        """Compute e Aᵀ, with what rounding leaves of zero set to zero."""
+        device, d, stack = embedding.device, embedding.shape[-1], self.stack
         a, norms, coarseness = (tensor.on(device) for tensor in (stack.A, stack.norms, stack.coarseness))
         # Of a dot product of d numbers: A was rounded to float32 or coarser, the embedding to its own precision.
         rounding = _FLOAT32 * d**0.5 + rounding_share(d, torch.finfo(embedding.dtype).eps + coarseness)
         rounding = torch.maximum(rounding, self.least.on(device))
-        with torch.autocast(device.type, enabled=False):
-            e = embedding.to(a.dtype)
-            seen = e @ a.T
-            seen = seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
-            if stack.gates is not None:
-                gates = stack.gates.open(seen) | _for_any_batch(self.open.on(device), batch, each)
-                self._record(gates.detach(), each)
-                seen = seen * (gates.to(a.dtype) @ stack.gates.members.on(device).T)
-            return seen * _for_batch(self.mask.on(device), batch, each)
+        e = embedding.to(a.dtype)
+        seen = e @ a.T
+        return seen.masked_fill(seen.abs() <= rounding * e.norm(dim=-1, keepdim=True) * norms, 0.0)
+
+    def _open(self, gates: _Gates, seen: Tensor, each: int) -> Tensor:
+        """Decide which gates are open, (batch, 1, K): by what was read, or whatever was read."""
+        return gates.open(seen) | _for_any_batch(self.open.on(seen.device), len(seen), each)
 
     def _record(self, gates: Tensor, each: int) -> None:
         """Note, without waiting for the device, which gates of which picture opened."""

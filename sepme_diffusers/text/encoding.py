@@ -22,15 +22,22 @@ _TOGETHER = 64
 
 
 @torch.no_grad()
-def encode_doors(pipe: Any, prompts: Iterable[str], batch_size: int = _TOGETHER, **settings: Any) -> dict[str, Tensor]:
+def encode_doors(
+    pipe: Any,
+    prompts: Iterable[str],
+    batch_size: int = _TOGETHER,
+    dtype: torch.dtype | None = torch.float32,
+    **settings: Any,
+) -> dict[str, Tensor]:
     """Encode prompts for every door: {"tokens": (n, n_tokens, d)}, and "pooled": (n, 1, d_pooled) where there is one.
 
-    The embeddings are float32 on the pipeline's device. No random numbers are drawn, and the pipeline stays as it is.
+    The embeddings are on the pipeline's device. No random numbers are drawn, and the pipeline stays as it is.
 
     Args:
         pipe: A pipeline with `encode_prompt` (Stable Diffusion 1.x, 2.x, SDXL and their relatives).
         prompts: The prompts, at least one; padded or cut to the text encoder's length, as at inference.
         batch_size: How many prompts are encoded at a time.
+        dtype: Of the embeddings; None for the one in which the pipeline hands them to its denoiser.
         settings: Further arguments of `encode_prompt` (`clip_skip`, `lora_scale`).
     """
     prompts = list(prompts)
@@ -38,7 +45,8 @@ def encode_doors(pipe: Any, prompts: Iterable[str], batch_size: int = _TOGETHER,
         _encode_together(pipe, prompts[start : start + batch_size], settings)
         for start in range(0, len(prompts), batch_size)
     ]
-    return {door: torch.cat([part[door] for part in parts]) for door in parts[0]}
+    doors = {door: torch.cat([part[door] for part in parts]) for door in parts[0]}
+    return doors if dtype is None else {door: embeddings.to(dtype) for door, embeddings in doors.items()}
 
 
 def _encode_together(pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -47,10 +55,10 @@ def _encode_together(pipe: Any, prompts: Sequence[str], settings: Mapping[str, A
         encodings = pipe.encode_prompt(
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **settings
         )
-    doors = {TOKENS: encodings[0].float()}
+    doors = {TOKENS: encodings[0]}
     # Stable Diffusion XL gives (tokens, negative tokens, pooled, negative pooled).
     if len(encodings) == 4 and isinstance(encodings[2], Tensor) and encodings[2].ndim == 2:
-        doors[POOLED] = encodings[2].float()[:, None]
+        doors[POOLED] = encodings[2][:, None]
     return doors
 
 

@@ -1,6 +1,7 @@
 import copy
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_entries_are_a_mapping_that_does_not_change():
     assert list(more.only(["oil", "neon", "ghost"])) == ["neon", "oil"]
     assert Entries(entries) == entries
     assert Entries({}) != entries
+
+
+def test_the_names_by_which_prompts_spell_a_concept_are_known_without_its_numbers(tmp_path, reads):
+    bank = tiny_bank()
+    concept = replace(bank["neon"].concept, aliases=("neon glow", "bright"), spelled=("neon", "neon glow"))
+    bank = bank.with_entries([replace(bank["neon"], concept=concept)])
+    bank.save_pretrained(tmp_path / "bank")
+    outlines = ConceptBank.from_pretrained(tmp_path / "bank").entries.outlines()
+    assert {name: outline.spellings for name, outline in outlines.items()} == {
+        "neon": ("neon", "neon glow"),
+        "Van Gogh": ("Van Gogh",),
+    }
+    assert reads == []
 
 
 def test_nothing_is_read_until_somebody_asks_and_then_once(saved, reads):
