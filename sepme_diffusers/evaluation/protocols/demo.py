@@ -12,15 +12,16 @@ from PIL import Image
 from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged, style_accuracy
-from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.pictures import built_in, generate
 from sepme_diffusers.evaluation.probes import Probe
-from sepme_diffusers.evaluation.report import Table, contact_sheet
+from sepme_diffusers.evaluation.report import Table
 from sepme_diffusers.increment.config import SepMEConfig, Solver
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS, TEST_OBJECTS, regular_for_styles, style_concept
+from sepme_diffusers.runtime.changes import largest_change, mean_change
+from sepme_diffusers.runtime.contact_sheet import contact_sheet
 
 TRAINED, SOLVED = "neon", "halftone"
 ERASED = ("woodcut", TRAINED, SOLVED, "blueprint", "mosaic", "pencil")

@@ -12,7 +12,6 @@ from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.baselines.baseline import Baseline, replaced
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.pictures import erased, generate
 from sepme_diffusers.evaluation.probes import Kind, Probe
 from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
@@ -20,6 +19,7 @@ from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import BANKED_STYLES, object_concept, regular_prompts
+from sepme_diffusers.runtime.changes import largest_change
 
 # Every other object, so that both halves hold animals, food and things.
 HALF: tuple[str, ...] = pocket.objects[::2]

@@ -16,7 +16,6 @@ from PIL import Image
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.measures.frechet import frechet_distance
 from sepme_diffusers.evaluation.measures.judge_features import pooled_features
 from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
@@ -26,6 +25,7 @@ from sepme_diffusers.evaluation.protocols.eraser import GATED, Eraser
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.pocket.concepts import GUARDS
+from sepme_diffusers.runtime.changes import largest_change
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 # What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only
