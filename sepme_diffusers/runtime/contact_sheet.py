@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _LABEL = 4, 190
-_FONT, _LINE, _LETTER = 12, 15, 6.6  # pixels: the font's size, what a line takes, a letter of middling width
+_FONT, _LINE, _LETTER = 12, 15, 6.2  # pixels: the font's size, what a line takes, a letter of middling width
 _INK, _PAPER = (30, 30, 34), (255, 255, 255)
 
 
