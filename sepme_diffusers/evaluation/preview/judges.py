@@ -73,11 +73,11 @@ class ClipJudge:
         advice = f"a judge is the folder or Hub id of a CLIP model with its processor, or {BUILT_IN!r}"
         try:
             kind = AutoConfig.from_pretrained(name).model_type
-            if kind != "clip":
-                raise ValueError(f"{name!r} is a model of type {kind!r}; {advice}")
-            return cls(name, CLIPModel.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name))
-        except OSError as error:
+            if kind == "clip":
+                return cls(name, CLIPModel.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name))
+        except (OSError, ValueError) as error:
             raise ValueError(f"there is no judge {name!r}; {advice}") from error
+        raise ValueError(f"{name!r} is a model of type {kind!r}; {advice}")
 
     @torch.no_grad()
     def __call__(

@@ -74,7 +74,8 @@ def _own(concept: Concept, each: int) -> Sequence[tuple[str, str]]:
     held_out = [pair for index, pair in enumerate(concept.pairs) if index not in made] or concept.pairs
     named = [pair for pair in held_out if mentions(pair[0], [concept.name])]
     pairs = named if len(named) >= each else held_out
-    return [pairs[index * len(pairs) // each] for index in range(min(each, len(pairs)))]
+    count = min(each, len(pairs))
+    return [pairs[index * len(pairs) // count] for index in range(count)]
 
 
 def _frame(concept: Concept) -> tuple[str, str]:
