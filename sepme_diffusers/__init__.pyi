@@ -26,6 +26,7 @@ from .making.trainer import SepMETrainer as SepMETrainer
 from .runtime.calls import Call as Call
 from .runtime.calls import current_call as current_call
 from .runtime.calls import mixed_calls as mixed_calls
+from .runtime.comparison import Comparison as Comparison
 from .runtime.erased_sets import UnknownConceptError as UnknownConceptError
 from .runtime.explanation import Explanation as Explanation
 from .runtime.loader_mixin import SepMELoaderMixin as SepMELoaderMixin

@@ -10,10 +10,10 @@ import typer
 from sepme_diffusers import SepMEPipeline, from_lora, pocket
 from sepme_diffusers.evaluation.baselines.uce import uce
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.evaluation.protocols.erasures import concepts_of, preserved_prompts
 from sepme_diffusers.pocket.vocabulary import STYLES, TEST_OBJECTS
+from sepme_diffusers.runtime.changes import largest_change, mean_change
 
 
 def main(style: str = "neon", seed: int = 0) -> None:

@@ -19,8 +19,8 @@ from rich.progress import track
 from sepme_diffusers import pocket
 from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.pictures import generate
-from sepme_diffusers.evaluation.report import contact_sheet
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.contact_sheet import contact_sheet
 
 
 def score(pipe: StableDiffusionPipeline, pairs: list[tuple[str, str]], seed: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sepme_diffusers.cli import banks, bench, demo, evaluation, explaining, export, making
+from sepme_diffusers.cli import banks, bench, demo, evaluation, explaining, export, making, preview
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Separable concept erasure for diffusers.")
 
@@ -34,6 +34,7 @@ app.command()(demo.demo)
 app.command()(making.erase)
 app.command()(making.capacity)
 app.command("soft-guards")(making.soft_guards)
+app.command()(preview.preview)
 app.command()(export.export)
 app.command()(explaining.explain)
 app.command()(banks.sign)

@@ -1,9 +1,8 @@
-"""Contact sheets, tables and bars; Markdown with JSON, and a self-contained HTML report."""
+"""Tables and bars; Markdown with JSON, and a self-contained HTML report."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,36 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sepme_diffusers.bank.disk.files import replace_file
-
-_GAP, _LABEL, _HEADER = 4, 190, 22
-_INK, _PAPER = (30, 30, 34), (255, 255, 255)
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
-    labels: Sequence[str] = (),
-    headers: Sequence[str] = (),
-    scale: int = 1,
-) -> Image.Image:
-    """Lay out pictures in rows and columns, with a label before each row and a header over each column where given."""
-    side = rows[0][0].width * scale
-    left, top = (_LABEL if labels else 0), (_HEADER if headers else 0)
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (left + columns * (side + _GAP), top + len(rows) * (side + _GAP)), _PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for column, header in enumerate(headers):
-        pen.text((left + column * (side + _GAP), 3), header, fill=_INK, font=font)
-    for index, row in enumerate(rows):
-        y = top + index * (side + _GAP)
-        if labels:
-            pen.multiline_text((2, y + side // 2 - 8), labels[index], fill=_INK, font=font)
-        for column, picture in enumerate(row):
-            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + column * (side + _GAP), y))
-    return sheet
+from sepme_diffusers.runtime.contact_sheet import as_png
 
 
 @dataclass(frozen=True)
@@ -110,7 +83,7 @@ def html_page(
     title: str, summary: str, tables: Sequence[Table], picture: Image.Image, caption: str, footer: str
 ) -> str:
     """Write a page that needs no other file."""
-    encoded = base64.b64encode(_png(picture)).decode()
+    encoded = base64.b64encode(as_png(picture)).decode()
     page = Environment(autoescape=True).from_string(_PAGE)
     return page.render(title=title, summary=summary, tables=tables, picture=encoded, caption=caption, footer=footer)
 
@@ -119,22 +92,16 @@ def save(folder: Path, name: str, page: str, data: Any, picture: Image.Image | N
     """Write name.md, name.json and name.png into a folder, which is made if missing. Each file appears complete."""
     files = {f"{name}.md": page.encode(), f"{name}.json": json.dumps(data, indent=1, ensure_ascii=False).encode()}
     if picture is not None:
-        files[f"{name}.png"] = _png(picture)
+        files[f"{name}.png"] = as_png(picture)
     _write(folder, files)
 
 
 def write(folder: Path, picture: Image.Image, page: str) -> None:
     """Write grid.png and report.html into a folder, which is made if missing. Each file appears complete."""
-    _write(folder, {"grid.png": _png(picture), "report.html": page.encode()})
+    _write(folder, {"grid.png": as_png(picture), "report.html": page.encode()})
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         replace_file(folder / name, content)
-
-
-def _png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()

@@ -61,6 +61,13 @@ def default_set(snapshot: Snapshot, request: Request) -> dict[Key, float]:
     return snapshot.ordered(with_floors(chosen, floors(snapshot, request)))
 
 
+def set_with_floors(concepts: ErasedSet | None, snapshot: Snapshot, request: Request) -> dict[Key, float]:
+    """Return one erased set, None for the default, with what is always erased added. Raises as `sets_of_call` does."""
+    if concepts is None:
+        return default_set(snapshot, request)
+    return snapshot.ordered(with_floors(strengths_of(concepts, snapshot), floors(snapshot, request)))
+
+
 def sets_of_call(
     erased: Any, snapshot: Snapshot, request: Request, prompts: int, pictures_per_prompt: int = 1
 ) -> tuple[list[dict[Key, float]], bool]:
@@ -80,22 +87,16 @@ def sets_of_call(
         ValueError: If there are not as many sets as prompts.
         ErasureNotInForce: As `floors`.
     """
-
-    def with_its_floors(concepts: ErasedSet | None) -> dict[Key, float]:
-        if concepts is None:
-            return default_set(snapshot, request)
-        return snapshot.ordered(with_floors(strengths_of(concepts, snapshot), floors(snapshot, request)))
-
     has_default = request.default is not None
     if erased is None:
-        return [with_its_floors(None)], has_default
+        return [set_with_floors(None, snapshot, request)], has_default
     if not isinstance(erased, (str, Mapping)):
         erased = list(erased)  # looked at more than once: a generator must not run dry and erase nothing
     if isinstance(erased, (str, Mapping)) or all(isinstance(name, str) for name in erased):
-        return [with_its_floors(erased)], True
+        return [set_with_floors(erased, snapshot, request)], True
     if len(erased) != prompts:
         raise ValueError(f"{len(erased)} erased sets for {prompts} prompts; give one set per prompt, or one for all")
-    own = [with_its_floors(concepts) for concepts in erased]
+    own = [set_with_floors(concepts, snapshot, request) for concepts in erased]
     explicit = None not in erased or has_default
     if all(strengths == own[0] for strengths in own):
         return own[:1], explicit

@@ -16,6 +16,7 @@ from sepme_diffusers.doors.linears import other_text_readers, projection_weights
 from sepme_diffusers.doors.registry import drawing_denoisers
 from sepme_diffusers.runtime.call_sets import ErasedSet, Request, default_set, floors, strengths_of
 from sepme_diffusers.runtime.checks import check_before
+from sepme_diffusers.runtime.comparison import Comparison, compare
 from sepme_diffusers.runtime.erased_sets import Key, Strengths, UnknownConceptError, with_floors
 from sepme_diffusers.runtime.erasing_call import erasing_call, naming
 from sepme_diffusers.runtime.erasures import Erasures, erasures_of
@@ -330,6 +331,31 @@ class SepMELoaderMixin:
         keys = list(snapshot.names.shown) if concepts is None else list(strengths_of(concepts, snapshot))
         explainer = Explainer(self, snapshot, state.request, state.text_check_for(snapshot))
         return explainer.explain(prompt, keys, limit)
+
+    def compare(
+        self,
+        prompt: str | Sequence[str],
+        sets: Sequence[ErasedSet | None] | None = None,
+        seeds: int | Sequence[int] = 0,
+        **call: Any,
+    ) -> Comparison:
+        """Draw prompts from the same noise once per erased set. What is erased stays as it is.
+
+        Args:
+            prompt: One or several.
+            sets: Erased sets, one per column: names or {name: strength}; None in it stands for what is erased now.
+                Default: nothing, what is erased now, and nothing again, called "restored".
+            seeds: Of the noise: one for all prompts, or one per prompt.
+            call: Passed on to the pipeline: `num_inference_steps`, `guidance_scale`, ...
+
+        Raises:
+            ValueError: If nothing is erased and no sets are given, or seeds and prompts differ in number.
+            UnknownConceptError: As `set_erased`.
+            TypeError: If a set is a single string, or on an argument that the comparison says itself (`erased`,
+                `generator`, `output_type`, ...).
+            ErasureNotInForce: As a call.
+        """
+        return compare(self, self._erasures().snapshot, self._sepme.request, prompt, sets, seeds, call)
 
     @property
     def last_call(self) -> Receipt | None:

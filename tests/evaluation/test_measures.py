@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from sepme_diffusers.evaluation.measures.accuracy import accuracy
-from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.measures.frechet import frechet_distance
 from sepme_diffusers.evaluation.measures.judge_features import layers, pooled_features
 from sepme_diffusers.evaluation.measures.measure import Sample
 from sepme_diffusers.evaluation.measures.perceptual import layer_distance, perceptual_distance
 from sepme_diffusers.evaluation.measures.registry import MEASURES
+from sepme_diffusers.runtime.changes import largest_change, mean_change
 
 
 def noise(seed: int, n: int = 4) -> list[Image.Image]:

@@ -2,15 +2,14 @@
 
 import re
 
-import numpy as np
 from PIL import Image
 
 from sepme_diffusers.evaluation import report
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.pictures import generate
 from sepme_diffusers.evaluation.protocols import demo
 from sepme_diffusers.evaluation.protocols.erasures import concepts_of
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.changes import largest_change
 
 
 def flat(value: int) -> Image.Image:
@@ -33,12 +32,6 @@ def test_probes_use_nothing_that_an_edit_saw(pocket_pipe):
         assert len(probe.prompts) == len(probe.styles) == len(probe.objects)
     assert set(demo.probes(1)["erased"].styles) == set(demo.ERASED)
     assert set(demo.probes(1)["regular"].styles) == {*demo.KEPT, *demo.NEVER_SEEN, words.PLAIN}
-
-
-def test_contact_sheet_places_every_picture():
-    sheet = report.contact_sheet([[flat(10), flat(20)], [flat(30), flat(40)]], ["x", "y"], ["a", "b"], scale=2)
-    found = set(np.unique(np.asarray(sheet)))
-    assert {10, 20, 30, 40} <= found
 
 
 def test_page_needs_no_other_file_and_escapes_what_it_shows(tmp_path):

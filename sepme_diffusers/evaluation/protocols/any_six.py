@@ -12,13 +12,13 @@ from PIL import Image
 from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
 from sepme_diffusers.evaluation.pictures import PictureCache, erased
 from sepme_diffusers.evaluation.probes import Probe, pairs_probe, plain_probe
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.changes import largest_change
 
 
 @dataclass(frozen=True)

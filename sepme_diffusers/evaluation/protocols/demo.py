@@ -10,12 +10,13 @@ from PIL import Image
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged, style_accuracy
-from sepme_diffusers.evaluation.measures.change import largest_change, mean_change
 from sepme_diffusers.evaluation.pictures import built_in, generate
 from sepme_diffusers.evaluation.probes import Probe
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
-from sepme_diffusers.evaluation.report import Table, contact_sheet
+from sepme_diffusers.evaluation.report import Table
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.changes import largest_change, mean_change
+from sepme_diffusers.runtime.contact_sheet import contact_sheet
 
 ERASED = ("woodcut", "neon", "halftone", "blueprint", "mosaic", "pencil")
 RESTORED = ERASED[:2]

@@ -12,12 +12,12 @@ from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.baselines.baseline import Baseline, replaced
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.pictures import erased, generate
 from sepme_diffusers.evaluation.probes import Probe
 from sepme_diffusers.evaluation.protocols.erasures import concepts_of, erase_names, preserved_prompts
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.changes import largest_change
 
 # Every other object, so that both halves hold animals, food and things.
 HALF: tuple[str, ...] = pocket.objects[::2]

@@ -21,7 +21,8 @@ from sepme_diffusers.evaluation.protocols.scenes import (
     Figures,
     Moment,
 )
-from sepme_diffusers.evaluation.report import Bar, Table, contact_sheet
+from sepme_diffusers.evaluation.report import Bar, Table
+from sepme_diffusers.runtime.contact_sheet import contact_sheet
 
 OTHER = {"styles": "object", "objects": "style"}
 # Group, share of the original's accuracy that must be left in percent, and largest perceptual distance.

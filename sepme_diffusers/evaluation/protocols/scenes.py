@@ -16,7 +16,6 @@ from PIL import Image
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.measures.accuracy import judged
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.measures.frechet import frechet_distance
 from sepme_diffusers.evaluation.measures.judge_features import pooled_features
 from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
@@ -24,6 +23,7 @@ from sepme_diffusers.evaluation.pictures import PictureCache, built_in, generate
 from sepme_diffusers.evaluation.probes import PARAPHRASES, Kind, Probe, plain_probe, probe
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.runtime.changes import largest_change
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
 # What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only

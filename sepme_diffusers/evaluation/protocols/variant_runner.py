@@ -11,7 +11,6 @@ from PIL import Image
 
 from sepme_diffusers import pocket
 from sepme_diffusers.bank.bank import ConceptBank
-from sepme_diffusers.evaluation.measures.change import largest_change
 from sepme_diffusers.evaluation.measures.measure import Sample
 from sepme_diffusers.evaluation.measures.registry import MEASURES
 from sepme_diffusers.evaluation.pictures import PictureCache
@@ -19,6 +18,7 @@ from sepme_diffusers.evaluation.probes import Probe, probe
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS
 from sepme_diffusers.evaluation.protocols.variants import STYLES, Edit
 from sepme_diffusers.evaluation.report import Bar, Table
+from sepme_diffusers.runtime.changes import largest_change
 
 REGULAR = ("stencil", "pixel", "watercolour", "pencil")
 # What the table of variants shows: group and measure.
