@@ -18,7 +18,7 @@ from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS
 
 # What an erasure should reach of its own prompts, and the most that it should move of regular ones.
-_LEAST_REACHED, _MOST_MOVED = 0.85, 0.005
+_LEAST_REACHED, _MOST_MOVED = 0.5, 0.005
 
 
 class Outline(Protocol):

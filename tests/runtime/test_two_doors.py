@@ -13,11 +13,15 @@ NAMES = ["neon", "cat", "pencil"]
 GUARDED = ["", "watermark", "cat"]
 # A prompt that each concept's increment reads.
 OWN = [concept.prompts[0] for concept in CONCEPTS]
+# Of the same wording as the prompt, so that every token has one in its place.
+ANCHORS = ("a cat in the style of ink", "ink dog")
 
 
 @pytest.fixture(scope="module")
 def bank():
-    return SepMETrainer(random_xl_pipeline(), replace(CLOSED, gain=1.0, reserve=0.1), ["watermark"]).erase(CONCEPTS)
+    return SepMETrainer(random_xl_pipeline(), replace(CLOSED, gain=1.0, reserve=0.1), ["watermark"]).erase(
+        [replace(CONCEPTS[0], anchors=tuple((anchor,) for anchor in ANCHORS)), *CONCEPTS[1:]]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +105,7 @@ def test_each_prompt_of_a_batch_has_a_set_of_its_own(pipe):
 
 def test_a_concept_that_the_pooled_embedding_alone_tells_is_erased(pipe, tokens_alone):
     """Tokens blank: the picture goes to the anchor's. Without the second door it stays where it was, to the bit."""
-    concept = CONCEPTS[0]
-    (prompt, anchor), *_ = concept.pairs
+    prompt, anchor = OWN[0], ANCHORS[0]
     told, wanted = picture(pipe, "", prompt), picture(pipe, "", anchor)
     erased = picture(pipe, "", prompt, erased=["neon"])
     assert (erased - wanted).norm() < 0.1 * (told - wanted).norm()
@@ -112,11 +115,12 @@ def test_a_concept_that_the_pooled_embedding_alone_tells_is_erased(pipe, tokens_
 
 
 def test_both_doors_bring_a_picture_nearer_to_the_anchors_than_tokens_alone(pipe, tokens_alone):
-    (prompt, anchor), *_ = CONCEPTS[0].pairs
+    prompt, anchor = OWN[0], ANCHORS[0]
     told, wanted = picture(pipe, prompt, prompt), picture(pipe, anchor, anchor)
     both = picture(pipe, prompt, prompt, erased=["neon"])
     pipe.unload_sepme()
     pipe.load_sepme(tokens_alone)
     half = picture(pipe, prompt, prompt, erased=["neon"])
     gap = (told - wanted).norm()
-    assert (both - wanted).norm() < 0.1 * gap < 0.5 * (half - wanted).norm()
+    assert (both - wanted).norm() < 0.2 * gap
+    assert (both - wanted).norm() < 0.5 * (half - wanted).norm()
