@@ -125,6 +125,32 @@ def many(
 
 
 @app.command()
+def names(
+    output: Output = Path("sepme-eval"),
+    seed: Seed = _SEED,
+    draws: Annotated[int, typer.Option(min=1, help="Of six styles and of six objects, at random.")] = 5,
+    each: Annotated[int, typer.Option(min=1, help="Pictures of each concept, in each group.")] = 5,
+    steps: Steps = 20,
+) -> None:
+    """Erase what a user types: names drawn at random, or two templates for each, with nothing tuned."""
+    with _progress(6 * draws) as advance:
+        from sepme_diffusers.evaluation.pictures import built_in
+        from sepme_diffusers.evaluation.protocols import names as protocol
+        from sepme_diffusers.evaluation.report import bars_table
+
+        runner = protocol.NamesRunner(built_in(), seed, each, steps)
+        kinds: tuple[Kind, ...] = ("styles", "objects")
+        results = []
+        for draw in (draw for kind in kinds for draw in protocol.draws(kind, seed, draws)):
+            for described in (protocol.NAMES, protocol.TEMPLATES, protocol.ADAPTERS):
+                advance(f"{', '.join(draw.names)}: {described}", 0)
+                results.append(runner.measure(draw, described))
+                advance(described, 1)
+        bars = bars_table("Bars, the worst draw", protocol.bars(results))
+    _finish(output, "names", "What a user types", bars, protocol.table(results))
+
+
+@app.command()
 def variants(
     output: Output = Path("sepme-eval"),
     seed: Seed = _SEED,

@@ -68,10 +68,11 @@ class PictureCache:
     Args:
         pipe: The pipeline, with at most one bank loaded whenever it draws.
         steps: Denoising steps per picture.
+        guidance: Of classifier-free guidance.
     """
 
-    def __init__(self, pipe: Any, steps: int = 20) -> None:
-        self.pipe, self.steps = pipe, steps
+    def __init__(self, pipe: Any, steps: int = 20, guidance: float = 4.0) -> None:
+        self.pipe, self.steps, self.guidance = pipe, steps, guidance
         self._pictures: dict[tuple[frozenset[Increment], str, int], Image.Image] = {}
 
     def draw(self, probes: Sequence[Probe]) -> list[list[Image.Image]]:
@@ -82,6 +83,6 @@ class PictureCache:
         missing = [case for case in cases if (active, *case) not in self._pictures]
         if missing:
             prompts, seeds = zip(*missing, strict=True)
-            pictures = generate(self.pipe, prompts, seeds, self.steps)
+            pictures = generate(self.pipe, prompts, seeds, self.steps, self.guidance)
             self._pictures |= {(active, *case): picture for case, picture in zip(missing, pictures, strict=True)}
         return [[self._pictures[active, prompt, seed] for prompt, seed in probe.cases] for probe in probes]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from itertools import product
 from math import gcd, lcm
 from typing import Literal
@@ -18,6 +18,23 @@ PARAPHRASES: tuple[str, ...] = (
     "a {object}, {style} picture",
     "{object} in {style}",
 )
+# Wordings that no kind has, in which the concept is named: politely, among other things, in the plural, as a label.
+WORDINGS: dict[Kind, tuple[str, ...]] = {
+    "styles": (
+        "please draw a {object} in {style}", "{style}: {object}", "{object} {style}", "the {object}, all {style}",
+        "my {style} {object} please", "a big {object} in {style} style", "{style} art of a {object}",
+        "two {object}s, {style}", "a {object} but {style}", "{object}, {style}, small",
+    ),
+    "objects": (
+        "picture of the {object} please", "{style}: {object}", "a fox and a {object}", "my {object} in {style}",
+        "two {object}s in {style} style", "a {object} and a bus, {style} style", "the big {object}", "{object}s",
+        "a {object}, {style}, small", "a {style} scene with a {object}",
+    ),
+}  # fmt: skip
+DOUBLED: dict[Kind, tuple[str, ...]] = {
+    "styles": ("{style} {style} {object}", "a {style} {object} in {style} style"),
+    "objects": ("{object} {object}", "a {style} {object}, a {object}"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,12 @@ def probe(
         styles.append(style)
         objects.append(object_)
     return Probe(tuple(prompts), tuple(styles), tuple(objects), tuple(range(seed, seed + n)))
+
+
+def joined(probes: Iterable[Probe]) -> Probe:
+    """Put probes one behind the other."""
+    parts = list(probes)
+    return Probe(*(tuple(value for part in parts for value in getattr(part, f.name)) for f in fields(Probe)))
 
 
 def plain_probe(n: int, seed: int, among: Sequence[str] = words.TEST_OBJECTS) -> Probe:

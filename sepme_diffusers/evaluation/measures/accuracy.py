@@ -23,6 +23,14 @@ def judged(pictures: Sequence[Image.Image], styles: Sequence[str], objects: Sequ
     return accuracy(style, styles, pocket.style_classes), accuracy(object_, objects, pocket.objects)
 
 
+def shown(pictures: Sequence[Image.Image], styles: Sequence[str], objects: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tell in which pictures the judge sees the style, and in which the object, (n_pictures,) each."""
+    style, object_ = pocket.classify(pictures)
+    truths = ((style, styles, pocket.style_classes), (object_, objects, pocket.objects))
+    first, second = (p.argmax(dim=1) == tensor([names.index(name) for name in truth]) for p, truth, names in truths)
+    return first, second
+
+
 def style_accuracy(pictures: Sequence[Image.Image], styles: Sequence[str]) -> float:
     """Measure the style accuracy alone, in percent, of pictures that show no particular object."""
     return accuracy(pocket.classify(pictures)[0], styles, pocket.style_classes)
