@@ -151,14 +151,28 @@ def with_gain(
     Raises:
         ValueError: If the factors do not move the rows towards the change at all.
     """
+    share = given_share(factors, concept, change, output_factor)
+    if not share > 0:
+        raise ValueError(f"the increment gives {share:.2g} of the wanted change; no scale makes that {gain:g}")
+    return factors[0], factors[1] * (gain / share)
+
+
+def given_share(
+    factors: tuple[Tensor, Tensor], concept: Tensor, change: Tensor, output_factor: Tensor | None = None
+) -> float:
+    """Return which share of the wanted change an increment gives the concept's rows, ⟨(E Aᵀ) Bᵀ, T⟩_Ω / ‖T‖²_Ω.
+
+    Args:
+        factors: A (r, d) and B (d, r) of `reduced_rank_edit`.
+        concept: E, (n, d).
+        change: T, (n, d).
+        output_factor: Fₒ (d, p), see `reduced_rank_edit`.
+    """
     a, b = factors
     moved, wanted = concept.double() @ a.T @ b.T, change.double()
     if output_factor is not None:
         moved, wanted = moved @ output_factor.double(), wanted @ output_factor.double()
-    share = float((moved * wanted).sum() / wanted.square().sum())
-    if not share > 0:
-        raise ValueError(f"the increment gives {share:.2g} of the wanted change; no scale makes that {gain:g}")
-    return a, b * (gain / share)
+    return float((moved * wanted).sum() / wanted.square().sum())
 
 
 def regression_metric(inside: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:

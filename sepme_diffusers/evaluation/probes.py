@@ -26,9 +26,9 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
         "two {object}s, {style}", "a {object} but {style}", "{object}, {style}, small",
     ),
     "objects": (
-        "picture of the {object} please", "{style}: {object}", "a fox and a {object}", "my {object} in {style}",
-        "two {object}s in {style} style", "a {object} and a bus, {style} style", "the big {object}", "{object}s",
-        "a {object}, {style}, small", "a {style} scene with a {object}",
+        "{style} picture of {object}", "picture of a {object}, {style}", "{style}, {object}", "{object} in a picture",
+        "a {object}, a {style} picture", "style of {style}, a {object}", "{object} and a bus", "two {object}s, {style}",
+        "{style} {object} picture please", "a fox and a {object} in {style}",
     ),
 }  # fmt: skip
 DOUBLED: dict[Kind, tuple[str, ...]] = {

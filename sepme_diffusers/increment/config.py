@@ -59,7 +59,7 @@ class SepMEConfig:
             every prompt in proportion to what it reads, as a LoRA does. Exports have no gate in either case.
             "calibrated": between what regular prompts and what its own prompts read, see docs/training.md.
         adapter_soft_guard_weight: `soft_guard_weight` of the adapter that stands for a gated increment where there is
-            no gate. Default: that of `linear`.
+            no gate. Default: the largest of several at which its own prompts get 0.45 of the wanted change.
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
         reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sepme_diffusers.algebra.closed_form import reduced_rank_edit, with_gain
+from sepme_diffusers.algebra.closed_form import given_share, reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
 from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
 from sepme_diffusers.increment.increment import Increment
-from sepme_diffusers.making.calibration import RegularRows, best_weight, calibrated, made_for
+from sepme_diffusers.making.calibration import WEIGHTS, RegularRows, best_weight, calibrated, made_for
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
 from sepme_diffusers.text.concept import Concept
@@ -25,6 +25,8 @@ from sepme_diffusers.text.spelling import spells
 _WIDTH_OF_BETA = 768
 # Below this share of its embedding, the change that is wanted of a concept at a further door is rounding.
 _LEAST_CHANGE = 1e-4
+# What an adapter gives of the wanted change: with less, objects of the built-in model come back.
+_LEAST_GIVEN = 0.45
 
 
 class Needs(Protocol):
@@ -136,6 +138,21 @@ class Problem:
 
         weight = best_weight(solved, concept.own, self._regular(concept.concept))
         return replace(config, soft_guard_weight=weight)
+
+    def for_adapter(self, room: Room, config: SepMEConfig) -> tuple[Tensor, Tensor]:
+        """Solve once more for where there is no gate: regular prompts weigh as much as leaves an effect.
+
+        Raises:
+            ValueError: If no change is wanted.
+        """
+        linear, learnt = config.for_adapter(), room.learnt
+        if config.adapter_soft_guard_weight is not None or self.soft(learnt.concept) is None:
+            return self.factors(room, linear)
+        for weight in reversed(WEIGHTS):
+            factors = self.factors(room, replace(linear, soft_guard_weight=weight))
+            if given_share(factors, learnt.rows, learnt.wanted_change, self.output_factor()) >= _LEAST_GIVEN:
+                break
+        return factors
 
     def _regular(self, concept: Concept) -> RegularRows:
         regular = self.regular(concept)
@@ -251,7 +268,7 @@ class Plan:
             problem.full_basis(room) if full else None,
             problem.at_doors(embedded),
             config,
-            problem.factors(room, config.for_adapter()) if gated else None,
+            problem.for_adapter(room, config) if gated else None,
         )
 
     @property

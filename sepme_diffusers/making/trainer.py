@@ -328,7 +328,8 @@ class SepMETrainer:
         worded = self._wordings[concept.name]
         anchor = {} if worded.anchor is None else {"anchor": worded.anchor}
         near = self._regular.neighbours(concept)
-        return {**anchor, **({"nearest": list(near)} if near else {}), "templates_left_out": len(worded.left_out)}
+        left_out = {"templates_left_out": len(worded.left_out)} if worded.left_out else {}
+        return {**anchor, **({"nearest": list(near)} if near else {}), **left_out}
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""

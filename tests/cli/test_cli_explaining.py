@@ -33,7 +33,7 @@ def test_as_json_it_prints_nothing_else():
     assert shown.exit_code == 0, shown.output
     (prompt,) = json.loads(shown.stdout)["prompts"]
     assert prompt["concepts"][0]["concept"] == "neon"
-    assert (len(prompt["concepts"]), prompt["more_act"]) == (2, 8)
+    assert (len(prompt["concepts"]), prompt["more_act"]) == (2, 0)
 
 
 @pytest.mark.parametrize(

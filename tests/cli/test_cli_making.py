@@ -17,11 +17,12 @@ def run(*arguments: object):
 
 
 def test_a_bank_is_made_and_added_to(tmp_path):
-    (tmp_path / "regular.txt").write_text("a cat\na dog\na pencil fox\n")
+    regular = ("a cat", "a dog", "a pencil fox", *(f"a {style} bus" for style in pocket.styles[:9]))
+    (tmp_path / "regular.txt").write_text("\n".join(regular))
     shown = run("soft-guards", BASE, tmp_path / "regular.txt", tmp_path / "regular.safetensors")
     assert shown.exit_code == 0, shown.output
-    assert SoftGuards.load(tmp_path / "regular.safetensors").prompts == ("a cat", "a dog", "a pencil fox")
-    options = ["--solver", "closed_form", "--guard", "watermark", "--soft-guards"]
+    assert SoftGuards.load(tmp_path / "regular.safetensors").prompts == regular
+    options = ["--solver", "closed_form", "--guard", "watermark", "--regular"]
     shown = run("erase", BASE, tmp_path / "bank", *DESCRIBED, *options, tmp_path / "regular.safetensors")
     assert shown.exit_code == 0, shown.output
     before = {file: file.read_bytes() for file in (tmp_path / "bank").glob("increments-*")}
@@ -32,7 +33,7 @@ def test_a_bank_is_made_and_added_to(tmp_path):
     (tmp_path / "concepts.json").write_text(json.dumps(concepts))
     (tmp_path / "settings.json").write_text(json.dumps({"solver": "closed_form", "rank": 3}))
     more = ["--concepts", tmp_path / "concepts.json", "--config", tmp_path / "settings.json"]
-    shown = run("erase", BASE, tmp_path / "bank", *more, "--soft-guards", tmp_path / "regular.txt")
+    shown = run("erase", BASE, tmp_path / "bank", *more, "--regular", tmp_path / "regular.txt")
     assert shown.exit_code == 0, shown.output
     bank = ConceptBank.from_pretrained(tmp_path / "bank")
     assert list(bank) == ["neon", "dog", "fox"]
@@ -45,7 +46,7 @@ def test_a_bank_is_made_and_added_to(tmp_path):
 
 @pytest.mark.parametrize(("options", "there"), [((), True), (("--no-adapters",), False)])
 def test_adapters_are_written_unless_they_are_refused(options, there, tmp_path):
-    shown = run("erase", BASE, tmp_path / "bank", "--concept", "neon", "--solver", "closed_form", *options)
+    shown = run("erase", BASE, tmp_path / "bank", "--style", "neon", *options)
     assert shown.exit_code == 0, shown.output
     assert (tmp_path / "bank" / "neon" / "adapter_config.json").exists() is there
 
@@ -63,8 +64,9 @@ def test_capacity_is_told_and_nothing_written(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ((), "no concept given"),
-        (("--concept", "neon", "--solver", "magic"), "'closed_form'"),
-        (("--concept", "neon", "--guard", "neon", "--solver", "closed_form"), "no dimension is left"),
+        (("--style", "neon", "--solver", "magic"), "'closed_form'"),
+        (("--style", "neon", "--guard", "neon"), "no dimension is left"),
+        (("--concept", "neon"), "Say its kind"),
         (("--concepts", "missing.json"), "missing.json"),
     ],
 )

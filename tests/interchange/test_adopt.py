@@ -105,7 +105,7 @@ def test_soft_guards_hold_regular_prompts(edited, pipe):
 
 
 def test_several_concepts_are_guarded_on_each_other(edited, pipe):
-    bank = from_lora(edited, pipe, [NEON, "cat"])
+    bank = from_lora(edited, pipe, [NEON, Concept.paper("cat")])
     assert tuple(bank["neon"].guards) == ("", "cat")
     assert tuple(bank["cat"].guards) == ("", "neon")
 

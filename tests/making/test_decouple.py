@@ -8,7 +8,8 @@ import torch
 from sepme_diffusers import Concept, ConceptBank, SepMETrainer
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.making.decouple import decouple
-from sepme_diffusers.text.encoding import encode, rows
+from sepme_diffusers.making.embedded import EmbeddedConcept
+from sepme_diffusers.text.encoding import Encoded, encode
 from small import CLOSED, CONCEPTS, latents, random_pipeline
 
 
@@ -35,10 +36,10 @@ def test_what_knew_everyone_is_left_as_it_is(mixed_bank, decoupled):
 
 
 def test_it_says_what_it_cost(pipe, mixed_bank, decoupled):
-    """The share of the change of the concept's own keys and values that is left, by the dense increments."""
+    """The share of the change of the concept's own keys and values that is left, of the tokens that count."""
     weights = projection_weights(pipe.unet)
     for name in ("neon", "cat", "pencil"):
-        e = rows(encode(pipe, mixed_bank[name].concept.prompts)).double()
+        e = EmbeddedConcept.of(mixed_bank[name].concept, Encoded(pipe)).rows.double()
         old, new = (bank[name].increment.delta_weights(weights) for bank in (mixed_bank, decoupled))
         pairs = [(e @ old[m].double().T, e @ new[m].double().T) for m in weights]
         share = sum((a * b).sum() for a, b in pairs) / sum((a * a).sum() for a, _ in pairs)

@@ -120,7 +120,7 @@ def test_hard_guards_that_fill_everything_are_refused(pipe):
     words = list(pipe.tokenizer.get_vocab())[100:600]
     guards = [word.removesuffix("</w>") for word in words if word.endswith("</w>") and word != "neon</w>"]
     with pytest.raises(ValueError, match=r"fill the space that 'neon' lives in|fills all 384"):
-        SepMETrainer(pipe, CLOSED, guards=guards).erase(["neon"])
+        SepMETrainer(pipe, CLOSED, guards=guards).erase([Concept.paper("neon")])
 
 
 def test_a_crowded_bank_can_be_decoupled(pipe):

@@ -112,7 +112,7 @@ def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
     closed = SepMETrainer(pipe, SepMEConfig.linear(rank=8)).erase([WOODCUT])["woodcut"].increment
     basis = torch.linalg.svd(closed.A.double(), full_matrices=False).Vh
     left = []
-    for strength in (0.3, 1.0, 2.0):
+    for strength in (1.0, 1.5, 3.0):
         config = replace(TRAIN, batch_size=8)
         start = replace(closed, B=strength * closed.B)
         pictures = NoisyPictures(pipe, WOODCUT, config, Encoded(pipe))

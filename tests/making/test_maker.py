@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sepme_diffusers import SepMEPipeline, SepMETrainer, pocket
+from sepme_diffusers import SepMEConfig, SepMEPipeline, SepMETrainer, pocket
 from sepme_diffusers.bank.checks.verify import verify
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
@@ -83,7 +83,7 @@ def test_a_gated_concept_is_solved_once_more_for_its_adapter(pipe):
     config = replace(CLOSED, gate=0.8, gain=1.0, soft_guard_weight=3.0, adapter_soft_guard_weight=100.0)
     soft = ["a dog", "a house"]
     entry = SepMETrainer(pipe, config, GUARDS, soft).erase(CONCEPTS)["cat"]
-    alone = replace(config, gate=None, gain=None, soft_guard_weight=100.0)
+    alone = replace(config, rank=SepMEConfig.linear().rank, gate=None, gain=None, soft_guard_weight=100.0)
     expected = SepMETrainer(pipe, alone, GUARDS, soft).erase(CONCEPTS)["cat"]
     assert entry.adapter.gate is None
     assert torch.equal(entry.adapter.A, expected.increment.A)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_a_prompt_file_becomes_a_small_file_that_comes_back(pipe, soft, tmp_path
     (tmp_path / "regular.txt").write_text("\n".join([*PROMPTS, "", "a cat"]), encoding="utf-8")
     made = SoftGuards.from_file(pipe, tmp_path / "regular.txt")
     made.save(tmp_path / "regular.safetensors")
-    assert (tmp_path / "regular.safetensors").stat().st_size < 4 * 384 * 385 / 2 + 1000
+    assert (tmp_path / "regular.safetensors").stat().st_size < 8 * 384 * 385 / 2 + 1000
     back = SoftGuards.load(tmp_path / "regular.safetensors")
     assert back.prompts == tuple(PROMPTS)
     torch.testing.assert_close(back.covariance.double(), soft.covariance, rtol=1e-6, atol=1e-6)
@@ -42,12 +44,9 @@ def test_a_prompt_file_becomes_a_small_file_that_comes_back(pipe, soft, tmp_path
 
 
 def test_the_file_does_what_the_prompts_do(pipe, soft, tmp_path):
-    """An increment made with the file is that made with the list of the other prompts, but for a little more ridge.
-
-    The file's float32 is to directions that no regular prompt uses what a ridge is; five prompts leave most unused.
-    """
+    """An increment made with the file is that made with the list of the other prompts."""
     soft.save(tmp_path / "soft.safetensors")
-    config = CLOSED.__class__(solver="closed_form", rank=6)
+    config = replace(CLOSED, soft_guard_weight=300.0)
     others = [prompt for prompt in PROMPTS if "neon" not in prompt.lower()]
     from_list, from_file = (
         SepMETrainer(pipe, config, regular=guards).erase([CONCEPTS[0]])["neon"].increment
@@ -55,7 +54,7 @@ def test_the_file_does_what_the_prompts_do(pipe, soft, tmp_path):
     )
     prompts = rows(encode(pipe, [*PROMPTS, *CONCEPTS[0].prompts]))
     moved = [prompts @ one.A.T @ one.B.T for one in (from_list, from_file)]
-    assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
+    assert (moved[0] - moved[1]).norm() < 1e-3 * moved[0].norm()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not soft guards at all"])

@@ -62,7 +62,7 @@ def against_elimination(runner: Runner, part: Tensor, whole: Tensor) -> Figure:
 
 def closed_forms(runner: Runner, names: Sequence[str]) -> Figure:
     """Time the increments of these concepts in closed form and a fused edit of them by UCE."""
-    concepts = [Concept(name) for name in names]
+    concepts = [Concept.paper(name) for name in names]
     config = SepMEConfig.linear(rank=8)
     acts = {
         "ours": lambda: SepMETrainer(runner.large, config).erase(concepts),

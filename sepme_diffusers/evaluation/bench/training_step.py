@@ -22,7 +22,7 @@ from sepme_diffusers.evaluation.bench.shapes import sd15_shape
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.loop import Step
 from sepme_diffusers.making.trainer import SepMETrainer
-from sepme_diffusers.text.concept import BLANK
+from sepme_diffusers.text.concept import BLANK, Concept
 from sepme_diffusers.text.encoding import encode, rows
 
 # The paper's step by whether the UNet's own weights, which it does not train, are left out of the gradient. In the
@@ -71,7 +71,7 @@ def step_times(runner: Runner) -> list[Figure]:
         started = time.perf_counter()
 
     trainer = SepMETrainer(pipe, single_steps(share * (1 + runner.repeats)), on_step=take_turns)
-    trainer.erase(["cat"])
+    trainer.erase([Concept.paper("cat")])
     # The first batch warms up, and before it a picture is drawn. A batch's first step, like each of the paper's, has
     # noise of its own and the original's predictions on it.
     batches = [ours[start : start + share] for start in range(share, len(ours), share)]
@@ -108,7 +108,7 @@ def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
     """Count the bytes at the peak of two training steps of one of `STEPS`, for a process that does nothing else."""
     pipe = sd15_shape(dtype).to(device)
     if kind.startswith("ours"):
-        SepMETrainer(pipe, single_steps(2, full="full" in kind)).erase(["cat"])
+        SepMETrainer(pipe, single_steps(2, full="full" in kind)).erase([Concept.paper("cat")])
     else:
         act = paper_step(pipe, copy.deepcopy(pipe.unet), freeze=kind == PAPERS_STEPS[True])
         for _ in range(2):
