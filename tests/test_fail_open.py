@@ -514,13 +514,6 @@ def test_threads_with_different_sets_do_not_meet(pipe, bank):
     assert pipe.erased == ()
 
 
-def gated(pipe, bank):
-    return bank.with_entries(
-        replace(entry, increment=entry.increment.gated(encode(pipe, entry.concept.prompts), 0.5))
-        for entry in bank.values()
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("compiling", "when"), WAYS)
 def test_compiled_before_or_after(pipe, bank, graphs, compiling, when):
@@ -551,7 +544,7 @@ def test_compiled_before_or_after(pipe, bank, graphs, compiling, when):
 
 def test_gates_work_in_the_graph_that_was_compiled_without_them(pipe, bank, graphs):
     """The same graphs for every set; gates let through and shut out what they do without a compiler."""
-    pipe.load_sepme(gated(pipe, bank))
+    pipe.load_sepme(bank)
     sets = [(), STYLES, (TEXT_SIDE,), (PER_MODULE,)]
     short = {"num_inference_steps": 2, "output_type": "latent"}
     expected = [draw(pipe, erased=list(names), **short) for names in sets]
@@ -766,17 +759,13 @@ def test_a_strict_host_is_told_what_every_call_erases_and_gets_no_embeddings(pip
 
 
 def test_a_receipt_says_what_was_in_force_for_each_picture(pipe, text_bank):
-    entries = [
-        replace(e, increment=e.increment.gated(encode(pipe, e.concept.prompts), 0.5)) for e in text_bank.values()
-    ]
-    bank = text_bank.with_entries(entries)
-    pipe.load_sepme(bank)
+    pipe.load_sepme(text_bank)
     output = pipe(PROMPTS, erased=[STYLES, {"neon": 0.5}], num_inference_steps=2)
     receipt = pipe.last_call
     assert output.erased is receipt
     assert receipt.erased == ({"woodcut": 1.0, "neon": 1.0}, {"neon": 0.5})
     assert receipt.opened == ({"woodcut": True, "neon": False}, {"neon": True})
-    assert receipt.banks == {"bank": bank.digest}
+    assert receipt.banks == {"bank": text_bank.digest}
     assert (receipt.encoder, receipt.text, receipt.images) == ("verified", "known", ())
     file = BytesIO()
     output.images[1].save(file, "png", pnginfo=receipt.png_info(1))

@@ -27,8 +27,8 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
     ),
     "objects": (
         "{style} picture of {object}", "picture of a {object}, {style}", "{style}, {object}", "{object} in a picture",
-        "a {object}, a {style} picture", "style of {style}, a {object}", "{object} and a bus", "two {object}s, {style}",
-        "{style} {object} picture please", "a fox and a {object} in {style}",
+        "a {object}, a {style} picture", "style of {style}, a {object}", "{object} and a bus",
+        "two {object}s, {style}", "{style} {object} picture please", "a fox and a {object} in {style}",
     ),
 }  # fmt: skip
 DOUBLED: dict[Kind, tuple[str, ...]] = {
