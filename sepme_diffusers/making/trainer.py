@@ -227,9 +227,10 @@ class SepMETrainer:
             refuse_other_text(self.pipe, [bank])
         names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
         for concept in given:
-            if taken := [alias for alias in concept.aliases if alias in bank]:
+            if taken := [alias for alias in concept.aliases if alias in names]:
                 raise ValueError(
-                    f"{taken} cannot be aliases of {concept.name!r}: the bank has concepts of these names"
+                    f"{taken} cannot be aliases of {concept.name!r}: there are concepts of these names. Leave the "
+                    "aliases out, or erase one concept with all of the names"
                 )
         self._wordings |= {c.name: described(c, self.pipe, self._encoded, names) for c in given}
         worded = [self._wordings[concept.name].concept for concept in given]

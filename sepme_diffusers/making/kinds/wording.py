@@ -74,14 +74,15 @@ def word_concept(
         tokenizer: Of the text encoder; None takes every template.
         embed: Returns the embeddings of prompts, (n, n_tokens, d): what takes the concept's place is what is nearest
             to it. Default: the first of the kind's words for it.
-        avoid: What may not take its place: the other concepts that are or may be erased. If no word is left, the
-            prompts without the concept do.
+        avoid: What may not take its place, nor is a second name of it: the other concepts that are or may be erased.
+            If no word is left for its place, it becomes what the prompt is without it.
 
     Raises:
         ValueError: If fewer than four of the kind's templates can be read, or no word is left for a slot.
     """
     reader = _Reader(tokenizer)
-    names = kind.names_of(concept.name, concept.aliases)
+    others = {other.casefold() for other in avoid}
+    names = tuple(name for name in kind.names_of(concept.name, concept.aliases) if name.casefold() not in others)
     usable, left_out = _usable(kind.templates, names[0], reader)
     if len(usable) < _FEWEST:
         raise ValueError(
