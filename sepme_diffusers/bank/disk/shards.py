@@ -91,13 +91,14 @@ class ShardFile(TensorFile):
             BankError: If there are no such rows, or they are not those that the digest is of.
         """
         # A copy: whoever changes the file after the check changes nothing that was checked.
-        rows = self._copied({name: places[door] for door, name in self._named() if door in places})
+        doors = {name: name.split(".")[0] for name in self.names}
+        rows = {name: self.tensor(name, *places[door]) for name, door in doors.items() if door in places}
         if digest(rows) != expected:
             raise BankError(f"{self.path} is damaged or was changed (the SHA-256 of {short(dict(places))} is another)")
         return rows
 
     def bases(self, places: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        """Copy the A of one increment out by door, which no digest is of.
+        """Copy the A of one increment out, by door. A digest is of all rows, so none checks these alone.
 
         Args:
             places: See `rows`.
@@ -105,11 +106,4 @@ class ShardFile(TensorFile):
         Raises:
             BankError: If there are no such rows.
         """
-        return {door: self._copied({f"{door}.A": place})[f"{door}.A"] for door, place in places.items()}
-
-    def _copied(self, places: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        return {name: self.tensor(name, *place) for name, place in places.items()}
-
-    def _named(self) -> list[tuple[str, str]]:
-        """The tensors, each with its door."""
-        return [(name.split(".")[0], name) for name in self.names]
+        return {door: self.tensor(f"{door}.A", *place) for door, place in places.items()}
