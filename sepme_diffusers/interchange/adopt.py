@@ -107,7 +107,8 @@ def from_lora(
             f"{[*change.further, *change.outside][:3]}"
         )
     names = dict.fromkeys((*bank, *(concept.name for concept in adopted)))
-    worded = [described(concept, pipe, Encoded(pipe), names) for concept in adopted]
+    encoded = Encoded(pipe)
+    worded = [described(concept, pipe, encoded, names) for concept in adopted]
     soft = cast("SoftGuards | None", as_soft_guards(pipe, regular))
     parts = _parts(change, pipe, tuple(dict.fromkeys((BLANK, *guards))), names, soft, config)
     entries = [replace(_entry(each.concept, parts, change, method), concept=each.kept) for each in worded]

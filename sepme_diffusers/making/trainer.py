@@ -135,7 +135,8 @@ class SepMETrainer:
             bank: The bank to add to; made on the same base, or for text-side increments with the same text encoder.
             pictures: {concept name: pictures x_0 to train on}, picture i showing pair i in turns. Default: the
                 original model draws them.
-            kind: Of bare names: "style", "object", "person", "content", or what `find_kind` takes.
+            kind: Of bare names: "style", "object", "person", "content", one that the model's folder brings, or the
+                path of a JSON file like theirs.
 
         Raises:
             ValueError: If the concepts are not usable, the bank is of another base, or the guards leave no room.

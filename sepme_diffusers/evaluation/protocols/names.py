@@ -203,12 +203,12 @@ def _hard(groups: Mapping[str, Group]) -> dict[str, float]:
     """Of free wordings in which the original draws the concept, and of searched prompts: what still shows it."""
     worded = groups["worded"]
     drawn, left = worded.shows("before"), worded.shows("after")
-    searched = groups["hidden"].shows("after").tolist() if "hidden" in groups else []
-    return {
-        "wordings": float(drawn.sum()),
-        "wordings that still show it %": 100 * float((drawn & left).sum()) / max(float(drawn.sum()), 1),
-        "searched prompts that show it %": 100 * sum(searched) / max(len(searched), 1),
-    }
+    figures = {"wordings": float(drawn.sum())}
+    if drawn.any():
+        figures["wordings that still show it %"] = 100 * float(left[drawn].double().mean())
+    if "hidden" in groups:
+        figures["searched prompts that show it %"] = 100 * float(groups["hidden"].shows("after").double().mean())
+    return figures
 
 
 _MOST: dict[str, float] = {
