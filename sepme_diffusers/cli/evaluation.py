@@ -130,19 +130,25 @@ def names(
     seed: Seed = _SEED,
     draws: Annotated[int, typer.Option(min=1, help="Of six styles and of six objects, at random.")] = 5,
     each: Annotated[int, typer.Option(min=1, help="Pictures of each concept, in each group.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help='"names", "two templates" or "names, without gates"; may be given several times.'),
+    ] = None,
     steps: Steps = 20,
 ) -> None:
     """Erase what a user types: names drawn at random, or two templates for each, with nothing tuned."""
-    with _progress(6 * draws) as advance:
+    with _progress(2 * draws * (len(only) if only else 3)) as advance:
         from sepme_diffusers.evaluation.pictures import built_in
         from sepme_diffusers.evaluation.protocols import names as protocol
         from sepme_diffusers.evaluation.report import bars_table
 
+        if unknown := [described for described in only or () if described not in protocol.DESCRIBED]:
+            raise typer.BadParameter(f"unknown: {unknown}; there are {list(protocol.DESCRIBED)}")
         runner = protocol.NamesRunner(built_in(), seed, each, steps)
         kinds: tuple[Kind, ...] = ("styles", "objects")
         results = []
         for draw in (draw for kind in kinds for draw in protocol.draws(kind, seed, draws)):
-            for described in (protocol.NAMES, protocol.TEMPLATES, protocol.ADAPTERS):
+            for described in only or protocol.DESCRIBED:
                 advance(f"{', '.join(draw.names)}: {described}", 0)
                 results.append(runner.measure(draw, described))
                 advance(described, 1)

@@ -3,8 +3,10 @@
 from itertools import chain
 
 import pytest
+from typer.testing import CliRunner
 
 from sepme_diffusers import pocket
+from sepme_diffusers.cli.app import app
 from sepme_diffusers.evaluation.probes import DOUBLED, PARAPHRASES, WORDINGS
 from sepme_diffusers.evaluation.protocols.erasures import KIND_OF
 from sepme_diffusers.evaluation.protocols.names import ADAPTERS, NAMES, Draw, NamesRunner, Result, bars, draws, table
@@ -70,3 +72,10 @@ def test_the_worst_draw_counts_and_adapters_have_bars_of_their_own():
         f"styles by {ADAPTERS}: erased: ACC %": False,
         f"styles by {ADAPTERS}: regular: ACC, of the original's %": True,
     }
+
+
+def test_unknown_descriptions_are_refused_with_the_known_ones():
+    shown = CliRunner().invoke(app, ["eval", "names", "--only", "rumours"])
+    assert shown.exit_code == 2
+    assert "rumours" in shown.output
+    assert NAMES in shown.output

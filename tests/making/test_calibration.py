@@ -34,6 +34,17 @@ def test_a_few_own_prompts_that_hardly_read_do_not_lower_the_gate():
     assert said["own_reached"] == pytest.approx(0.95)
 
 
+def test_few_own_prompts_are_read_in_company():
+    """The increment was made for them, so they say little of other wordings."""
+    company = prompts(*[3.0] * 5, *[5.0] * 15, 1.0)  # the last reads like a regular prompt and says nothing
+    increment, said = calibrated(READS_FIRST, prompts(8.0, 8.0), regular(2.0), "cat", company=company)
+    assert said["own_reading"] == pytest.approx(4.5)
+    assert increment.gate == pytest.approx(2 + 2 / 3 * 2.5)
+    assert said["own_reached"] == 1.0
+    nothing, _ = calibrated(READS_FIRST, prompts(8.0), regular(2.0), "cat", company=prompts(1.0))
+    assert 2.0 < nothing.gate < 8.0
+
+
 def test_where_they_overlap_there_is_no_gate_and_a_warning(caplog):
     increment, said = calibrated(READS_FIRST, prompts(6.0), regular(9.0, 0.0), "cat")
     assert increment.gate is None

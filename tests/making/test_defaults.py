@@ -6,8 +6,9 @@ import torch
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
 from sepme_diffusers.evaluation.measures.accuracy import judged
 from sepme_diffusers.evaluation.pictures import erased, generate
-from sepme_diffusers.evaluation.probes import pairs_probe, plain_probe
+from sepme_diffusers.evaluation.probes import pairs_probe, plain_probe, probe
 from sepme_diffusers.pocket import vocabulary as words
+from sepme_diffusers.text.encoding import encode
 
 N = 12
 
@@ -45,9 +46,9 @@ def test_an_erased_object_is_gone_and_its_style_stays(pocket_pipe, made):
 def test_everything_else_is_the_same_to_the_bit(pocket_pipe, made):
     others = [name for name in words.TEST_OBJECTS if name != "pig"]
     styles = ["woodcut", *words.UNBANKED_STYLES]
-    for probe in (pairs_probe(styles, others, words.HELD_OUT_TEMPLATES, N, 0), plain_probe(N, 0, others)):
-        before = generate(pocket_pipe, probe.prompts, probe.seeds)
-        after = drawn(pocket_pipe, made, probe, ["neon", "pig"])
+    for some in (pairs_probe(styles, others, words.HELD_OUT_TEMPLATES, N, 0), plain_probe(N, 0, others)):
+        before = generate(pocket_pipe, some.prompts, some.seeds)
+        after = drawn(pocket_pipe, made, some, ["neon", "pig"])
         assert [a.tobytes() for a in after] == [b.tobytes() for b in before]
 
 
@@ -87,6 +88,17 @@ def test_pairs_that_a_user_gives_are_as_safe(pocket_pipe):
     style, objects = shown(drawn(pocket_pipe, bank, own, list(bank)), own)
     assert style <= 10
     assert objects >= 80
+
+
+def test_pairs_that_a_user_gives_reach_other_wordings(pocket_pipe):
+    """A second name that nobody gave, and held-out wordings; what no prompt named stays below the gate."""
+    glasses = Concept.from_template("glasses", ["a {concept}", "a picture of a {concept}"], ["", "a picture"])
+    increment = SepMETrainer(pocket_pipe, guards=["watermark"]).erase([glasses])["glasses"].increment
+    second = probe("objects", "glasses", N, 0, word=str(words.OBJECTS["glasses"])).prompts
+    assert (increment.reading(encode(pocket_pipe, second)) > increment.gate).double().mean() >= 0.75
+    others = [*words.UNBANKED_OBJECTS, *(name for name in words.TEST_OBJECTS if name != "glasses")]
+    regular = pairs_probe(list(words.STYLES), others, words.HELD_OUT_TEMPLATES, 100, 0).prompts
+    assert not (increment.reading(encode(pocket_pipe, regular)) > increment.gate).any()
 
 
 def test_the_denoiser_is_not_needed(pocket_pipe):

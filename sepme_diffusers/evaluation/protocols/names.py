@@ -23,7 +23,7 @@ from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.text.concept import Concept
 
-NAMES, TEMPLATES, ADAPTERS = "names", "two templates", "names, without gates"
+DESCRIBED = NAMES, TEMPLATES, ADAPTERS = "names", "two templates", "names, without gates"
 """How the concepts of a draw are described, and whether their increments keep their gates."""
 _AT_ONCE, _RESTORED = 6, 2
 # Groups of prompts: of what is erased, with what reports call them; of what is not; and those for the default alone.
