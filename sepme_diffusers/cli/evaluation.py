@@ -132,7 +132,10 @@ def names(
     each: Annotated[int, typer.Option(min=1, help="Pictures of each concept, in each group.")] = 5,
     only: Annotated[
         list[str] | None,
-        typer.Option(help='"names", "two templates" or "names, without gates"; may be given several times.'),
+        typer.Option(
+            help='"names", "two templates", "names, without gates" or, not by default, "names, then trained"; may be '
+            "given several times."
+        ),
     ] = None,
     steps: Steps = 20,
 ) -> None:
@@ -142,8 +145,8 @@ def names(
         from sepme_diffusers.evaluation.protocols import names as protocol
         from sepme_diffusers.evaluation.report import bars_table
 
-        if unknown := [described for described in only or () if described not in protocol.DESCRIBED]:
-            raise typer.BadParameter(f"unknown: {unknown}; there are {list(protocol.DESCRIBED)}")
+        if unknown := [described for described in only or () if described not in protocol.EVERY]:
+            raise typer.BadParameter(f"unknown: {unknown}; there are {list(protocol.EVERY)}")
         runner = protocol.NamesRunner(built_in(), seed, each, steps)
         kinds: tuple[Kind, ...] = ("styles", "objects")
         results = []

@@ -19,12 +19,16 @@ from sepme_diffusers.evaluation.probes import DOUBLED, WORDINGS, Kind, Probe, jo
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS, KIND_OF, without_gates
 from sepme_diffusers.evaluation.protocols.text_search import hidden_prompts
 from sepme_diffusers.evaluation.report import Bar, Table
+from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.text.concept import Concept
 
-DESCRIBED = NAMES, TEMPLATES, ADAPTERS = "names", "two templates", "names, without gates"
+NAMES, TEMPLATES, ADAPTERS, TRAINED = "names", "two templates", "names, without gates", "names, then trained"
+DESCRIBED = (NAMES, TEMPLATES, ADAPTERS)
 """How the concepts of a draw are described, and whether their increments keep their gates."""
+EVERY = (*DESCRIBED, TRAINED)
+"""The same, and what takes a minute for each concept: training on from the default."""
 _AT_ONCE, _RESTORED = 6, 2
 # Groups of prompts: of what is erased, with what reports call them; of what is not; and those for the default alone.
 _ERASED = {"erased": "erased", "second": "erased, second names", "doubled": "erased, doubled"}
@@ -84,7 +88,8 @@ class NamesRunner:
 
     def bank(self, draw: Draw, described: str) -> ConceptBank:
         """Make the increments of a draw by a plain call."""
-        trainer = SepMETrainer(self.pipe, guards=GUARDS)
+        config = SepMEConfig(solver="closed_form+train" if described == TRAINED else "closed_form")
+        trainer = SepMETrainer(self.pipe, config, GUARDS)
         if described == TEMPLATES:
             prompts, plain = zip(*_PAIRS[draw.kind], strict=True)
             return trainer.erase([Concept.from_template(name, prompts, plain) for name in draw.names])

@@ -132,6 +132,7 @@ def _against_blank(**settings: Any) -> Callable[[VariantMaker], Edit]:
 VARIANTS: dict[str, Callable[[VariantMaker], Edit]] = {
     "the default": lambda maker: maker.bank(SepMEConfig()),
     "the default, two templates of a user's own": lambda maker: maker.bank(SepMEConfig(), concepts=_two_templates()),
+    "the default, then trained": lambda maker: maker.bank(SepMEConfig(solver="closed_form+train")),
     "the paper's constants": lambda maker: maker.bank(SepMEConfig.paper()),
     "full basis, prompt pairs": _linear(solver="train", basis="full"),
     "full basis, against the blank prompt": _against_blank(solver="train", basis="full"),
