@@ -82,7 +82,7 @@ class SepMEConfig:
     beta: PositiveFloat = 3e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     sparsity: NonNegativeFloat = 1e-6
-    tolerance: PositiveFloat = 0.02
+    tolerance: NonNegativeFloat = 0.02
     relative: bool = True
     min_steps: PositiveInt = 10
     max_steps: PositiveInt = 300

@@ -10,12 +10,14 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sepme_diffusers.algebra.objective import MomentumStop, concept_representation, correlation_loss
+from sepme_diffusers.algebra.objective import MomentumStop
 from sepme_diffusers.doors.linears import cross_attentions, plain
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.gradients import frozen, gradients
-from sepme_diffusers.making.loop import Step, refuse_divergence
+from sepme_diffusers.making.loop import Step, correlation, refuse_divergence
 from sepme_diffusers.making.noise import NoisyPictures, Reference
+
+Slopes = Sequence[Tensor | None]
 
 
 def unlearn_permanently(
@@ -25,63 +27,85 @@ def unlearn_permanently(
     config: SepMEConfig,
     on_step: Callable[[Step], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Return changed weights of every cross-attention, {parameter name: weight}; concepts one after the other.
+    """Return changed weights of every cross-attention, {parameter name: weight}, that have unlearnt all concepts.
 
-    Four passes a step, two of them with gradient: without guards the prediction without the concept moves as well.
+    Minimises Σ_i L_cor,i + λ ‖Δθ‖₁ / M over the M weights, the sum over the concepts whose statistic is above τ. Each
+    step measures every concept, so one that rises again, because of what another one's step did, is in the sum again.
+    The steps end when all statistics are at τ or below. The prediction without the concept is the original model's:
+    if it moved as well, the prompt without the concept would be drawn towards the concept.
 
     Args:
         pipe: The original model, which is left as it was.
         names: The concepts' names.
         pictures: Noisy pictures, one sequence per concept.
-        config: `learning_rate`, `momentum`, `tolerance`, steps.
-        on_step: Called after every step.
+        config: `learning_rate`, `momentum`, `tolerance`, `sparsity`, steps.
+        on_step: Called after every step, for each concept.
 
     Raises:
         FloatingPointError: If a loss is not finite.
 
     Source: arXiv 2402.05947 (unconstrained variant).
     """
-    attentions = cross_attentions(pipe.unet)
-    weights = {
-        f"{name}.{key}": parameter.detach().clone().float().requires_grad_()
-        for name, attention in attentions.items()
+    original = {
+        f"{name}.{key}": parameter.detach().clone().float()
+        for name, attention in cross_attentions(pipe.unet).items()
         for key, parameter in attention.named_parameters()
     }
-    for name, noisy in zip(names, pictures, strict=True):
-        _unlearn(pipe, name, noisy, weights, config, on_step)
+    weights = {name: weight.clone().requires_grad_() for name, weight in original.items()}
+    optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
+    concepts = [_Unlearnt(name, noisy, config) for name, noisy in zip(names, pictures, strict=True)]
+    loss = _Loss(plain(pipe.unet))
+    with pipe.progress_bar(total=config.max_steps) as bar:
+        for _ in range(config.max_steps):
+            active = [concept for concept in concepts if concept.active]
+            if not active:
+                break
+            bar.set_description(", ".join(concept.name for concept in active))
+            for name, weight in weights.items():
+                weight.grad = config.sparsity / len(weights) * (weight.detach() - original[name]).sign()
+            measured = [concept.measure(loss, weights) for concept in concepts]
+            optimizer.step()
+            bar.update()
+            bar.set_postfix(momentum=f"{max(concept.stop.value for concept in concepts):+.1e}")
+            if on_step is not None:
+                for concept, value in zip(concepts, measured, strict=True):
+                    on_step(Step(concept.name, concept.stop.step, value, concept.stop.value))
     return {name: weight.detach().to(pipe.unet.dtype) for name, weight in weights.items()}
 
 
-def _unlearn(
-    pipe: Any,
-    name: str,
-    pictures: NoisyPictures,
-    weights: dict[str, Tensor],
-    config: SepMEConfig,
-    on_step: Callable[[Step], None] | None,
-) -> None:
-    optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
-    stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
-    step = _Step(plain(pipe.unet))
-    with pipe.progress_bar(total=config.max_steps) as bar:
-        bar.set_description(name)
-        for _ in range(config.max_steps):
-            if stop.step % config.steps_per_batch == 0:
-                reference = Reference.of(pipe.unet, pictures.next())
-            loss, slopes = step.with_weights(weights, reference, name, stop.step + 1)
-            for weight, slope in zip(weights.values(), slopes, strict=True):
-                weight.grad = slope
-            optimizer.step()
-            stopping = stop.update(loss.item(), reference.correlation)
-            bar.update()
-            bar.set_postfix(momentum=f"{stop.value:+.1e}")
-            if on_step is not None:
-                on_step(Step(name, stop.step, loss.item(), stop.value))
-            if stopping:
-                break
+class _Unlearnt:
+    """A concept while it is unlearnt.
+
+    Args:
+        name: Its name.
+        pictures: Noisy pictures of it.
+        config: `momentum`, `tolerance`, steps.
+    """
+
+    def __init__(self, name: str, pictures: NoisyPictures, config: SepMEConfig) -> None:
+        self.name, self.pictures, self.steps_per_batch = name, pictures, config.steps_per_batch
+        self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
+        self.active = True
+        self._reference: Reference
+
+    def measure(self, loss: _Loss, weights: Mapping[str, Tensor]) -> float:
+        """Compute the loss, and add its gradient to the weights' while the concept is in the sum.
+
+        Raises:
+            FloatingPointError: If it is not finite.
+        """
+        if self.stop.step % self.steps_per_batch == 0:
+            self._reference = Reference.of(loss.unet, self.pictures.next())
+        value, slopes = loss.of(weights, self._reference, self.active)
+        refuse_divergence(value, self.name, self.stop.step + 1)
+        for weight, slope in zip(weights.values(), slopes, strict=True) if self.active else ():
+            if weight.grad is not None and slope is not None:
+                weight.grad += slope
+        self.active = not self.stop.update(value.item(), self._reference.correlation)
+        return value.item()
 
 
-class _Step(nn.Module):
+class _Loss(nn.Module):
     """The loss of a denoiser and its gradients, as a module: all of it runs with other weights in place.
 
     Gradient checkpointing runs the denoiser again for the gradients, and must find the same weights there.
@@ -91,23 +115,14 @@ class _Step(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def with_weights(
-        self, weights: Mapping[str, Tensor], reference: Reference, name: str, number: int
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Compute the loss and its gradients with respect to these weights, which replace the denoiser's own.
-
-        Raises:
-            FloatingPointError: If the loss is not finite.
-        """
-        with frozen(self.unet):
+    def of(self, weights: Mapping[str, Tensor], reference: Reference, with_gradients: bool) -> tuple[Tensor, Slopes]:
+        """Compute the loss with these weights in place of the denoiser's own, and its gradients if they are wanted."""
+        with frozen(self.unet), torch.set_grad_enabled(with_gradients):
             cast = {f"unet.{key}": weight.to(self.unet.dtype) for key, weight in weights.items()}
-            return functional_call(self, cast, (list(weights.values()), reference, name, number))
+            return functional_call(self, cast, (list(weights.values()), reference))
 
-    def forward(
-        self, weights: Sequence[Tensor], reference: Reference, name: str, number: int
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        batch = reference.batch
-        predicted = batch.predict_noise(self.unet, batch.with_concept.then(batch.without))
-        loss = correlation_loss(concept_representation(*predicted.chunk(2)), reference.representation)
-        refuse_divergence(loss, name, number)
+    def forward(self, weights: Sequence[Tensor], reference: Reference) -> tuple[Tensor, Slopes]:
+        loss = correlation(self.unet, reference)
+        if not loss.requires_grad or not torch.isfinite(loss):
+            return loss.detach(), []
         return loss.detach(), gradients(loss, weights, self.unet.dtype, reference.slope)

@@ -44,6 +44,38 @@ def test_it_lowers_the_correlation_and_moves_what_separate_erasure_guards(pipe, 
     assert not torch.equal(latents(pipe, ""), before)
 
 
+FOX = Concept("fox", (("a fox", ""), ("neon fox", "neon")))
+
+
+def test_the_prompt_without_the_concept_does_not_pay_for_it(pipe, changed):
+    """The concept's own prompt moves; that without it moves far less, for it is no part of the loss."""
+    before = {prompt: latents(pipe, prompt) for prompt in ("woodcut cat", "a cat")}
+    pipe.unet.load_state_dict(changed, strict=False)
+    moved = {prompt: float((latents(pipe, prompt) - before[prompt]).abs().mean()) for prompt in before}
+    assert moved["a cat"] < moved["woodcut cat"]
+
+
+def test_concepts_are_in_one_sum_until_each_is_unlearnt(pipe):
+    """Every step measures all of them; the steps end when all statistics are at the threshold."""
+    steps = []
+    config = replace(CONFIG, max_steps=200)
+    SepMETrainer(pipe, config, on_step=steps.append).erase_permanently([WOODCUT, FOX])
+    names = [step.concept for step in steps]
+    assert names == ["woodcut", "fox"] * (len(steps) // 2)
+    assert len(steps) // 2 < config.max_steps
+    first = {step.concept: step.loss for step in steps[:2]}
+    for last in steps[-2:]:
+        assert last.momentum <= config.tolerance * 1.5 * first[last.concept]
+
+
+def test_no_tolerance_is_allowed(pipe):
+    """The paper's for what must never come back: train until the correlation is zero."""
+    config = replace(CONFIG, tolerance=0.0, max_steps=3, min_steps=1)
+    assert SepMETrainer(pipe, config).erase_permanently([WOODCUT])
+    with pytest.raises(ValueError, match="tolerance"):
+        replace(CONFIG, tolerance=-1.0)
+
+
 def test_the_papers_constants():
     config = SepMEConfig.unconstrained()
     assert config.learning_rate == 1e-5
