@@ -331,7 +331,8 @@ class SepMETrainer:
         anchor = {} if worded.anchor is None else {"anchor": worded.anchor}
         near = self._regular.neighbours(concept)
         left_out = {"templates_left_out": len(worded.left_out)} if worded.left_out else {}
-        return {**anchor, **({"nearest": list(near)} if near else {}), **left_out}
+        cut = {"aliases_cut": list(worded.cut)} if worded.cut else {}
+        return {**anchor, **({"nearest": list(near)} if near else {}), **left_out, **cut}
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""

@@ -26,6 +26,16 @@ _ACCENTS = re.compile(r"[\u0300-\u036f]")
 # The s of "cats" and the es of "dresses"; what "gas", "tennis" and "bus" end in is none.
 _PLURAL = re.compile(r"(?:(?<=ss|sh|ch)es|(?<=x)es|(?<=\w\w[^\Wsuia])s)$")
 
+# Letters between which nothing shows where a word ends: Thai and Lao, Burmese, Hangul with its particles (in parts, as
+# `_plain` leaves it), Khmer, kana, Han.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff"
+    r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Where a name may begin and end: at the edge of a word, or anywhere if its own sign there is no letter of such a word.
+_STARTS = rf"(?:(?<![^\W{_UNSPACED}])|(?=[\W{_UNSPACED}]))"
+_ENDS = rf"(?:(?![^\W{_UNSPACED}])|(?<=[\W{_UNSPACED}]))"
+
 
 def slug(name: str) -> str:
     """Spell a name as a folder that every system takes: at most 100 lower-case ASCII letters, digits and hyphens.
@@ -68,7 +78,8 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
 def mentions(prompt: str, names: Iterable[str]) -> bool:
     """Tell whether a prompt has one of these names in it, as whole words.
 
-    Case, accents, a plural s, and hyphens or spaces within a name make no difference.
+    Case, accents, a plural s, and hyphens or spaces within a name make no difference. In scripts that put no spaces
+    between words, such as Chinese and Japanese, and beside letters of these, a name need not be a word of its own.
 
     Args:
         prompt: The prompt.
@@ -105,7 +116,7 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
     """Make a pattern that finds any of these names in a plain text: one name is sought in thousands of prompts."""
     plain = filter(None, (_PLURAL.sub("", _plain(name)) for name in names))
     either = "|".join(" ?".join(map(re.escape, name.split(" "))) for name in plain)
-    return re.compile(rf"(?<!\w)(?:{either})(?:e?s)?(?!\w)" if either else r"(?!)")
+    return re.compile(f"{_STARTS}(?:{either})(?:e?s)?{_ENDS}" if either else r"(?!)")
 
 
 @lru_cache(maxsize=2**14)

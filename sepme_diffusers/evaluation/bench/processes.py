@@ -17,6 +17,12 @@ def alone(function: Callable[..., T], *arguments: Any) -> T:
         return process.submit(function, *arguments).result()
 
 
+def resident() -> int:
+    """Read the memory that this process has in RAM, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return 1024 * int(line.split()[1])
+
+
 def peak_resident() -> int:
     """Read the most memory that this process has had in RAM, in bytes."""
     status = Path("/proc/self/status")

@@ -34,12 +34,14 @@ class Worded:
         kept: What a bank keeps of it: without prompts that follow from its kind.
         anchor: What takes its place; None where nothing does.
         left_out: {template: why the text encoder cannot read it}.
+        cut: Second names that are longer than the text encoder reads; no prompt has them.
     """
 
     concept: Concept
     kept: Concept
     anchor: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    cut: tuple[str, ...] = ()
 
 
 def described(concept: Concept, pipe: Any, embed: Embed | None, avoid: Collection[str] = ()) -> Worded:
@@ -74,15 +76,20 @@ def word_concept(
         tokenizer: Of the text encoder; None takes every template.
         embed: Returns the embeddings of prompts, (n, n_tokens, d): what takes the concept's place is what is nearest
             to it. Default: the first of the kind's words for it.
-        avoid: What may not take its place, nor is a second name of it: the other concepts that are or may be erased.
-            If no word is left for its place, it becomes what the prompt is without it.
+        avoid: What may not take its place, nor is a second name of it: the other concepts that are or may be erased,
+            in any spelling that the text encoder reads the same. If no word is left for its place, it becomes what
+            the prompt is without it.
 
     Raises:
         ValueError: If fewer than four of the kind's templates can be read, or no word is left for a slot.
     """
     reader = _Reader(tokenizer)
-    others = {other.casefold() for other in avoid}
-    names = tuple(name for name in kind.names_of(concept.name, concept.aliases) if name.casefold() not in others)
+    others = set().union(*map(reader.keys, avoid))
+    names = tuple(
+        name
+        for name in kind.names_of(concept.name, concept.aliases)
+        if name == concept.name or reader.keys(name).isdisjoint(others)
+    )
     usable, left_out = _usable(kind.templates, names[0], reader)
     if len(usable) < _FEWEST:
         raise ValueError(
@@ -104,7 +111,8 @@ def word_concept(
         given = (concept.name, *concept.aliases)
         spelled = tuple(name for name in names if name in given or name in spelled)
     kept = replace(concept, aliases=names[1:], spelled=spelled)
-    return Worded(replace(kept, **prompts), kept, anchor, left_out)
+    cut = tuple(name for name in names if not reader.fits(name))
+    return Worded(replace(kept, **prompts), kept, anchor, left_out, cut)
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,14 @@ class _Reader:
         return self.tokenizer is None or not self.spelled_out(text)
 
     def spelled_out(self, text: str) -> list[str]:
-        """Return the words that are spelled in more than three pieces."""
-        words = [word.strip(",.'") for word in SLOT.sub(" ", text).split()]
+        """Return the words that are spelled in more than three pieces; "thirty-year-old" is three words."""
+        words = [word.strip(",.'") for word in SLOT.sub(" ", text).replace("-", " ").split()]
         return [word for word in words if word and len(self.tokenizer.tokenize(word)) > _PIECES]
+
+    def keys(self, text: str) -> set[Any]:
+        """Return what two texts have in common that are the same to a reader, or to the text encoder."""
+        tokens = () if self.tokenizer is None else tuple(self.tokenizer(text, verbose=False).input_ids)
+        return {text.casefold(), *([tokens] if tokens else ())}
 
     def fits(self, text: str) -> bool:
         """Tell whether a prompt is not cut."""
