@@ -133,7 +133,7 @@ class Entry:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What speaks against it: it reaches too few of its own prompts, moves too many others, or knows no alias."""
+        """What speaks against it: it reaches too few of its prompts, moves too many others, has names that are cut."""
         reached, moved, cut = (self.metrics.get(key) for key in ("own_reached", "regular_moved", "aliases_cut"))
         doubts = []
         if reached is not None and reached < _LEAST_REACHED:

@@ -38,6 +38,7 @@ from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.runtime.erasures import unedited
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded
+from sepme_diffusers.text.spelling import bare
 
 logger = logging.get_logger(__name__)
 
@@ -227,8 +228,9 @@ class SepMETrainer:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
         names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
+        owners = {bare(name): name for name in names}
         for concept in given:
-            if taken := [alias for alias in concept.aliases if alias in names]:
+            if taken := [alias for alias in concept.aliases if owners.get(bare(alias), concept.name) != concept.name]:
                 raise ValueError(
                     f"{taken} cannot be aliases of {concept.name!r}: there are concepts of these names. Leave the "
                     "aliases out, or erase one concept with all of the names"

@@ -22,6 +22,7 @@ _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _BLANK_BRAILLE = "\u2800"
 
 _BETWEEN_WORDS = re.compile(r"[\s_\u2010-\u2015-]+")
+_JOINTS = re.compile(r"[ .'\u2019]")
 _ACCENTS = re.compile(r"[\u0300-\u036f]")
 # The s of "cats" and the es of "dresses"; what "gas", "tennis" and "bus" end in is none.
 _PLURAL = re.compile(r"(?:(?<=ss|sh|ch)es|(?<=x)es|(?<=\w\w[^\Wsuia])s)$")
@@ -109,6 +110,17 @@ def spells(prompt: str, names: Sequence[str]) -> bool:
     if mentions(prompt, names):
         return True
     return not prompt.isascii() and mentions(_skeleton(prompt.casefold()), [_skeleton(n.casefold()) for n in names])
+
+
+def bare(name: str) -> str:
+    """Reduce a name to what tells it from others: without case, accents, spaces, hyphens, points and apostrophes.
+
+    Example:
+        >>> bare("H. R. Giger") == bare("HR Giger"), bare("Édouard Manet") == bare("Edouard Manet")
+        (True, True)
+    """
+    plain = _plain(name)
+    return _JOINTS.sub("", plain) or plain
 
 
 @lru_cache(maxsize=1024)

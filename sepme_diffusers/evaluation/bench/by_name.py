@@ -76,7 +76,7 @@ def figures(taken: dict[str, float], later: dict[str, float]) -> Iterator[Figure
         later: Of one more, in a process that finds what the other one encoded.
     """
     detail = (
-        f"closed form, 768 x 77, {torch.get_num_threads()} threads; the first concept {taken[FIRST]:.0f} s, for which "
+        f"closed form, 768 x 77, threads: {torch.get_num_threads()}; the first concept {taken[FIRST]:.0f} s, for which "
         f"regular prompts are encoded ({taken['held_out']:.0f} of them to calibrate by); the first of another process "
         f"{later[IN_ANOTHER_PROCESS]:.0f} s; {taken['left_out']:.0f} templates left out"
     )

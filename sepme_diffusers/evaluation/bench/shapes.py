@@ -53,7 +53,7 @@ def sd15_text_shape(dtype: torch.dtype = torch.float32) -> SepMEPipeline:
     """Build what a closed form needs of Stable Diffusion 1.5: its text encoder, with a vocabulary of real words."""
     return SepMEPipeline(
         vae=None, text_encoder=random_module(lambda: CLIPTextModel(_clip(768, 12, 12)), dtype),
-        tokenizer=_tokenizer_of_words(), unet=None, scheduler=None, safety_checker=None, feature_extractor=None,
+        tokenizer=tokenizer_of_words(), unet=None, scheduler=None, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
@@ -92,6 +92,21 @@ def sdxl_shape(dtype: torch.dtype = torch.float32, size: int = 128) -> SepMEXLPi
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tokenizer_of_words() -> CLIPTokenizer:
+    """Make a tokenizer that has every word of kinds and regular prompts as a token: the built-in one spells most."""
+    lexicon, kinds = Lexicon.everyday(), [find_kind(name) for name in kind_names()]
+    texts = [*lexicon.captions, *chain(*lexicon.words.values())]
+    for kind in kinds:
+        texts += [template.prompt for template in kind.templates]
+        texts += chain(*kind.words.values(), kind.known, *(known.names for known in kind.known.values()))
+    tokenizer = _tokenizer()
+    backend = tokenizer.backend_tokenizer
+    split = [backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts]
+    words = dict.fromkeys([tokenizer.bos_token, tokenizer.eos_token, *(word for text in split for word, _ in text)])
+    backend.model = WordLevel({word: number for number, word in enumerate(words)}, unk_token=tokenizer.unk_token)
+    return tokenizer
 
 
 @torch.no_grad()
@@ -168,18 +183,3 @@ def _vae(size: int, dtype: torch.dtype, **more: Any) -> AutoencoderKL:
 
 def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(pocket.path(), subfolder="tokenizer", model_max_length=77)
-
-
-def _tokenizer_of_words() -> CLIPTokenizer:
-    """Make a tokenizer that has every word of kinds and regular prompts as a token: the built-in one spells most."""
-    lexicon, kinds = Lexicon.everyday(), [find_kind(name) for name in kind_names()]
-    texts = [*lexicon.captions, *chain(*lexicon.words.values())]
-    for kind in kinds:
-        texts += [template.prompt for template in kind.templates]
-        texts += chain(*kind.words.values(), kind.known, *(known.names for known in kind.known.values()))
-    tokenizer = _tokenizer()
-    backend = tokenizer.backend_tokenizer
-    split = [backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts]
-    words = dict.fromkeys([tokenizer.bos_token, tokenizer.eos_token, *(word for text in split for word, _ in text)])
-    backend.model = WordLevel({word: number for number, word in enumerate(words)}, unk_token=tokenizer.unk_token)
-    return tokenizer

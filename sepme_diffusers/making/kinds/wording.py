@@ -12,7 +12,7 @@ from sepme_diffusers.making.kinds.kind import NAME, OTHER, Kind, Template
 from sepme_diffusers.making.kinds.registry import find_kind
 from sepme_diffusers.text.captions import SLOT, filled, slots_of
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.spelling import mentions
+from sepme_diffusers.text.spelling import bare, mentions
 
 # How many prompts a concept is described by.
 _PROMPTS = 100
@@ -76,20 +76,16 @@ def word_concept(
         tokenizer: Of the text encoder; None takes every template.
         embed: Returns the embeddings of prompts, (n, n_tokens, d): what takes the concept's place is what is nearest
             to it. Default: the first of the kind's words for it.
-        avoid: What may not take its place, nor is a second name of it: the other concepts that are or may be erased,
-            in any spelling that the text encoder reads the same. If no word is left for its place, it becomes what
-            the prompt is without it.
+        avoid: What may not take its place, nor is a second name of it, also with other accents, points or spaces: the
+            other concepts that are or may be erased. If no word is left for its place, it becomes what the prompt is
+            without it.
 
     Raises:
         ValueError: If fewer than four of the kind's templates can be read, or no word is left for a slot.
     """
     reader = _Reader(tokenizer)
-    others = set().union(*map(reader.keys, avoid))
-    names = tuple(
-        name
-        for name in kind.names_of(concept.name, concept.aliases)
-        if name == concept.name or reader.keys(name).isdisjoint(others)
-    )
+    others, called = set(map(bare, avoid)), kind.names_of(concept.name, concept.aliases)
+    names = tuple(name for name in called if name == concept.name or bare(name) not in others)
     usable, left_out = _usable(kind.templates, names[0], reader)
     if len(usable) < _FEWEST:
         raise ValueError(
@@ -129,11 +125,6 @@ class _Reader:
         """Return the words that are spelled in more than three pieces; "thirty-year-old" is three words."""
         words = [word.strip(",.'") for word in SLOT.sub(" ", text).replace("-", " ").split()]
         return [word for word in words if word and len(self.tokenizer.tokenize(word)) > _PIECES]
-
-    def keys(self, text: str) -> set[Any]:
-        """Return what two texts have in common that are the same to a reader, or to the text encoder."""
-        tokens = () if self.tokenizer is None else tuple(self.tokenizer(text, verbose=False).input_ids)
-        return {text.casefold(), *([tokens] if tokens else ())}
 
     def fits(self, text: str) -> bool:
         """Tell whether a prompt is not cut."""
