@@ -76,9 +76,9 @@ def figures(taken: dict[str, float], later: dict[str, float]) -> Iterator[Figure
         later: Of one more, in a process that finds what the other one encoded.
     """
     detail = (
-        f"closed form, 768 x 77, threads: {torch.get_num_threads()}; the first concept {taken[FIRST]:.0f} s, for which "
-        f"regular prompts are encoded ({taken['held_out']:.0f} of them to calibrate by); the first of another process "
-        f"{later[IN_ANOTHER_PROCESS]:.0f} s; {taken['left_out']:.0f} templates left out"
+        f"closed form, 768 x 77, threads: {torch.get_num_threads()}; the first concept {taken[FIRST]:.0f} s, for "
+        f"which regular prompts are encoded ({taken['held_out']:.0f} of them to calibrate by); the first of another "
+        f"process {later[IN_ANOTHER_PROCESS]:.0f} s; {taken['left_out']:.0f} templates left out"
     )
     yield Figure("the second concept, from its name to its entry", f"{taken[SECOND]:.0f} s", detail)
     peak = max(taken["peak"], later["peak"])
