@@ -21,25 +21,31 @@ def random_pipeline(seed: int = 0, text_seed: int = 0) -> SepMEPipeline:
             num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )
     ).eval()  # fmt: skip
+    unet = random_unet(seed)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    pipe = SepMEPipeline(
+        vae=vae.eval(), text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_unet(seed: int = 0) -> UNet2DConditionModel:
+    """An untrained UNet that looks at the text; equal for equal seeds."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4,
         cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     # Untrained attention is nearly blind to the text; make it look.
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "attn2" in name:
                 parameter.mul_(3)
-    pipe = SepMEPipeline(
-        vae=vae.eval(), text_encoder=text, tokenizer=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return unet.eval()
 
 
 def random_xl_pipeline() -> SepMEXLPipeline:

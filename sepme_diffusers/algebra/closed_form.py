@@ -28,6 +28,25 @@ def nearest_covariance(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0)) @ vectors.T
 
 
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What the regression takes of a concept's rows, as sums over them: for whoever solves it several times.
+
+    Args:
+        squares: XᵀX / n, (k, k), float64.
+        moved: XᵀT / n, (k, d), float64.
+    """
+
+    squares: Tensor
+    moved: Tensor
+
+    @classmethod
+    def of(cls, inside: Tensor, change: Tensor) -> Sums:
+        """Add up rows X (n, k), float64, and the change T (n, d) that is wanted of them."""
+        n = len(inside)
+        return cls(inside.T @ inside / n, inside.T @ change.double() / n)
+
+
 def reduced_rank_edit(
     concept: Tensor,
     change: Tensor,
@@ -37,6 +56,7 @@ def reduced_rank_edit(
     ridge: float = 1e-5,
     output_factor: Tensor | None = None,
     inside: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return A (r, d) and B (d, r), float64, of the operator e <- e + (e Aᵀ) Bᵀ that edits the concept's tokens.
 
@@ -57,6 +77,7 @@ def reduced_rank_edit(
         ridge: ε, what the norm of the increment costs.
         output_factor: Fₒ (d, p), of Ω = Σ_m W_mᵀ W_m over the edited modules. Default: the identity.
         inside: X (n, k), float64, where it is known already.
+        sums: Over the rows of X and T, where they are known already: what is left to do does not grow with n.
 
     Raises:
         ValueError: If the shapes do not fit, or no change is wanted.
@@ -70,11 +91,12 @@ def reduced_rank_edit(
         )
     # An increment with rows in the null space reads of a token e only N e, so the regression is on X = E Nᵀ.
     x = concept.double() @ null.T if inside is None else inside
-    root = torch.linalg.cholesky(regression_metric(x, penalty, ridge))
+    root = torch.linalg.cholesky(regression_metric(x, penalty, ridge, None if sums is None else sums.squares))
     # With M = R Rᵀ and Y = Rᵀ D the objective is ‖(Y − R⁻¹ XᵀT / n) Fₒ‖² plus a constant: a plain norm, in which the
     # best Y is Y* = R⁻¹ XᵀT / n. Eckart–Young: the best Y of rank r keeps the leading singular directions U_r of
     # Y* Fₒ, what outputs feel.
-    effect = _Effect(root, x, change.double(), None if output_factor is None else output_factor.double())
+    rows, wanted = (x / len(x), change.double()) if sums is None else (None, sums.moved)
+    effect = _Effect(root, rows, wanted, None if output_factor is None else output_factor.double())
     directions, effects = effect.leading(rank)
     if not effects[0] > 0:
         raise ValueError("the wanted change is zero: the concept's prompts and their anchors are read the same")
@@ -82,7 +104,7 @@ def reduced_rank_edit(
     # Back from Y to D = R⁻ᵀ Y: the increment reads R⁻ᵀ U_r, which N takes from coordinates to embeddings, and writes
     # U_rᵀ Y*, in which Fₒ has cancelled.
     a = torch.linalg.solve_triangular(root.T, leading, upper=True)
-    return a.T @ null, effect.change.T @ (x @ a) / len(x)
+    return a.T @ null, effect.changes(a)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,28 +113,32 @@ class _Effect:
 
     Args:
         root: R (k, k), lower triangular.
-        inside: X (n, k).
-        change: T (n, d).
+        inside: X / n, (n, k); None where it is multiplied out with T.
+        change: T (n, d); or XᵀT / n, (k, d).
         output_factor: Fₒ (d, p), or None for the identity.
     """
 
     root: Tensor
-    inside: Tensor
+    inside: Tensor | None
     change: Tensor
     output_factor: Tensor | None
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the leading left singular directions U (k, <= rank), and their singular values."""
-        if _FEW * rank < min(self.inside.shape):
+        if _FEW * rank < min(len(self.change), len(self.root)):
             draw = torch.Generator().manual_seed(0)
             start = torch.randn(self._width, rank + _MORE, generator=draw, dtype=torch.float64, device="cpu")
             return leading_directions(self._times, self._transposed_times, start.to(self.root.device), rank)
         # Many of all directions are wanted. By R⁻¹ Xᵀ = Q F all of it happens in the span Q of the rows, and F T Fₒ is
         # all there is to cut: with fewer rows than directions a smaller matrix.
-        rows = torch.linalg.solve_triangular(self.root, self.inside.T / len(self.inside), upper=False)
-        span, felt = torch.linalg.qr(rows)
+        rows = torch.eye(len(self.root)).to(self.root) if self.inside is None else self.inside.T
+        span, felt = torch.linalg.qr(torch.linalg.solve_triangular(self.root, rows, upper=False))
         directions, effects, _ = torch.linalg.svd(self._felt(felt @ self.change), full_matrices=False)
         return span @ directions[:, :rank], effects[:rank]
+
+    def changes(self, vectors: Tensor) -> Tensor:
+        """Tᵀ X u / n for vectors (k, b)."""
+        return self.change.T @ (vectors if self.inside is None else self.inside @ vectors)
 
     @property
     def _width(self) -> int:
@@ -123,14 +149,13 @@ class _Effect:
 
     def _times(self, vectors: Tensor) -> Tensor:
         """Y* Fₒ v for vectors (p, b)."""
-        wanted = vectors if self.output_factor is None else self.output_factor @ vectors
-        moved = self.inside.T @ (self.change @ wanted) / len(self.inside)
+        moved = self.change @ (vectors if self.output_factor is None else self.output_factor @ vectors)
+        moved = moved if self.inside is None else self.inside.T @ moved
         return torch.linalg.solve_triangular(self.root, moved, upper=False)
 
     def _transposed_times(self, vectors: Tensor) -> Tensor:
         """(Y* Fₒ)ᵀ u for vectors (k, b)."""
-        read = self.inside @ torch.linalg.solve_triangular(self.root.T, vectors, upper=True)
-        moved = self.change.T @ read / len(self.inside)
+        moved = self.changes(torch.linalg.solve_triangular(self.root.T, vectors, upper=True))
         return moved if self.output_factor is None else self.output_factor.T @ moved
 
 
@@ -168,25 +193,28 @@ def given_share(
         change: T, (n, d).
         output_factor: Fₒ (d, p), see `reduced_rank_edit`.
     """
-    a, b = factors
-    moved, wanted = concept.double() @ a.T @ b.T, change.double()
+    (a, b), wanted = factors, change.double()
+    # ⟨(E Aᵀ) Bᵀ, T⟩ = ⟨Bᵀ, (E Aᵀ)ᵀ T⟩: r rows instead of n.
+    written, met = b.T, (concept.double() @ a.T).T @ wanted
     if output_factor is not None:
-        moved, wanted = moved @ output_factor.double(), wanted @ output_factor.double()
-    return float((moved * wanted).sum() / wanted.square().sum())
+        written, met, wanted = (part @ output_factor.double() for part in (written, met, wanted))
+    return float((written * met).sum() / wanted.square().sum())
 
 
-def regression_metric(inside: Tensor, penalty: Tensor | None, ridge: float) -> Tensor:
+def regression_metric(inside: Tensor, penalty: Tensor | None, ridge: float, squares: Tensor | None = None) -> Tensor:
     """Return M = XᵀX / n + N P Nᵀ + ε s I, (k, k), float64: what an edit costs, in the null space's coordinates.
 
     Args:
         inside: X = E Nᵀ, the concept's token rows in these coordinates, (n, k), float64.
         penalty: N P Nᵀ (k, k), what moving other tokens costs; or None.
         ridge: ε, what the edit's norm costs, relative to s = ‖X‖² / (n k).
+        squares: XᵀX / n, where it is known already.
     """
     n, k = inside.shape
     outside = inside.new_zeros(()) if penalty is None else penalty.double()
-    metric = torch.addmm(outside, inside.T, inside, alpha=1 / n)
-    metric.diagonal().add_(ridge * float(inside.square().sum()) / (n * k))
+    metric = torch.addmm(outside, inside.T, inside, alpha=1 / n) if squares is None else squares + outside
+    size = float(inside.square().sum()) / n if squares is None else float(squares.trace())
+    metric.diagonal().add_(ridge * size / k)
     return metric
 
 

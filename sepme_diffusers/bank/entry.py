@@ -16,6 +16,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS
+from sepme_diffusers.text.names import some
 
 # What an erasure should reach of its own prompts, and the most that it should move of regular ones.
 _LEAST_REACHED, _MOST_MOVED = 0.5, 0.005
@@ -132,8 +133,8 @@ class Entry:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What its calibration says against it: it reaches too few of its own prompts, or moves too many others."""
-        reached, moved = (self.metrics.get(key) for key in ("own_reached", "regular_moved"))
+        """What speaks against it: it reaches too few of its prompts, moves too many others, has names that are cut."""
+        reached, moved, cut = (self.metrics.get(key) for key in ("own_reached", "regular_moved", "aliases_cut"))
         doubts = []
         if reached is not None and reached < _LEAST_REACHED:
             doubts.append(
@@ -144,6 +145,11 @@ class Entry:
             doubts.append(
                 f"erasing {self.concept.name!r} moves {moved:.1%} of the regular prompts; take prompts that resemble "
                 "it out of them, or describe it with more prompts"
+            )
+        if cut:
+            doubts.append(
+                f"{self.concept.name!r} has names that are longer than the text encoder reads, and was not made for "
+                f"them: {some(cut, 3)}. A prompt that spells one opens its gate all the same; give shorter aliases"
             )
         return tuple(doubts)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from sepme_diffusers.increment.increment import Increment
+from sepme_diffusers.text.names import some
 
 logger = logging.get_logger(__name__)
 
@@ -28,6 +29,8 @@ _MAY_MISS_IN_COMPANY = 0.25
 # Where the gate stands between the largest reading of a regular prompt (0) and that of own prompts (1). Beyond the
 # middle: regular prompts that are in no list read up to half of what own prompts do, and own ones seldom less.
 _PLACE = 2 / 3
+# So many prompts that are not told from regular ones a warning names.
+_SHOWN = 3
 # One-sided confidence of the bound of the share of regular prompts that open a gate.
 _CONFIDENCE = 0.95
 
@@ -64,9 +67,13 @@ class RegularRows:
         """Keep these of the prompts, by index."""
         return RegularRows(self.rows, self.where[list(prompts)])
 
-    def joined(self, other: RegularRows) -> RegularRows:
-        """Join the prompts of both."""
-        return RegularRows(torch.cat([self.rows, other.rows]), torch.cat([self.where, other.where + len(self.rows)]))
+    def joined(self, *others: RegularRows) -> RegularRows:
+        """Join the prompts of all."""
+        where, rows_before = [self.where], len(self.rows)
+        for other in others:
+            where.append(other.where + rows_before)
+            rows_before += len(other.rows)
+        return RegularRows(torch.cat([self.rows, *(other.rows for other in others)]), torch.cat(where))
 
     def readings(self, increment: Increment) -> Tensor:
         """Return what an increment reads in each prompt, (n_prompts,): max_t ‖e_t Aᵀ‖."""
@@ -104,6 +111,7 @@ def calibrated(
     what: str,
     spelled: Tensor | None = None,
     company: Tensor | None = None,
+    prompts: Sequence[str] = (),
 ) -> tuple[Increment, dict[str, float]]:
     """Set the gate between what own prompts and what regular prompts read.
 
@@ -123,6 +131,7 @@ def calibrated(
         what: The concept's name, for the warning.
         spelled: Which of the own prompts open any gate because they spell the concept, (n_prompts,). Default: none.
         company: Embeddings of own prompts beside regular ones, (n, n_tokens, d), for a concept of few prompts.
+        prompts: The own prompts, for the warning.
 
     Returns:
         The increment, and metrics: `own_reading` is what nine tenths of the own prompts (three quarters of those in
@@ -140,13 +149,16 @@ def calibrated(
     most, told_apart = float(of_regular.max()), of_own > of_regular.max()
     shown, share = (of_own, _MAY_MISS) if company is None else (increment.reading(company), _MAY_MISS_IN_COMPANY)
     low = float(shown[shown > most].quantile(share)) if (shown > most).any() else most / _PLACE
-    missed = float((~told_apart if spelled is None else ~(told_apart | spelled.to(told_apart))).float().mean())
-    gate = most + _PLACE * (low - most) if missed <= _MAY_MISS else None
+    missed = ~told_apart if spelled is None else ~(told_apart | spelled.to(told_apart))
+    gate = most + _PLACE * (low - most) if float(missed.float().mean()) <= _MAY_MISS else None
     if gate is None:
+        least_first = [prompts[index] for index in of_own.argsort().tolist() if missed[index]] if prompts else []
+        such = f", such as {some(least_first, _SHOWN)}" if least_first else ""
         logger.warning(
-            f"no gate for {what!r}: {missed:.0%} of its own prompts read less than some regular prompt and do not "
-            "spell it, so it acts on all prompts, in proportion to what it reads. Describe it with more prompts or "
-            "aliases, or take prompts that resemble it out of the regular ones"
+            f"no gate for {what!r}: {float(missed.float().mean()):.0%} of its own prompts read less than some regular "
+            f"prompt and do not spell it{such}. So it acts on all prompts, in proportion to what it reads. Give it "
+            "aliases that mean nothing else, describe it with pairs of prompts of your own, or take prompts that "
+            "resemble it out of the regular ones"
         )
     moved = int((of_regular > (gate or 0.0)).sum())
     return replace(increment, gate=gate), {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sepme_diffusers.algebra.closed_form import given_share, reduced_rank_edit, with_gain
+from sepme_diffusers.algebra.closed_form import Sums, given_share, reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import damped
 from sepme_diffusers.bank.guard_sets import Guarded, GuardSet
 from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
@@ -119,8 +120,10 @@ class Problem:
         own, change = concept.rows, concept.wanted_change
         soft = self.soft(concept.concept)
         penalty = self.guards.penalty(concept, room.null, soft, config.soft_guard_weight)
+        # Several weights are tried: it is worth to add up the rows before.
+        sums = room.sums if self.config.soft_guard_weight == CALIBRATED else None
         factors = reduced_rank_edit(
-            own, change, room.null, config.rank, penalty, config.ridge, output_factor, room.inside
+            own, change, room.null, config.rank, penalty, config.ridge, output_factor, room.inside, sums
         )
         return factors if config.gain is None else with_gain(factors, own, change, config.gain, output_factor)
 
@@ -172,7 +175,8 @@ class Problem:
             return (increment if gate is None else increment.gated(concept.own, gate)), {}
         said = concept.concept
         spelled = torch.tensor([spells(prompt, said.spellings) for prompt in said.prompts])
-        return calibrated(increment, concept.own, self._regular(said), said.name, spelled, concept.company)
+        company, regular = concept.company, self._regular(said)
+        return calibrated(increment, concept.own, regular, said.name, spelled, company, said.prompts)
 
     def at_doors(self, concept: EmbeddedConcept) -> dict[str, Increment]:
         """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.
@@ -209,6 +213,11 @@ class Room:
     null: Tensor
     inside: Tensor
     reach: float
+
+    @cached_property
+    def sums(self) -> Sums:
+        """What several solves share."""
+        return Sums.of(self.inside, self.learnt.wanted_change)
 
 
 def _tells_apart(concept: EmbeddedConcept) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sepme_diffusers.algebra.closed_form import covariance
+from sepme_diffusers.bank.disk.files import replace_file
 from sepme_diffusers.bank.fingerprint import Fingerprint
 from sepme_diffusers.making.calibration import ENOUGH, RegularRows, made_for
 from sepme_diffusers.making.kinds.kind import Kind
@@ -25,7 +28,7 @@ from sepme_diffusers.making.kinds.wording import word_concept
 from sepme_diffusers.making.soft_guards import SoftGuards, is_about
 from sepme_diffusers.text.captions import in_company
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.encoding import TOKENS, Encoded, rows
+from sepme_diffusers.text.encoding import TOKENS, Encoded, encode_doors, rows
 from sepme_diffusers.text.lexicon import Lexicon, split
 from sepme_diffusers.text.spelling import mentions
 
@@ -37,6 +40,8 @@ CACHE = "SEPME_CACHE"
 """The environment variable that names the folder in which what was encoded is kept."""
 _SECONDS = 600.0
 _AT_A_TIME = 64
+# By so many prompts it is told whether there is time for more than were kept.
+_TRIED = 16
 # Written down so often while prompts are encoded, so that an interrupted run goes on from there.
 _SAVED_EVERY = 20.0
 _NEIGHBOURS, _PROMPTS_EACH = 8, 15
@@ -70,9 +75,11 @@ def regular_guards(pipe: Any, size: int | None = None) -> SoftGuards:
     lexicon = lexicon_of(pipe)
     file = _cache() / f"regular-{_key(pipe, lexicon)}.safetensors"
     guards = _kept(file)
-    started, encoded, saved = time.monotonic(), 0, time.monotonic()
     goal = size or SIZES[-1]
     solving, held_out = regular_prompts(lexicon, goal)
+    if size is None and guards is not None and guards.held_out and len(guards.prompts) < goal:
+        goal = max(_affordable_now(pipe, solving), len(guards.prompts))
+    started, encoded, saved = time.monotonic(), 0, time.monotonic()
     if guards is not None and len(guards.prompts) >= goal:
         return guards if len(guards.prompts) == goal else SoftGuards.from_prompts(pipe, solving, held_out)
     with logging.tqdm(
@@ -94,6 +101,12 @@ def regular_guards(pipe: Any, size: int | None = None) -> SoftGuards:
     guards = SoftGuards(guards.prompts, guards.covariance, guards.pooled, held_out)
     guards.save(file)
     return guards
+
+
+def _affordable_now(pipe: Any, prompts: Sequence[str]) -> int:
+    started = time.monotonic()
+    SoftGuards.from_prompts(pipe, prompts[:_TRIED], ())
+    return _affordable((time.monotonic() - started) / _TRIED, 0)
 
 
 def _affordable(seconds_each: float, known: int) -> int:
@@ -142,7 +155,7 @@ class Regular:
         self, pipe: Any, encoded: Encoded, soft: SoftGuards | Tensor | None, lexicon: Lexicon | None = None
     ) -> None:
         self.soft, self._pipe, self._encoded, self._lexicon = soft, pipe, encoded, lexicon
-        self._rows: dict[str, RegularRows] = {}
+        self._rows: Mapping[str, RegularRows] = {}
         self._means: dict[str, Tensor] = {}
         # Of the last concept that was asked for.
         self._costs: tuple[Any, Tensor | None] = (None, None)
@@ -172,8 +185,8 @@ class Regular:
         """Return the regular prompts that a concept's increment is calibrated by; None if there are none."""
         if not isinstance(self.soft, SoftGuards) or not self.soft.held_out:
             return None
-        if door not in self._rows:
-            self._rows[door] = RegularRows.of(self._encoded.at(door)(self.soft.held_out))
+        if not self._rows:
+            self._rows = _rows(self._pipe, self.soft.held_out)
         kept = self._rows[door].only([i for i, p in enumerate(self.soft.held_out) if not is_about(p, concept)])
         near = self._near(concept)
         held_out = [near[index] for index in sorted(set(range(len(near))) - set(made_for(len(near))))]
@@ -197,7 +210,7 @@ class Regular:
         own = (concept.name, *concept.aliases)
         names = self._lexicon.names(kind.neighbours)
         if kind.neighbours not in self._means:
-            self._means[kind.neighbours] = _means(self._pipe, names)
+            self._means[kind.neighbours] = _kept_means(self._pipe, self._lexicon, kind.neighbours)
         distances = (self._means[kind.neighbours] - _means(self._pipe, [concept.name])).norm(dim=1)
         nearest = [names[index] for index in distances.argsort().tolist()]
         return tuple(name for name in nearest if not mentions(name, own))[:_NEIGHBOURS]
@@ -218,6 +231,30 @@ class Regular:
             worded = word_concept(Concept(name, kind=kind.kind), kind, self._pipe.tokenizer)
             self._prompts[kind.kind, name] = worded.concept.prompts[:_PROMPTS_EACH]
         return self._prompts[kind.kind, name]
+
+
+def _rows(pipe: Any, prompts: Sequence[str]) -> dict[str, RegularRows]:
+    """Encode many prompts, of which nothing else is remembered: the rows of each door."""
+    parts: dict[str, list[RegularRows]] = {}
+    for start in range(0, len(prompts), _AT_A_TIME):
+        for door, embeddings in encode_doors(pipe, prompts[start : start + _AT_A_TIME]).items():
+            parts.setdefault(door, []).append(RegularRows.of(embeddings))
+    return {door: first.joined(*rest) for door, (first, *rest) in parts.items()}
+
+
+def _kept_means(pipe: Any, lexicon: Lexicon, slot: str) -> Tensor:
+    """The mean token of each of the lexicon's words for a slot, read from the cache or encoded and kept there."""
+    file = _cache() / f"names-{slot}-{_key(pipe, lexicon)}.safetensors"
+    try:
+        return load_file(file)["means"].to(pipe._execution_device)
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError, KeyError) as error:
+        logger.info("names are encoded anew: %s", error)
+    means = _means(pipe, lexicon.names(slot))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, save({"means": means.cpu()}))
+    return means
 
 
 def _means(pipe: Any, names: Sequence[str]) -> Tensor:

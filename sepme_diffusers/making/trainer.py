@@ -38,6 +38,7 @@ from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.runtime.erasures import unedited
 from sepme_diffusers.text.concept import BLANK, Concept, as_concepts
 from sepme_diffusers.text.encoding import Encoded
+from sepme_diffusers.text.spelling import bare
 
 logger = logging.get_logger(__name__)
 
@@ -227,8 +228,9 @@ class SepMETrainer:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
         names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
+        owners = {bare(name): name for name in names}
         for concept in given:
-            if taken := [alias for alias in concept.aliases if alias in names]:
+            if taken := [alias for alias in concept.aliases if owners.get(bare(alias), concept.name) != concept.name]:
                 raise ValueError(
                     f"{taken} cannot be aliases of {concept.name!r}: there are concepts of these names. Leave the "
                     "aliases out, or erase one concept with all of the names"
@@ -335,7 +337,8 @@ class SepMETrainer:
         anchor = {} if worded.anchor is None else {"anchor": worded.anchor}
         near = self._regular.neighbours(concept)
         left_out = {"templates_left_out": len(worded.left_out)} if worded.left_out else {}
-        return {**anchor, **({"nearest": list(near)} if near else {}), **left_out}
+        cut = {"aliases_cut": list(worded.cut)} if worded.cut else {}
+        return {**anchor, **({"nearest": list(near)} if near else {}), **left_out, **cut}
 
     def _state(self, plans: Sequence[Plan], pictures: Pictures) -> TrainingState | None:
         """Where the training of these concepts is written down."""

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 
 # "a {subject2}": an article if there is one, the slot, and which of the caption's words of that slot it is.
 SLOT = re.compile(r"(?P<article>\b[Aa] )?\{(?P<numbered>(?P<slot>[a-z]+)\d*)\}")
-# A vowel that is heard: an owl and an hourglass, but a unicorn.
-_VOWEL = re.compile(r"(?!e[uw]|one\b|once\b|u(?:ni[^mn]|k|ra|se|su|to))[aeiou]|hour|hon(?:est|o)|heir", re.IGNORECASE)
+# A vowel that is heard: an owl and an hourglass, but a unicorn; an X-ray and an HR Giger, whose letters are said.
+_VOWEL = re.compile(
+    r"(?!e[uw]|one\b|once\b|u(?:ni[^mn]|k|ra|se|su|to))[aeiou]|hour|hon(?:est|o)|heir"
+    r"|(?-i:[FHLMNRSX](?:[-.]|[B-DF-HJ-NP-TV-XZ]+\b))",
+    re.IGNORECASE,
+)
 
 
 def slots_of(caption: str) -> dict[str, str]:

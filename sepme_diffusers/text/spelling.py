@@ -22,9 +22,20 @@ _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _BLANK_BRAILLE = "\u2800"
 
 _BETWEEN_WORDS = re.compile(r"[\s_\u2010-\u2015-]+")
+_JOINTS = re.compile(r"[ .'\u2019]")
 _ACCENTS = re.compile(r"[\u0300-\u036f]")
 # The s of "cats" and the es of "dresses"; what "gas", "tennis" and "bus" end in is none.
 _PLURAL = re.compile(r"(?:(?<=ss|sh|ch)es|(?<=x)es|(?<=\w\w[^\Wsuia])s)$")
+
+# Letters between which nothing shows where a word ends: Thai and Lao, Burmese, Hangul with its particles (in parts, as
+# `_plain` leaves it), Khmer, kana, Han.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff"
+    r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Where a name may begin and end: at the edge of a word, or anywhere if its own sign there is no letter of such a word.
+_STARTS = rf"(?:(?<![^\W{_UNSPACED}])|(?=[\W{_UNSPACED}]))"
+_ENDS = rf"(?:(?![^\W{_UNSPACED}])|(?<=[\W{_UNSPACED}]))"
 
 
 def slug(name: str) -> str:
@@ -68,7 +79,8 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:
 def mentions(prompt: str, names: Iterable[str]) -> bool:
     """Tell whether a prompt has one of these names in it, as whole words.
 
-    Case, accents, a plural s, and hyphens or spaces within a name make no difference.
+    Case, accents, a plural s, and hyphens or spaces within a name make no difference. In scripts that put no spaces
+    between words, such as Chinese and Japanese, and beside letters of these, a name need not be a word of its own.
 
     Args:
         prompt: The prompt.
@@ -100,12 +112,23 @@ def spells(prompt: str, names: Sequence[str]) -> bool:
     return not prompt.isascii() and mentions(_skeleton(prompt.casefold()), [_skeleton(n.casefold()) for n in names])
 
 
+def bare(name: str) -> str:
+    """Reduce a name to what tells it from others: without case, accents, spaces, hyphens, points and apostrophes.
+
+    Example:
+        >>> bare("H. R. Giger") == bare("HR Giger"), bare("Édouard Manet") == bare("Edouard Manet")
+        (True, True)
+    """
+    plain = _plain(name)
+    return _JOINTS.sub("", plain) or plain
+
+
 @lru_cache(maxsize=1024)
 def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
     """Make a pattern that finds any of these names in a plain text: one name is sought in thousands of prompts."""
     plain = filter(None, (_PLURAL.sub("", _plain(name)) for name in names))
     either = "|".join(" ?".join(map(re.escape, name.split(" "))) for name in plain)
-    return re.compile(rf"(?<!\w)(?:{either})(?:e?s)?(?!\w)" if either else r"(?!)")
+    return re.compile(f"{_STARTS}(?:{either})(?:e?s)?{_ENDS}" if either else r"(?!)")
 
 
 @lru_cache(maxsize=2**14)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sepme_diffusers.algebra.closed_form import covariance, output_factor, reduced_rank_edit, with_gain
+from sepme_diffusers.algebra.closed_form import Sums, covariance, output_factor, reduced_rank_edit, with_gain
 from sepme_diffusers.algebra.subspace import null_space
 
 
@@ -90,6 +90,20 @@ def test_a_search_for_the_leading_directions_finds_what_a_whole_decomposition_do
     whole = reduced_rank_edit(concept, change, null, rank, penalty, output_factor=outputs)
     assert len(found[0]) == len(whole[0]) == rank
     torch.testing.assert_close(found[1] @ found[0], whole[1] @ whole[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [False, True], ids=["plain", "felt by outputs"])
+@pytest.mark.parametrize("rank", [1, 30])
+def test_sums_over_the_rows_are_all_that_a_solve_needs_of_them(rank, factor):
+    torch.manual_seed(0)
+    concept, change, null = torch.randn(300, 60), torch.randn(300, 60), null_space(torch.randn(20, 60))
+    inside = concept.double() @ null.T
+    settings = {"penalty": torch.eye(40, dtype=torch.float64), "inside": inside}
+    settings["output_factor"] = output_factor([torch.randn(90, 60)]) if factor else None
+    a, b = reduced_rank_edit(concept, change, null, rank, **settings)
+    from_sums = reduced_rank_edit(concept, change, null, rank, **settings, sums=Sums.of(inside, change))
+    assert len(from_sums[0]) == len(a) == rank
+    torch.testing.assert_close(from_sums[1] @ from_sums[0], b @ a, rtol=1e-9, atol=1e-12)
 
 
 def test_no_direction_is_kept_that_does_nothing(problem):

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sepme_diffusers import ConceptBank, SepMEConfig
+from sepme_diffusers import Concept, ConceptBank, SepMEConfig
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_shapes
 from sepme_diffusers.evaluation.bench import (
+    by_name,
     keeping,
     many_concepts,
     overhead,
     processes,
     registry,
+    shapes,
     solving,
     training_step,
 )
@@ -26,6 +28,8 @@ from sepme_diffusers.evaluation.bench.paper import PaperStep, null_space_by_elim
 from sepme_diffusers.evaluation.bench.runner import Runner, loaded
 from sepme_diffusers.evaluation.bench.shapes import random_module
 from sepme_diffusers.evaluation.bench.synthetic import synthetic_bank
+from sepme_diffusers.making.kinds import find_kind, kind_names
+from sepme_diffusers.making.kinds.wording import word_concept
 from sepme_diffusers.text.concept import BLANK
 from sepme_diffusers.text.encoding import encode, rows
 
@@ -295,6 +299,32 @@ def test_the_memory_of_a_hundred_concepts_is_that_of_their_factors():
     text, module = (figure for _, figure in registry.run(Runner(), ["memory"]))
     assert number(text.value, " MB") < 5
     assert number(module.value, " MB") < 50
+
+
+def test_what_a_user_names_is_timed_from_nothing_kept(pipe, monkeypatch, tmp_path):
+    """At small size; the second concept takes no regular prompts to encode, and another process finds them."""
+    encoders = type(pipe)(**{**pipe.components, "unet": None})
+    monkeypatch.setattr(by_name, "sd15_text_shape", lambda dtype: encoders)
+    monkeypatch.setenv("SEPME_CACHE", "")
+    taken = by_name.erase_named(str(tmp_path), [by_name.FIRST, by_name.SECOND], regular=100)
+    assert 0 < taken[by_name.SECOND] < taken[by_name.FIRST]
+    kept = {file.name for file in tmp_path.iterdir()}
+    assert len(kept) == 2  # regular prompts, and names of styles
+    later = by_name.erase_named(str(tmp_path), [by_name.IN_ANOTHER_PROCESS], regular=100)
+    assert {file.name for file in tmp_path.iterdir()} == kept
+    second, memory = by_name.figures(taken, later)
+    assert number(second.value, " s") >= 0
+    assert "of them to calibrate by" in second.detail
+    assert number(memory.value, " GB") >= 0
+
+
+def test_the_shape_of_text_alone_reads_every_template_of_the_kinds():
+    tokenizer = shapes.tokenizer_of_words()
+    for name in kind_names():
+        kind = find_kind(name)
+        worded = word_concept(Concept(next(iter(kind.known)), kind=name), kind, tokenizer)
+        assert worded.left_out == {}
+        assert len(worded.concept.pairs) == 100
 
 
 def test_saving_and_verifying_a_bank_of_many_is_measured():

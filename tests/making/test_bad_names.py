@@ -15,6 +15,9 @@ def test_an_alias_is_no_other_concepts_name(pocket_trainer):
     concepts = [Concept.style("neon", aliases=["pencil"]), Concept.style("pencil")]
     with pytest.raises(ValueError, match=r"\['pencil'\] cannot be aliases of 'neon'"):
         pocket_trainer.erase(concepts)
+    concepts = [Concept.style("neon", aliases=["P. E. Ncíl"]), Concept.style("pencil")]  # but for accents and points
+    with pytest.raises(ValueError, match=r"\['P\. E\. Ncíl'\] cannot be aliases of 'neon'"):
+        pocket_trainer.erase(concepts)
     bank = pocket.bank("styles")
     digest = bank.digest
     with pytest.raises(ValueError, match=r"\['mosaic'\] cannot be aliases of 'chalk'"):

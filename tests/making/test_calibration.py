@@ -52,6 +52,13 @@ def test_where_they_overlap_there_is_no_gate_and_a_warning(caplog):
     assert "no gate for 'cat': 100% of its own prompts" in caplog.text
 
 
+def test_the_warning_names_the_prompts_that_read_least_and_do_not_spell_it(caplog):
+    own, spelled = prompts(3.0, 8.0, 1.0, 0.5, 2.0, 2.5), torch.tensor([False, False, False, True, False, False])
+    names = ["three", "eight", "one", "spelled", "two", "more"]
+    assert calibrated(READS_FIRST, own, regular(7.0), "cat", spelled, prompts=names)[0].gate is None
+    assert "do not spell it, such as ['one', 'two', 'more'] and 1 more. So it acts on all prompts" in caplog.text
+
+
 def test_prompts_that_spell_the_concept_need_not_be_told_from_regular_ones(caplog):
     """They open any gate; so it leaves every regular prompt alone, however little some own ones read."""
     own, spelled = prompts(*[8.0] * 10, *[0.5] * 10), torch.tensor([False] * 10 + [True] * 10)
@@ -68,6 +75,13 @@ def test_prompts_that_spell_the_concept_need_not_be_told_from_regular_ones(caplo
 def test_an_increment_that_reads_nothing_of_its_own_is_refused():
     with pytest.raises(ValueError, match="reads nothing in its own prompts"):
         calibrated(READS_FIRST, prompts(0.0), regular(1.0), "cat")
+
+
+def test_rows_of_several_parts_are_joined():
+    parts = [regular(1.0, 2.0), regular(7.0), regular(3.0)]
+    joined = parts[0].joined(*parts[1:])
+    assert joined.readings(READS_FIRST).tolist() == [1.0, 2.0, 7.0, 3.0]
+    assert parts[1].joined().readings(READS_FIRST).tolist() == [7.0]
 
 
 def test_rows_that_repeat_are_kept_once():

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sepme_diffusers import Concept, SoftGuards
+from sepme_diffusers import Concept, Increment, SoftGuards, pocket
 from sepme_diffusers.making import regular
 from sepme_diffusers.making.regular import Regular, lexicon_of, regular_guards, regular_prompts
 from sepme_diffusers.text.encoding import Encoded
@@ -111,6 +111,44 @@ def test_a_slow_text_encoder_gets_fewer(pipe, cache, monkeypatch):
     monkeypatch.setattr(regular.time, "monotonic", lambda: now[0])
     guards = regular_guards(pipe)
     assert (len(guards.prompts), len(guards.held_out)) == (300, 75)
+
+
+def test_a_slow_text_encoder_has_the_same_ones_next_time(pipe, cache, monkeypatch):
+    """A run that finds as many as there is time for adds none; a faster machine adds to them."""
+    monkeypatch.setattr(regular, "SIZES", (100, 200))
+    regular_guards(pipe, 100)
+    monkeypatch.setattr(regular, "_affordable_now", lambda pipe, prompts: 100)
+    found = regular_guards(pipe)
+    assert (len(found.prompts), len(found.held_out)) == (100, 25)
+    assert found.prompts == regular_guards(pipe).prompts
+    monkeypatch.setattr(regular, "_affordable_now", lambda pipe, prompts: 200)
+    assert len(regular_guards(pipe).prompts) == 200
+
+
+def test_the_names_among_which_neighbours_are_sought_are_encoded_once(pocket_pipe, cache, monkeypatch):
+    encoded, lexicon = Encoded(pocket_pipe), lexicon_of(pocket_pipe)
+    soft = SoftGuards.from_prompts(pocket_pipe, lexicon.prompts(40))
+    first = Regular(pocket_pipe, encoded, soft, lexicon).neighbours(Concept.style("woodcut"))
+    [file] = cache.iterdir()
+    plain, asked = regular._means, []
+    monkeypatch.setattr(regular, "_means", lambda pipe, names: asked.extend(names) or plain(pipe, names))
+    assert Regular(pocket_pipe, encoded, soft, lexicon).neighbours(Concept.style("woodcut")) == first
+    assert asked == ["woodcut"]
+    file.write_bytes(b"nothing")
+    assert Regular(pocket_pipe, encoded, soft, lexicon).neighbours(Concept.style("woodcut")) == first
+    assert len(asked) > 2
+
+
+def test_prompts_to_calibrate_by_push_no_others_out_of_memory(pocket_pipe):
+    """Their rows are kept; their embeddings would be kept twice."""
+    encoded = Encoded(pocket_pipe)
+    soft = SoftGuards.from_prompts(pocket_pipe, ["a dog"], held_out=[f"a {name}" for name in pocket.objects])
+    rows = Regular(pocket_pipe, encoded, soft).rows(Concept("neon"))
+    assert len(rows.where) == len(pocket.objects)
+    assert encoded._known.each == 0
+    increment = Increment(torch.eye(rows.rows.shape[1])[:2], B=torch.zeros(rows.rows.shape[1], 2))
+    expected = increment.reading(encoded(soft.held_out))
+    torch.testing.assert_close(rows.readings(increment).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_neighbours_are_of_the_concepts_kind_and_not_its_own_names(pocket_pipe):

@@ -45,6 +45,14 @@ def test_names_are_compared_as_if_each_pair_was_compared_alone():
         ("C++ code", "C++"),
         ("STRASSE", "Straße"),
         ("猫", "猫"),
+        ("葛飾北斎の波", "葛飾北斎"),
+        ("絵は葛飾北斎", "葛飾北斎"),
+        ("a wave by葛飾北斎", "葛飾北斎"),
+        ("Monetの絵", "Monet"),
+        ("고흐의 그림", "고흐"),
+        ("E\u0301douard Manet, a bridge", "Édouard Manet"),
+        ("Édouard Manet, a bridge", "E\u0301douard Manet"),
+        ("art🎨art", "🎨"),
     ],
 )
 def test_a_prompt_mentions_a_name(prompt, name):
@@ -60,6 +68,7 @@ def test_a_prompt_mentions_a_name(prompt, name):
         ("a tenni player", "tennis"),
         ("no o here", "os"),
         ("a cxt", "c.t"),
+        ("Monets猫x", "onet"),
         ("a cat", "-"),
         ("", "cat"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from sepme_diffusers.evaluation.bench.by_name import by_name
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
 from sepme_diffusers.evaluation.bench.holding import adapters, disk_module, disk_text, loading, memory
 from sepme_diffusers.evaluation.bench.keeping import (
@@ -40,6 +41,7 @@ MEASURES: dict[str, Measure] = {
         guard_basis,
         training_step,
         hundred_concepts,
+        by_name,
         steps_to_stop,
         ten_thousand_making,
         ten_thousand_saving,

@@ -6,15 +6,19 @@ For what does not depend on the weights' values: speed, memory, formats, and whe
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sepme_diffusers import pocket
+from sepme_diffusers.making.kinds import find_kind, kind_names
 from sepme_diffusers.runtime.pipeline import SepMEPipeline, SepMEXLPipeline
+from sepme_diffusers.text.lexicon import Lexicon
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -43,6 +47,15 @@ def sd15_shape(dtype: torch.dtype = torch.float32, size: int = 64) -> SepMEPipel
     unet = random_module(lambda: UNet2DConditionModel(sample_size=size, cross_attention_dim=768), dtype)
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **_NOISE)
     return _pipeline(text, unet, scheduler, dtype)
+
+
+def sd15_text_shape(dtype: torch.dtype = torch.float32) -> SepMEPipeline:
+    """Build what a closed form needs of Stable Diffusion 1.5: its text encoder, with a vocabulary of real words."""
+    return SepMEPipeline(
+        vae=None, text_encoder=random_module(lambda: CLIPTextModel(_clip(768, 12, 12)), dtype),
+        tokenizer=tokenizer_of_words(), unet=None, scheduler=None, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def sd21_shape(dtype: torch.dtype = torch.float32, size: int = 96) -> SepMEPipeline:
@@ -79,6 +92,21 @@ def sdxl_shape(dtype: torch.dtype = torch.float32, size: int = 128) -> SepMEXLPi
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tokenizer_of_words() -> CLIPTokenizer:
+    """Make a tokenizer that has every word of kinds and regular prompts as a token: the built-in one spells most."""
+    lexicon, kinds = Lexicon.everyday(), [find_kind(name) for name in kind_names()]
+    texts = [*lexicon.captions, *chain(*lexicon.words.values())]
+    for kind in kinds:
+        texts += [template.prompt for template in kind.templates]
+        texts += chain(*kind.words.values(), kind.known, *(known.names for known in kind.known.values()))
+    tokenizer = _tokenizer()
+    backend = tokenizer.backend_tokenizer
+    split = [backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts]
+    words = dict.fromkeys([tokenizer.bos_token, tokenizer.eos_token, *(word for text in split for word, _ in text)])
+    backend.model = WordLevel({word: number for number, word in enumerate(words)}, unk_token=tokenizer.unk_token)
+    return tokenizer
 
 
 @torch.no_grad()

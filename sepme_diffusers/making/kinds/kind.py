@@ -140,7 +140,8 @@ class Kind(BaseModel, frozen=True, extra="forbid", strict=True):
     def about_name(self, name: str) -> KnownName:
         """Return what is known of a concept, by its name or one of its second names; nothing for a new one."""
         folded = name.casefold()
-        for known, said in self.known.items():
+        # What is known by this name, before what has it as a second one: a rifle is a gun, and no gun is a rifle.
+        for known, said in sorted(self.known.items(), key=lambda item: item[0].casefold() != folded):
             if folded in {known.casefold(), *(other.casefold() for other in said.names)}:
                 names = tuple(other for other in (known, *said.names) if other.casefold() != folded)
                 return KnownName(names=names, spelled=said.spelled, other=said.other)

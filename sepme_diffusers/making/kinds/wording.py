@@ -12,9 +12,9 @@ from sepme_diffusers.making.kinds.kind import NAME, OTHER, Kind, Template
 from sepme_diffusers.making.kinds.registry import find_kind
 from sepme_diffusers.text.captions import SLOT, filled, slots_of
 from sepme_diffusers.text.concept import Concept
-from sepme_diffusers.text.spelling import mentions
+from sepme_diffusers.text.spelling import bare, mentions
 
-# How many prompts a concept is described by.
+# How many prompts a concept is described by; of more than fifty names each is in one at least.
 _PROMPTS = 100
 # Every fifth of them has a template and words that no other has: they are held out, see `calibration.made_for`.
 _EVERY = 5
@@ -34,12 +34,14 @@ class Worded:
         kept: What a bank keeps of it: without prompts that follow from its kind.
         anchor: What takes its place; None where nothing does.
         left_out: {template: why the text encoder cannot read it}.
+        cut: Second names that are longer than the text encoder reads; no prompt has them.
     """
 
     concept: Concept
     kept: Concept
     anchor: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    cut: tuple[str, ...] = ()
 
 
 def described(concept: Concept, pipe: Any, embed: Embed | None, avoid: Collection[str] = ()) -> Worded:
@@ -74,15 +76,16 @@ def word_concept(
         tokenizer: Of the text encoder; None takes every template.
         embed: Returns the embeddings of prompts, (n, n_tokens, d): what takes the concept's place is what is nearest
             to it. Default: the first of the kind's words for it.
-        avoid: What may not take its place, nor is a second name of it: the other concepts that are or may be erased.
-            If no word is left for its place, it becomes what the prompt is without it.
+        avoid: What may not take its place, nor is a second name of it, also with other accents, points or spaces: the
+            other concepts that are or may be erased. If no word is left for its place, it becomes what the prompt is
+            without it.
 
     Raises:
         ValueError: If fewer than four of the kind's templates can be read, or no word is left for a slot.
     """
     reader = _Reader(tokenizer)
-    others = {other.casefold() for other in avoid}
-    names = tuple(name for name in kind.names_of(concept.name, concept.aliases) if name.casefold() not in others)
+    others, called = set(map(bare, avoid)), kind.names_of(concept.name, concept.aliases)
+    names = tuple(name for name in called if name == concept.name or bare(name) not in others)
     usable, left_out = _usable(kind.templates, names[0], reader)
     if len(usable) < _FEWEST:
         raise ValueError(
@@ -104,7 +107,8 @@ def word_concept(
         given = (concept.name, *concept.aliases)
         spelled = tuple(name for name in names if name in given or name in spelled)
     kept = replace(concept, aliases=names[1:], spelled=spelled)
-    return Worded(replace(kept, **prompts), kept, anchor, left_out)
+    cut = tuple(name for name in names if not reader.fits(name))
+    return Worded(replace(kept, **prompts), kept, anchor, left_out, cut)
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ class _Reader:
         return self.tokenizer is None or not self.spelled_out(text)
 
     def spelled_out(self, text: str) -> list[str]:
-        """Return the words that are spelled in more than three pieces."""
-        words = [word.strip(",.'") for word in SLOT.sub(" ", text).split()]
+        """Return the words that are spelled in more than three pieces; "thirty-year-old" is three words."""
+        words = [word.strip(",.'") for word in SLOT.sub(" ", text).replace("-", " ").split()]
         return [word for word in words if word and len(self.tokenizer.tokenize(word)) > _PIECES]
 
     def fits(self, text: str) -> bool:
@@ -167,7 +171,8 @@ def _filled(
     pairs: dict[str, str] = {}
     anchors: list[tuple[str]] = []
     sides = _sides(templates), {slot: _sides(listed) for slot, listed in words.items()}
-    for turn in range(4 * _PROMPTS):
+    count = max(_PROMPTS, 2 * len(names))
+    for turn in range(4 * count):
         # Behind every four prompts that an increment is made for comes one that is held out.
         side = int(len(pairs) % _EVERY == _EVERY - 1)
         chosen = sides[0][side]
@@ -181,7 +186,7 @@ def _filled(
             continue
         pairs[prompt] = without
         anchors.append((without if anchor is None else filled(template.prompt, {**values, NAME: anchor}),))
-        if len(pairs) == _PROMPTS:
+        if len(pairs) == count:
             break
     return {"pairs": tuple(pairs.items()), "anchors": tuple(anchors)}
 

@@ -83,6 +83,13 @@ def test_names_of_a_concept():
     assert style.names_of("Nobody Known", ["NK"])[:2] == ("Nobody Known", "NK")
 
 
+def test_a_concept_of_its_own_is_not_taken_for_what_has_it_as_a_second_name():
+    object_kind = find_kind("object")
+    assert "rifle" in object_kind.names_of("gun")
+    assert "assault rifle" in object_kind.names_of("rifle")
+    assert not {"gun", "pistol"} & set(object_kind.names_of("rifle"))
+
+
 def test_ambiguous_words_of_a_content_do_not_block_by_spelling():
     known = find_kind("content").about_name("nudity")
     assert "naked" in known.names

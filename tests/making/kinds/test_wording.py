@@ -71,6 +71,17 @@ def test_templates_that_the_text_encoder_spells_letter_by_letter_are_left_out(po
     assert longest <= pocket_pipe.tokenizer.model_max_length
 
 
+def test_the_parts_of_a_compound_are_words(pocket_pipe):
+    """The tokenizer makes more pieces of the whole than a word may have, and one of each part."""
+    tokenizer = pocket_pipe.tokenizer
+    kind = find_kind("style").model_copy(
+        update={"words": {"subject": ("cat-and-dog", "dog", "fox"), "other": ("pencil",)}}
+    )
+    assert len(tokenizer.tokenize("cat-and-dog")) > 3
+    found = word_concept(Concept.style("neon"), kind, tokenizer).concept
+    assert any("cat-and-dog" in prompt for prompt in found.prompts)
+
+
 def test_too_few_templates_are_refused(tmp_path):
     words = {chr(letter): letter - 96 for letter in range(97, 123)}
     vocabulary = {"<|startoftext|>": 0, **words, **{f"{c}</w>": n + 26 for c, n in words.items()}, "<|endoftext|>": 53}
@@ -88,6 +99,13 @@ def test_only_unambiguous_words_of_a_content_are_spelled():
     assert {"nudity", "my word"} <= set(found.spellings)
     assert "naked" in found.aliases
     assert "naked" not in found.spellings
+
+
+@pytest.mark.parametrize("name", ["nudity", "violence"])
+def test_every_known_word_of_a_content_is_in_a_prompt(name):
+    found = worded(Concept.content(name)).concept
+    assert len(found.aliases) > 20
+    assert not [alias for alias in found.aliases if not any(mentions(prompt, [alias]) for prompt in found.prompts)]
 
 
 def test_the_same_prompts_every_time():
