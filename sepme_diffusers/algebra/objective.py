@@ -28,7 +28,12 @@ def correlation_loss(edited: Tensor, frozen: Tensor) -> Tensor:
 
     Source: arXiv 2402.05947.
     """
-    return (edited * frozen).mean()
+    return correlations(edited, frozen).mean()
+
+
+def correlations(edited: Tensor, frozen: Tensor) -> Tensor:
+    """Return r_c(θ+Δθ) ⊙ r_c(θ), (n, channels, h, w): what `correlation_loss` is the mean of."""
+    return edited * frozen
 
 
 def sparsity(deltas: Iterable[Tensor]) -> Tensor:
@@ -50,16 +55,15 @@ def l1_gradient(coefficients: Tensor, basis: Tensor) -> Tensor:
     return (coefficients @ basis).sign_() @ basis.T
 
 
-def balance(losses: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """Return η_i = max_k |L_k| / |L_i|: weights with which every concept's loss counts as much as the largest.
+def balance(sizes: Sequence[float]) -> list[float]:
+    """Return η_i = max_k ‖L_k‖ / ‖L_i‖: weights with which every concept's loss counts as much as the largest.
 
     Args:
-        losses: L_i, one number per concept.
-        floors: Least magnitude each is taken at: where a loss is as good as zero, its weight would grow without bound.
+        sizes: ‖L_i‖ = ‖r_i(θ+Δθ) ⊙ r_i(θ)‖, one number per concept. Unlike the mean, whose sign changes on the way,
+            it is small only where nothing is left to unlearn.
 
     Source: arXiv 2402.05947 (joint variant).
     """
-    sizes = [max(abs(loss), floor) for loss, floor in zip(losses, floors, strict=True)]
     return [max(sizes) / size if size else 1.0 for size in sizes]
 
 

@@ -41,7 +41,7 @@ class SepMEConfig:
             basis and of the text embedding: the scale used is beta * (768 / width) ** 0.5.
         momentum: alpha of the momentum statistic L <- alpha L + (1 - alpha) L_cor.
         sparsity: Weight of the increments' mean absolute value (the paper's lambda).
-        tolerance: tau. Training stops as soon as the momentum statistic falls to it.
+        tolerance: tau. Training stops as soon as the momentum statistic falls to it; 0 is allowed.
         relative: Read `tolerance` as a share of the unedited correlation, and normalise `beta`.
         min_steps: Training never stops before this many steps.
         max_steps: Training always stops after this many steps.
@@ -109,19 +109,26 @@ class SepMEConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> SepMEConfig:
-        """Give the paper's constants: full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4, 10 to 1000 steps, and
-        new noise in each of them."""
+        """Give the paper's constants.
+
+        Full basis, Adam at 0.1, beta 1e-4, lambda 1e-6, tau 1e-4; 12 to 1000 steps of one picture with noise of its
+        own; 1000 pictures of 100 steps at guidance 7.5; and room for the exact guards of its scenes.
+
+        Args:
+            changes: What is to differ. A thousand pictures of a hundred steps are hours without a GPU: take fewer.
+        """
         constants: dict[str, Any] = {
             "solver": "train", "basis": "full", "gate": None, "soft_guard_weight": 0.0, "learning_rate": 0.1,
-            "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6, "tolerance": 1e-4, "relative": False, "min_steps": 10,
-            "max_steps": 1000, "steps_per_batch": 1,
+            "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6, "tolerance": 1e-4, "relative": False, "min_steps": 12,
+            "max_steps": 1000, "steps_per_batch": 1, "batch_size": 1, "n_images": 1000, "image_steps": 100,
+            "guidance_scale": 7.5, "reserve": 0.01,
         }  # fmt: skip
         return cls(**(constants | changes))
 
     @classmethod
     def unconstrained(cls, **changes: Any) -> SepMEConfig:
-        """Give the paper's constants for `SepMETrainer.erase_permanently`: those of `paper`, with Adam at 1e-5."""
-        return cls.paper(**({"learning_rate": 1e-5} | changes))
+        """Give the paper's constants for `SepMETrainer.erase_permanently`: those of `paper`, Adam at 1e-5, tau 0."""
+        return cls.paper(**({"learning_rate": 1e-5, "tolerance": 0.0} | changes))
 
     @property
     def is_calibrated(self) -> bool:

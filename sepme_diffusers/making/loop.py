@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from sepme_diffusers.algebra.objective import balance, concept_representation, correlation_loss
+from sepme_diffusers.algebra.objective import balance, concept_representation, correlations
 from sepme_diffusers.doors.attachment import Attachment
 from sepme_diffusers.doors.attachment import attached as attach_edit
 from sepme_diffusers.doors.family import TOKENS
@@ -112,21 +112,22 @@ def take_step(
         FloatingPointError: If a loss is not finite.
     """
     factors = [factor for learner in active for factor in learner.factors.values()]
-    losses, scales, slopes = [], [], []
+    losses, sizes, scales, slopes = [], [], [], []
     for learner in active:
         reference = learner.reference(unet)
         # Until the gradient is taken: with gradient checkpointing that runs the denoiser again, edited like before.
         with frozen(unet), attached(unet, learners):
-            loss = correlation(unet, reference)
+            product = correlation_map(unet, reference)
+            loss = product.mean()
             refuse_divergence(loss, learner.name, learner.stop.step + 1)
             slopes.append(gradients(loss, factors, unet.dtype, reference.slope))
         losses.append(loss.item())
+        sizes.append(float(product.detach().norm()))
         scales.append(reference.correlation)
-    floors = [learner.stop.threshold(scale) for learner, scale in zip(active, scales, strict=True)]
     sparsity = [slope for learner in active for slope in learner.sparsity_gradient().values()]
     for factor, slope in zip(factors, sparsity, strict=True):
         factor.grad = config.sparsity * slope
-    for share, of_factors in zip(balance(losses, floors), slopes, strict=True):
+    for share, of_factors in zip(balance(sizes), slopes, strict=True):
         _add_gradients(factors, share, of_factors)
     optimizer.step()
     optimizer.zero_grad()
@@ -156,13 +157,18 @@ def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
 
 
 def correlation(unet: ModelMixin, reference: Reference) -> Tensor:
-    """Compute L_cor of the model as it is now, with the increments that are attached to it; a scalar.
+    """Compute L_cor of the model as it is now, with the increments that are attached to it; a scalar."""
+    return correlation_map(unet, reference).mean()
+
+
+def correlation_map(unet: ModelMixin, reference: Reference) -> Tensor:
+    """Compute r_c(θ+Δθ) ⊙ r_c(θ) of the model as it is now, (n, channels, h, w), see `correlation`.
 
     This is one pass beside those of the reference. The edited model's prediction without the concept is taken from the
     original: exact for a guarded prompt, and for any other the reference that the edit must not drift from.
     """
     edited = reference.batch.predict_noise(unet, reference.batch.with_concept)
-    return correlation_loss(concept_representation(edited, reference.without), reference.representation)
+    return correlations(concept_representation(edited, reference.without), reference.representation)
 
 
 def attached(unet: ModelMixin, learners: Sequence[Learner]) -> AbstractContextManager[Attachment]:

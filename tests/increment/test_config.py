@@ -14,7 +14,9 @@ def test_paper_has_the_papers_constants():
     config = SepMEConfig.paper()
     assert (config.learning_rate, config.momentum, config.beta) == (0.1, 0.9, 1e-4)
     assert (config.sparsity, config.tolerance, config.relative) == (1e-6, 1e-4, False)
-    assert (config.min_steps, config.max_steps, config.basis) == (10, 1000, "full")
+    assert (config.min_steps, config.max_steps, config.basis) == (12, 1000, "full")
+    assert (config.batch_size, config.steps_per_batch) == (1, 1)
+    assert (config.n_images, config.image_steps, config.guidance_scale) == (1000, 100, 7.5)
 
 
 def test_paper_takes_changes():

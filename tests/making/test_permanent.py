@@ -78,8 +78,8 @@ def test_no_tolerance_is_allowed(pipe):
 
 def test_the_papers_constants():
     config = SepMEConfig.unconstrained()
-    assert config.learning_rate == 1e-5
-    assert replace(config, learning_rate=0.1) == SepMEConfig.paper()
+    assert (config.learning_rate, config.tolerance) == (1e-5, 0.0)
+    assert replace(config, learning_rate=0.1, tolerance=1e-4) == SepMEConfig.paper()
 
 
 def test_divergence_is_refused(pipe):

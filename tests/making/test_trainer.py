@@ -96,7 +96,7 @@ def test_training_runs_out_of_steps_honestly(pipe):
 
 
 def test_full_basis_is_the_papers(pipe):
-    config = SepMEConfig.paper(max_steps=10, batch_size=1, n_images=1, image_steps=2)
+    config = SepMEConfig.paper(max_steps=12, n_images=1, image_steps=2)
     entry = SepMETrainer(pipe, config).erase([WOODCUT])["woodcut"]
     null = null_space(rows(encode(pipe, list(entry.guards))))
     torch.testing.assert_close(entry.increment.A.double(), 1e-4 * null, rtol=1e-5, atol=1e-9)

@@ -80,7 +80,8 @@ def closed_forms(runner: Runner, names: Sequence[str]) -> Figure:
 
 def stopping_steps(runner: Runner, styles: Sequence[str], config: SepMEConfig) -> Figure:
     """Count training steps until the same value of the momentum statistic, a share of the original's correlation."""
-    full = SepMEConfig.paper(tolerance=config.tolerance, relative=True, beta=config.beta)
+    same = ("tolerance", "relative", "beta", "min_steps", "batch_size", "n_images", "image_steps", "guidance_scale")
+    full = SepMEConfig.paper(**{name: getattr(config, name) for name in same})
     counted, ratios = [], []
     for style in styles:
         ours, theirs = (_metrics_of(runner, style, chosen) for chosen in (config, full))
