@@ -36,12 +36,14 @@ Seed = Annotated[int, typer.Option(help="Seed of the pictures.")]
 def scenes(
     output: Output = Path("sepme-eval"),
     seed: Seed = _SEED,
-    only: Annotated[list[str] | None, typer.Option(help='"styles" or "objects", or "styles-1": one scene.')] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help='"styles" or "objects", or "styles-1", "styles-3-guarded": one scene.')
+    ] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Of each concept at each moment.")] = 12,
     steps: Steps = 20,
     gates: Annotated[bool, typer.Option(help="Erase with gates, or in proportion, as a LoRA does.")] = True,
 ) -> None:
-    """Play the paper's four scenes, for styles and for objects."""
+    """Play the paper's four scenes, for styles and for objects; the third in three ways."""
     chosen = _chosen(only or [])
     settings = {"seed": seed, "pictures": pictures, "steps": steps, "gates": gates}
     bars: list[Bar] = []
@@ -64,18 +66,18 @@ def scenes(
 
 
 def _played(
-    runner: SceneRunner, number: int, output: Path, settings: dict[str, Any], advance: Callable[[str, int], None]
+    runner: SceneRunner, number: str, output: Path, settings: dict[str, Any], advance: Callable[[str, int], None]
 ) -> list[Moment]:
     """Play a scene and write its page, its figures and its pictures."""
     from sepme_diffusers.evaluation import report
     from sepme_diffusers.evaluation.protocols import scene_report
-    from sepme_diffusers.evaluation.protocols.scenes import SCENES
+    from sepme_diffusers.evaluation.protocols.scene_list import SCENES
 
     kind, name = runner.kind, f"{runner.kind}-scene-{number}"
     moments = runner.play(number, lambda erased: advance(f"{kind}, scene {number}: {erased} erased", 0))
     note = f"{_NOTE} {runner.pictures} pictures per concept; FID is of {runner.pictures} each."
     page = report.markdown(f"Scene {number}, {kind}", note, [scene_report.table(kind, moments)], f"{name}.png")
-    data = {"kind": kind, "scene": number, "erased": SCENES[number], "concepts": runner.concepts, **settings}
+    data = {"kind": kind, "scene": number, "erased": SCENES[number].erased, "concepts": runner.concepts, **settings}
     data["moments"] = scene_report.values(moments)
     report.save(output, name, page, data, scene_report.sheet(runner.originals(), moments))
     advance(f"{kind}, scene {number}", 1)
@@ -201,16 +203,18 @@ def _page(title: str, *tables: Table) -> str:
     return report.markdown(title, _NOTE, tables)
 
 
-def _chosen(only: list[str]) -> dict[Kind, list[int]]:
-    """Read names of kinds and scenes as {kind: scene numbers}."""
+def _chosen(only: list[str]) -> dict[Kind, list[str]]:
+    """Read names of kinds and scenes as {kind: scenes}."""
+    from sepme_diffusers.evaluation.protocols.scene_list import SCENES
+
     kinds: tuple[Kind, ...] = ("styles", "objects")
-    all_scenes = {f"{kind}-{number}": (kind, number) for kind in kinds for number in range(1, 5)}
+    all_scenes = {f"{kind}-{number}": (kind, number) for kind in kinds for number in SCENES}
     wanted = [name for name in all_scenes if not only or name in only or all_scenes[name][0] in only]
     if unknown := set(only) - set(all_scenes) - {"styles", "objects"}:
         raise typer.BadParameter(
             f"unknown scenes {sorted(unknown)}; there are styles, objects, {', '.join(all_scenes)}"
         )
-    chosen: dict[Kind, list[int]] = {}
+    chosen: dict[Kind, list[str]] = {}
     for kind, number in (all_scenes[name] for name in wanted):
         chosen.setdefault(kind, []).append(number)
     return chosen

@@ -99,7 +99,10 @@ def table(kind: Kind, moments: Sequence[Moment]) -> Table:
         ("blank prompt and watermark: largest change, /255", *(str(moment.exact.guards) for moment in moments))
     )
     rows.append(
-        ("guarded names: largest change, /255", *(str(max(moment.exact.names.values())) for moment in moments))
+        (
+            "guarded names: largest change, /255",
+            *(str(max(moment.exact.names.values(), default="")) for moment in moments),
+        )
     )
     rows.append(("as if nothing else had ever been erased", *(_yes(moment.exact.alone) for moment in moments)))
     return Table("By moment", ("", *(", ".join(moment.erased) or "nothing" for moment in moments)), tuple(rows))

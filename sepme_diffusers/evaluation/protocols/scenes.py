@@ -1,8 +1,4 @@
-"""The paper's four scenes on the built-in model: concepts are erased, restored and joined over time, and measured.
-
-Of nine concepts c0 ... c8 six get erased at some moment; three are regular and guarded by name throughout. In scenes 1
-and 2 all six are made at once, in 3 and 4 each when it is first erased, with the earlier increments left as they are.
-"""
+"""The paper's four scenes on the built-in model: concepts are erased, restored and joined over time, and measured."""
 
 from __future__ import annotations
 
@@ -22,19 +18,12 @@ from sepme_diffusers.evaluation.measures.perceptual import perceptual_distance
 from sepme_diffusers.evaluation.pictures import PictureCache, built_in, generate
 from sepme_diffusers.evaluation.probes import PARAPHRASES, Kind, Probe, plain_probe, probe
 from sepme_diffusers.evaluation.protocols.erasures import GUARDS, erase_names
+from sepme_diffusers.evaluation.protocols.scene_list import SCENES, Scene
+from sepme_diffusers.making.decouple import decouple
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.runtime.changes import largest_change
 from sepme_diffusers.runtime.pipeline import SepMEPipeline
 
-# What is erased at each moment, by index: the paper's sets as far as they are known to us; of its scene 3 we know only
-# that concepts join later. Every scene ends with everything restored.
-SCENES: dict[int, tuple[tuple[int, ...], ...]] = {
-    1: ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (3, 4, 5), ()),
-    2: ((0, 1, 2, 3, 4, 5), (0, 1, 2, 5), (0, 1, 2), ()),
-    3: ((0, 1), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (4, 5), ()),
-    4: ((0, 1, 2), (1, 2), (1, 2, 3, 4), (2, 3, 4), (2, 3, 4, 5), (3, 4, 5), ()),
-}
-ITERATIVE = (3, 4)
 # Six to erase, all but mosaic with a second name; then three regular ones.
 CONCEPTS: dict[Kind, tuple[str, ...]] = {
     "styles": ("woodcut", "neon", "blueprint", "pencil", "pixel", "mosaic", "stencil", "watercolour", "halftone"),
@@ -46,10 +35,11 @@ _UNSEEN_CELLS = 2
 _FEW_STEPS = 5
 # Pictures for the bars, per picture of a moment.
 BAR_PICTURES = 4
-ERASED, RESTORED, PENDING, GUARDED = "erased", "restored", "not yet erased", "regular, guarded"
+ERASED, RESTORED, PENDING = "erased", "restored", "not yet erased"
+GUARDED, UNGUARDED = "regular, guarded", "regular, not guarded"
 SECOND_NAME, PARAPHRASED = "erased, by its second name", "erased, paraphrased"
 UNSEEN, PLAIN = "regular, never seen", "regular, plain objects"
-GROUPS = (ERASED, RESTORED, PENDING, GUARDED, UNSEEN, PLAIN, SECOND_NAME, PARAPHRASED)
+GROUPS = (ERASED, RESTORED, PENDING, GUARDED, UNGUARDED, UNSEEN, PLAIN, SECOND_NAME, PARAPHRASED)
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,9 @@ def _in_turn(parts: Sequence[Probe], n: int) -> Probe:
     return Probe(*zip(*turns, strict=True))
 
 
-def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Sequence[str]) -> str | None:
+def group(
+    cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Sequence[str], guarded: bool = True
+) -> str | None:
     """Tell what a cell shows at a moment; None if it is not drawn then (other words for what is not erased).
 
     Args:
@@ -101,6 +93,7 @@ def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Se
         erased: What is erased now.
         earlier: What was erased at any earlier moment.
         regular: What never is.
+        guarded: Whether the increments guard the names of the regular ones.
     """
     if cell.role in (SECOND_NAME, PARAPHRASED):
         return cell.role if cell.concept in erased else None
@@ -109,7 +102,7 @@ def group(cell: Cell, erased: Sequence[str], earlier: Iterable[str], regular: Se
     if cell.concept in erased:
         return ERASED
     if cell.concept in regular:
-        return GUARDED
+        return GUARDED if guarded else UNGUARDED
     return RESTORED if cell.concept in set(earlier) else PENDING
 
 
@@ -185,45 +178,55 @@ class SceneRunner:
     @cached_property
     def at_once(self) -> ConceptBank:
         """A bank of all six, made at once."""
-        return self._erase(self.concepts[: REGULAR.start], None)
+        return self._erase(self.concepts[: REGULAR.start], None, SCENES["1"])
 
-    def _erase(self, names: Sequence[str], bank: ConceptBank | None) -> ConceptBank:
+    def _erase(self, names: Sequence[str], bank: ConceptBank | None, scene: Scene) -> ConceptBank:
         self.pipe.unload_sepme()
-        return erase_names(self.pipe, self.kind, names, bank, self.concepts[REGULAR], self.gates)
+        guarded = self.concepts[REGULAR] if scene.guarded else ()
+        made = erase_names(self.pipe, self.kind, names, bank, guarded, self.gates)
+        return decouple(made, self.pipe) if scene.decoupled else made
 
-    def play(self, scene: int, on_moment: Callable[[str], None] | None = None) -> list[Moment]:
+    def play(self, name: str, on_moment: Callable[[str], None] | None = None) -> list[Moment]:
         """Play a scene and measure each moment.
 
         Args:
-            scene: 1 to 4.
+            name: One of `SCENES`.
             on_moment: Called with what is erased before each.
         """
+        scene = SCENES[name]
         bank: ConceptBank | None = None
         earlier: list[str] = []
         moments: list[Moment] = []
-        for indexes in SCENES[scene]:
+        for indexes in scene.erased:
             erased = tuple(self.concepts[index] for index in indexes)
             if on_moment is not None:
                 on_moment(", ".join(erased) or "nothing")
-            if scene not in ITERATIVE:
+            if not scene.joining:
                 bank = self.at_once
-            elif joining := [name for name in erased if bank is None or name not in bank]:
-                bank = self._erase(joining, bank)
+            elif joining := [concept for concept in erased if bank is None or concept not in bank]:
+                bank = self._erase(joining, bank, scene)
             # Every scene begins with something erased, so by now there is a bank.
-            moments.append(self.moment(cast(ConceptBank, bank), erased, earlier))
+            moments.append(self.moment(cast(ConceptBank, bank), erased, earlier, scene.guarded))
             earlier += erased
         return moments
 
-    def moment(self, bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str]) -> Moment:
+    def moment(
+        self, bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str], guarded: bool = True
+    ) -> Moment:
         """Draw and measure a moment: a bank with these concepts erased."""
-        figures, pictures = self.measure(self.cells, bank, erased, earlier)
+        figures, pictures = self.measure(self.cells, bank, erased, earlier, guarded)
         return Moment(erased, figures, self.exactness(bank, erased), pictures)
 
     def measure(
-        self, asked: Sequence[Cell], bank: ConceptBank, erased: tuple[str, ...], earlier: Sequence[str] = ()
+        self,
+        asked: Sequence[Cell],
+        bank: ConceptBank,
+        erased: tuple[str, ...],
+        earlier: Sequence[str] = (),
+        guarded: bool = True,
     ) -> tuple[dict[str, Figures], dict[str, Image.Image]]:
         """Measure by group; also the first picture of each cell that shows a concept under its own name."""
-        shown_as = [(cell, group(cell, erased, earlier, self.concepts[REGULAR])) for cell in asked]
+        shown_as = [(cell, group(cell, erased, earlier, self.concepts[REGULAR], guarded)) for cell in asked]
         grouped = [(cell, where) for cell, where in shown_as if where is not None]
         self._set(self.pipe, bank, ())
         originals = self.cache.draw([cell.probe for cell, _ in grouped])
