@@ -1,7 +1,7 @@
 """The paper's four scenes: of nine concepts c0 ... c8, which are erased when. Three of them, c6 to c8, are regular.
 
 Scene 3 is played in three ways: the paper's, where increments do not guard the regular concepts; with these guarded by
-name, as in the other scenes; and so that, whenever concepts have joined, the earlier increments are decoupled from them.
+name, as in the other scenes; and so that the earlier increments are decoupled from every concept that has joined.
 """
 
 from __future__ import annotations
