@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 
 from sepme_diffusers.algebra.objective import MomentumStop, l1_gradient
@@ -30,6 +29,9 @@ class Learner:
         start: An increment to start from, its A within the span of the basis. Default: zero.
         doors: What the increment does at further doors of the denoiser; it acts in training and is not learnt.
 
+    Attributes:
+        reference: What the next step learns from.
+
     Raises:
         ValueError: If text-side training is to start from a per-module increment.
     """
@@ -49,7 +51,7 @@ class Learner:
         self.basis = basis.float().to(self.device)
         self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
         self.steps_per_batch = config.steps_per_batch
-        self._reference: Reference
+        self.reference: Reference
         self.doors = doors or {}
         self.stopped = False
         self.warm = start is not None
@@ -70,11 +72,10 @@ class Learner:
             raise ValueError("text-side training cannot start from a per-module increment")
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
 
-    def reference(self, unet: ModelMixin) -> Reference:
-        """Return what the next step learns from: a new noisy batch whenever the last has served its steps."""
-        if self.stop.step % self.steps_per_batch == 0:
-            self._reference = Reference.of(unet, self.pictures.next())
-        return self._reference
+    @property
+    def is_due(self) -> bool:
+        """Whether the last noisy batch has served its steps, and the next step wants a new one."""
+        return self.stop.step % self.steps_per_batch == 0
 
     @torch.no_grad()
     def sparsity_gradient(self) -> dict[str, Tensor]:

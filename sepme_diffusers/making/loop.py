@@ -20,10 +20,12 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.gradients import frozen, gradients
 from sepme_diffusers.making.learner import SHARED, Learner
-from sepme_diffusers.making.noise import Reference
+from sepme_diffusers.making.noise import Batch, Reference
 from sepme_diffusers.making.state import TrainingState
 
 _SAVE_EVERY = 25
+# Rows of a pass that learners share: what a batch of the default size has.
+_ROWS_TOGETHER = 8
 _BATCHES_TO_SCALE, _MOST_SCALED = 2, 4.0
 
 
@@ -112,29 +114,66 @@ def take_step(
         FloatingPointError: If a loss is not finite.
     """
     factors = [factor for learner in active for factor in learner.factors.values()]
-    losses, sizes, scales, slopes = [], [], [], []
-    for learner in active:
-        reference = learner.reference(unet)
+    take_references(unet, [learner for learner in active if learner.is_due], config.batch_size)
+    passes = []
+    for some in _together(active, config.batch_size):
         # Until the gradient is taken: with gradient checkpointing that runs the denoiser again, edited like before.
         with frozen(unet), attached(unet, learners):
-            product = correlation_map(unet, reference)
-            loss = product.mean()
-            refuse_divergence(loss, learner.name, learner.stop.step + 1)
-            slopes.append(gradients(loss, factors, unet.dtype, reference.slope))
-        losses.append(loss.item())
-        sizes.append(float(product.detach().norm()))
-        scales.append(reference.correlation)
+            passes.append(_Pass.of(unet, some, factors))
+    largest = max(each.largest for each in passes)
     sparsity = [slope for learner in active for slope in learner.sparsity_gradient().values()]
     for factor, slope in zip(factors, sparsity, strict=True):
         factor.grad = config.sparsity * slope
-    for share, of_factors in zip(balance(sizes), slopes, strict=True):
-        _add_gradients(factors, share, of_factors)
+    for each in passes:
+        _add_gradients(factors, largest / each.largest if each.largest else 1.0, each.slopes)
     optimizer.step()
     optimizer.zero_grad()
-    for learner, value, scale in zip(active, losses, scales, strict=True):
-        learner.stopped = learner.stop.update(value, scale)
+    for learner, value in zip(active, [loss for each in passes for loss in each.losses], strict=True):
+        learner.stopped = learner.stop.update(value, learner.reference.correlation)
         if on_step is not None:
             on_step(Step(learner.name, learner.stop.step, value, learner.stop.value))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass found, for as many learners as it served.
+
+    Args:
+        losses: L_i.
+        largest: max_i ‖L_i‖.
+        slopes: The gradient of Σ_i η_i L_i for each factor, with η_i = largest / ‖L_i‖.
+    """
+
+    losses: Sequence[float]
+    largest: float
+    slopes: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, unet: ModelMixin, learners: Sequence[Learner], factors: Sequence[Tensor]) -> _Pass:
+        references = [learner.reference for learner in learners]
+        products = correlation_maps(unet, references)
+        losses, sizes = [product.mean() for product in products], [float(p.detach().norm()) for p in products]
+        for learner, loss in zip(learners, losses, strict=True):
+            refuse_divergence(loss, learner.name, learner.stop.step + 1)
+        shares = balance(sizes)
+        total = torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
+        steepest = max(share * reference.slope for share, reference in zip(shares, references, strict=True))
+        slopes = gradients(total, factors, unet.dtype, steepest)
+        return cls([loss.item() for loss in losses], max(sizes), slopes)
+
+
+def take_references(unet: ModelMixin, learners: Sequence[Learner], batch_size: int) -> None:
+    """Give each learner a new noisy batch, with what the original model predicts on it."""
+    for some in _together(learners, batch_size):
+        found = Reference.of_each(unet, [learner.pictures.next() for learner in some])
+        for learner, reference in zip(some, found, strict=True):
+            learner.reference = reference
+
+
+def _together(learners: Sequence[Learner], batch_size: int) -> list[Sequence[Learner]]:
+    """Divide learners in parts that share a pass: of small batches several, of large ones each alone."""
+    count = max(1, _ROWS_TOGETHER // batch_size)
+    return [learners[start : start + count] for start in range(0, len(learners), count)]
 
 
 def _add_gradients(factors: Sequence[Tensor], share: float, slopes: Sequence[Tensor | None]) -> None:
@@ -158,17 +197,21 @@ def refuse_divergence(loss: Tensor, name: str, step: int) -> None:
 
 def correlation(unet: ModelMixin, reference: Reference) -> Tensor:
     """Compute L_cor of the model as it is now, with the increments that are attached to it; a scalar."""
-    return correlation_map(unet, reference).mean()
+    return correlation_maps(unet, [reference])[0].mean()
 
 
-def correlation_map(unet: ModelMixin, reference: Reference) -> Tensor:
-    """Compute r_c(θ+Δθ) ⊙ r_c(θ) of the model as it is now, (n, channels, h, w), see `correlation`.
+def correlation_maps(unet: ModelMixin, references: Sequence[Reference]) -> list[Tensor]:
+    """Compute r_c(θ+Δθ) ⊙ r_c(θ) of the model as it is now, (n, channels, h, w) for each reference, in one pass.
 
     This is one pass beside those of the reference. The edited model's prediction without the concept is taken from the
     original: exact for a guarded prompt, and for any other the reference that the edit must not drift from.
     """
-    edited = reference.batch.predict_noise(unet, reference.batch.with_concept)
-    return correlations(concept_representation(edited, reference.without), reference.representation)
+    batch = Batch.joined([reference.batch for reference in references])
+    edited = batch.predict_noise(unet, batch.with_concept).split([len(each.batch.noisy) for each in references])
+    return [
+        correlations(concept_representation(predicted, each.without), each.representation)
+        for predicted, each in zip(edited, references, strict=True)
+    ]
 
 
 def attached(unet: ModelMixin, learners: Sequence[Learner]) -> AbstractContextManager[Attachment]:

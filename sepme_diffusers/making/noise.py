@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import Encoded
 
+_TEXTS = ("with_concept", "without")
 _KNOWN = ("epsilon", "v_prediction", "sample")
 
 
@@ -51,6 +53,14 @@ class Batch:
     alphas: Tensor
     prediction_type: str
 
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """Put batches of one model below each other."""
+        parts = [[getattr(batch, name) for batch in batches] for name in ("noisy", "steps", "alphas")]
+        noisy, steps, alphas = (torch.cat(tensors) for tensors in parts)
+        with_concept, without = (reduce(Text.then, [getattr(b, name) for b in batches]) for name in _TEXTS)
+        return cls(noisy, steps, with_concept, without, alphas, batches[0].prediction_type)
+
     def predict_noise(self, unet: ModelMixin, text: Text) -> Tensor:
         """Predict ε(x_t, c) for one prompt per picture or several in turn, (len(text), channels, h, w), float32."""
         copies = len(text.states) // len(self.noisy)
@@ -85,11 +95,21 @@ class Reference:
         return self.representation.abs().max().item() / self.representation.numel()
 
     @classmethod
-    @torch.no_grad()
     def of(cls, unet: ModelMixin, batch: Batch) -> Reference:
         """Predict on the batch, with and without the concept in one pass."""
-        with_concept, without = batch.predict_noise(unet, batch.with_concept.then(batch.without)).chunk(2)
-        return cls(batch, without, concept_representation(with_concept, without))
+        return cls.of_each(unet, [batch])[0]
+
+    @classmethod
+    @torch.no_grad()
+    def of_each(cls, unet: ModelMixin, batches: Sequence[Batch]) -> list[Reference]:
+        """Predict on batches, all in one pass."""
+        joined, counts = Batch.joined(batches), [len(batch.noisy) for batch in batches]
+        both = joined.predict_noise(unet, joined.with_concept.then(joined.without)).chunk(2)
+        parts = zip(batches, *(predicted.split(counts) for predicted in both), strict=True)
+        return [
+            cls(batch, without, concept_representation(with_concept, without))
+            for batch, with_concept, without in parts
+        ]
 
 
 class NoisyPictures:

@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 
 from sepme_diffusers import Concept, SepMEConfig, SepMETrainer
+from sepme_diffusers.algebra.objective import balance
 from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.making import loop
 from sepme_diffusers.making.learner import Learner
-from sepme_diffusers.making.loop import attached, correlation, learn, scale_warm_start
+from sepme_diffusers.making.loop import attached, correlation, correlation_maps, learn, scale_warm_start, take_step
 from sepme_diffusers.making.noise import NoisyPictures, Reference
 from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.text.encoding import Encoded, encode, rows
@@ -271,3 +272,32 @@ def test_random_pipelines_are_alike():
     """What another process trains on is the same model."""
     first, second = (random_pipeline().unet.state_dict() for _ in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_concepts_share_passes_and_take_the_step_that_they_take_alone(pipe, batch_size):
+    """Of small batches several share a pass; the gradient is that of Σ η_i L_i whatever shares."""
+    config = replace(TRAIN, batch_size=batch_size, steps_per_batch=1, learning_rate=1.0)
+    guarded = {"woodcut": ("", "neon", "a fox"), "neon": ("", "woodcut", "a fox"), "fox": ("", "woodcut", "neon")}
+    concepts = [WOODCUT, NEON, Concept("fox", (("a fox", ""),))]
+    learners = [learner(pipe, concept, config, guards=guarded[concept.name]) for concept in concepts]
+    passes = []
+    pipe.unet.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    factors = [factor for one in learners for factor in one.factors.values()]
+    take_step(pipe.unet, learners, learners, torch.optim.SGD(factors, lr=1.0), config)
+    assert passes.count(True) == {1: 1, 2: 1, 8: 3}[batch_size]
+    assert passes.count(False) == passes.count(True)
+    moved = [factor.detach().clone() for factor in factors]
+    sizes, slopes = [], []
+    with torch.no_grad():
+        for factor in factors:
+            factor.zero_()
+    for one in learners:
+        with attached(pipe.unet, learners):
+            (product,) = correlation_maps(pipe.unet, [one.reference])
+            slopes.append(torch.autograd.grad(product.mean(), factors, allow_unused=True))
+        sizes.append(float(product.detach().norm()))
+    for index, factor in enumerate(moved):
+        shares = zip(balance(sizes), slopes, strict=True)
+        expected = sum(share * slope[index] for share, slope in shares if slope[index] is not None)
+        torch.testing.assert_close(factor, -expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
