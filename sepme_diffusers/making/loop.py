@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -251,9 +252,13 @@ class LearnersEdit:
         return self._sum(reading, name)
 
     def _sum(self, embedding: Tensor, key: str) -> Tensor:
-        e = embedding.float()
-        changes = [(e @ learner.basis.T) @ learner.factors[key].T for learner in self.learners]
-        return torch.stack(changes).sum(dim=0).to(embedding.dtype)
+        # Σ_i e A_iᵀ C_iᵀ is one product with the factors side by side.
+        factors = torch.cat([learner.factors[key] for learner in self.learners], dim=1)
+        return ((embedding.float() @ self._bases.T) @ factors.T).to(embedding.dtype)
+
+    @cached_property
+    def _bases(self) -> Tensor:
+        return torch.cat([learner.basis for learner in self.learners])
 
 
 def _edited(edited: Tensor, embedding: Tensor, increment: Increment) -> Tensor:

@@ -13,6 +13,7 @@ from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_shapes
 from sepme_diffusers.evaluation.bench import (
     by_name,
+    joint,
     keeping,
     many_concepts,
     overhead,
@@ -99,6 +100,14 @@ def test_the_check_of_the_text_encoder_is_measured_with_as_many_guards_as_it_rea
     every, first = (float(found) for found in re.findall(r"([0-9.]+) ms in", figure.detail))
     assert 0 < every < first
     assert "(16 prompts encoded)" in figure.detail
+
+
+def test_a_joint_step_is_timed_against_steps_of_each(pocket_pipe):
+    small = Runner(repeats=1)
+    small.small = pocket_pipe
+    figure = joint.joint_steps(small, ["neon", "pencil"], 1)
+    assert 0 < number(figure.value) < 2
+    assert figure.what == "a joint step of 2 concepts at batch 1"
 
 
 def test_ten_thousand_concepts_are_made_when_that_is_asked_for(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from sepme_diffusers.evaluation.bench.by_name import by_name
 from sepme_diffusers.evaluation.bench.denoising import loop_20_of_1000, loop_50_of_50, loop_built_in, mixed_batch
 from sepme_diffusers.evaluation.bench.holding import adapters, disk_module, disk_text, loading, memory
+from sepme_diffusers.evaluation.bench.joint import joint_training
 from sepme_diffusers.evaluation.bench.keeping import (
     ten_thousand_loading,
     ten_thousand_saving,
@@ -40,6 +41,7 @@ MEASURES: dict[str, Measure] = {
         compiling,
         guard_basis,
         training_step,
+        joint_training,
         hundred_concepts,
         by_name,
         steps_to_stop,
