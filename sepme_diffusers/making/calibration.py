@@ -24,8 +24,6 @@ _AS_GOOD = 1.1
 # So many of its own prompts a gate may leave shut: those that hardly read of the concept, as where it is named last of
 # three, and do not spell it either.
 _MAY_MISS = 0.1
-# The same of prompts in company, of which each says less of the concept than what a user writes.
-_MAY_MISS_IN_COMPANY = 0.25
 # Where the gate stands between the largest reading of a regular prompt (0) and that of own prompts (1). Beyond the
 # middle: regular prompts that are in no list read up to half of what own prompts do, and own ones seldom less.
 _PLACE = 2 / 3
@@ -110,7 +108,6 @@ def calibrated(
     regular: RegularRows,
     what: str,
     spelled: Tensor | None = None,
-    company: Tensor | None = None,
     prompts: Sequence[str] = (),
 ) -> tuple[Increment, dict[str, float]]:
     """Set the gate between what own prompts and what regular prompts read.
@@ -121,24 +118,20 @@ def calibrated(
     the concept, there is no gate: the increment acts on everything in proportion to what it reads, and a warning says
     so.
 
-    A few own prompts, which the increment was made for, say little of how much it reads in other wordings. So they
-    are read in company as well, and the gate stands two thirds of the way to what three quarters of these read.
-
     Args:
         increment: Text-side or per-module; gates of further doors stay as they are.
         own: Embeddings of the concept's own prompts, held-out ones included, (n_prompts, n_tokens, d).
         regular: Regular prompts.
         what: The concept's name, for the warning.
         spelled: Which of the own prompts open any gate because they spell the concept, (n_prompts,). Default: none.
-        company: Embeddings of own prompts beside regular ones, (n, n_tokens, d), for a concept of few prompts.
         prompts: The own prompts, for the warning.
 
     Returns:
-        The increment, and metrics: `own_reading` is what nine tenths of the own prompts (three quarters of those in
-        company) read at least that are told from regular ones, and `own_reached` the share of own prompts that read as
-        much as the gate, so that it opens where the text is not known as well; `regular_reading` is the largest of a
-        regular prompt, `regular_moved` the share of regular prompts that move, of `regular_prompts`, and
-        `regular_bound` what the true share is below with a confidence of 95 %.
+        The increment, and metrics: `own_reading` is what nine tenths of the own prompts read at least that are told
+        from regular ones, and `own_reached` the share of own prompts that read as much as the gate, so that it opens
+        where the text is not known as well; `regular_reading` is the largest of a regular prompt,
+        `regular_moved` the share of regular prompts that move, of `regular_prompts`, and `regular_bound` what the
+        true share is below with a confidence of 95 %.
 
     Raises:
         ValueError: If the increment reads nothing in any of its own prompts.
@@ -147,8 +140,7 @@ def calibrated(
     if not float(of_own.max()) > 0:
         raise ValueError(f"the increment of {what!r} reads nothing in its own prompts, so it has no gate")
     most, told_apart = float(of_regular.max()), of_own > of_regular.max()
-    shown, share = (of_own, _MAY_MISS) if company is None else (increment.reading(company), _MAY_MISS_IN_COMPANY)
-    low = float(shown[shown > most].quantile(share)) if (shown > most).any() else most / _PLACE
+    low = float(of_own[told_apart].quantile(_MAY_MISS)) if told_apart.any() else most / _PLACE
     missed = ~told_apart if spelled is None else ~(told_apart | spelled.to(told_apart))
     gate = most + _PLACE * (low - most) if float(missed.float().mean()) <= _MAY_MISS else None
     if gate is None:

@@ -21,8 +21,6 @@ class EmbeddedConcept:
         anchors: What the closed form maps each of these to, (n_prompts, n_tokens, d).
         name: Of the name alone as a prompt, (n_tokens, d).
         counted: Which tokens of the prompts count, (n_prompts, n_tokens), see `Encoded.anchors`. Default: all.
-        company: Of more prompts that show it, which no increment is made for: it is calibrated by them, see
-            `calibration.calibrated`. Default: none.
         doors: The same at further doors, by door.
 
     Raises:
@@ -34,7 +32,6 @@ class EmbeddedConcept:
     anchors: Tensor
     name: Tensor
     counted: Tensor | None = None
-    company: Tensor | None = None
     doors: Mapping[str, EmbeddedConcept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,25 +43,17 @@ class EmbeddedConcept:
             )
 
     @classmethod
-    def of(cls, concept: Concept, encoded: Encoded, company: Sequence[str] = ()) -> EmbeddedConcept:
-        """Encode a concept for every door of a pipeline.
-
-        Args:
-            concept: The concept.
-            encoded: Gives embeddings.
-            company: More prompts that show it, to calibrate by.
-        """
-        anchors = [text for texts in concept.anchors for text in texts]
-        encoded.prefetch([*concept.prompts, *anchors, concept.name, *company])
-        doors = {door: cls.at_door(concept, encoded.at(door), company) for door in encoded.further_doors}
-        return replace(cls.at_door(concept, encoded.at(TOKENS), company), doors=doors)
+    def of(cls, concept: Concept, encoded: Encoded) -> EmbeddedConcept:
+        """Encode a concept for every door of a pipeline."""
+        encoded.prefetch([*concept.prompts, *(text for texts in concept.anchors for text in texts), concept.name])
+        doors = {door: cls.at_door(concept, encoded.at(door)) for door in encoded.further_doors}
+        return replace(cls.at_door(concept, encoded.at(TOKENS)), doors=doors)
 
     @classmethod
-    def at_door(cls, concept: Concept, encoded: Encoded, company: Sequence[str] = ()) -> EmbeddedConcept:
+    def at_door(cls, concept: Concept, encoded: Encoded) -> EmbeddedConcept:
         """Encode a concept for one door of a pipeline, `encoded.door`."""
         anchors, counted = encoded.anchors(concept)
-        beside = encoded(company) if company else None
-        return cls(concept, encoded(concept.prompts), anchors, encoded([concept.name])[0], counted, beside)
+        return cls(concept, encoded(concept.prompts), anchors, encoded([concept.name])[0], counted)
 
     @property
     def rows(self) -> Tensor:

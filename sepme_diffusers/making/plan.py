@@ -175,8 +175,7 @@ class Problem:
             return (increment if gate is None else increment.gated(concept.own, gate)), {}
         said = concept.concept
         spelled = torch.tensor([spells(prompt, said.spellings) for prompt in said.prompts])
-        company, regular = concept.company, self._regular(said)
-        return calibrated(increment, concept.own, regular, said.name, spelled, company, said.prompts)
+        return calibrated(increment, concept.own, self._regular(said), said.name, spelled, said.prompts)
 
     def at_doors(self, concept: EmbeddedConcept) -> dict[str, Increment]:
         """Solve at the further doors, in closed form; those that hardly tell concept from anchors are left out.

@@ -21,12 +21,11 @@ from torch import Tensor
 from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.bank.disk.files import replace_file
 from sepme_diffusers.bank.fingerprint import Fingerprint
-from sepme_diffusers.making.calibration import ENOUGH, RegularRows, made_for
+from sepme_diffusers.making.calibration import RegularRows, made_for
 from sepme_diffusers.making.kinds.kind import Kind
 from sepme_diffusers.making.kinds.registry import find_kind, has_kind, model_folder
 from sepme_diffusers.making.kinds.wording import word_concept
 from sepme_diffusers.making.soft_guards import SoftGuards, is_about
-from sepme_diffusers.text.captions import in_company
 from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS, Encoded, encode_doors, rows
 from sepme_diffusers.text.lexicon import Lexicon, split
@@ -45,8 +44,6 @@ _TRIED = 16
 # Written down so often while prompts are encoded, so that an interrupted run goes on from there.
 _SAVED_EVERY = 20.0
 _NEIGHBOURS, _PROMPTS_EACH = 8, 15
-# In how many prompts a concept of few prompts is read beside something else.
-_IN_COMPANY = 60
 
 
 def lexicon_of(pipe: Any) -> Lexicon:
@@ -193,14 +190,11 @@ class Regular:
         return kept.joined(RegularRows.of(self._encoded.at(door)(held_out))) if held_out else kept
 
     def company(self, concept: Concept) -> list[str]:
-        """Write a concept's own prompts beside the shortest regular ones, if they are few; else nothing."""
-        if not isinstance(self.soft, SoftGuards) or len(concept.prompts) >= ENOUGH:
-            return []
-        others = [prompt for prompt in self.soft.prompts if not is_about(prompt, concept)]
-        if not others:
-            return []
-        shortest = min(len(prompt.split()) for prompt in others)
-        return in_company(concept.prompts, [p for p in others if len(p.split()) == shortest], _IN_COMPANY)
+        """Return the shortest regular prompts that are not about a concept: what stands beside its own ones."""
+        prompts = self.soft.prompts if isinstance(self.soft, SoftGuards) else ()
+        others = [prompt for prompt in prompts if not is_about(prompt, concept)]
+        shortest = min((len(prompt.split()) for prompt in others), default=0)
+        return [prompt for prompt in others if len(prompt.split()) == shortest]
 
     def neighbours(self, concept: Concept) -> tuple[str, ...]:
         """Return the names of the same sort that the text encoder reads most like the concept's, the nearest first."""

@@ -20,7 +20,7 @@ from sepme_diffusers.bank.entry import BaseModel, Entry
 from sepme_diffusers.bank.fingerprint import Fingerprint, heights_and_norms
 from sepme_diffusers.doors.family import TOKENS
 from sepme_diffusers.doors.linears import projection_weights
-from sepme_diffusers.increment.config import CALIBRATED, SepMEConfig
+from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.distribute import shared_out
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import NAMES_AT_A_TIME, Capacity, Guards
@@ -235,7 +235,11 @@ class SepMETrainer:
                     f"{taken} cannot be aliases of {concept.name!r}: there are concepts of these names. Leave the "
                     "aliases out, or erase one concept with all of the names"
                 )
-        self._wordings |= {c.name: described(c, self.pipe, self._encoded, names) for c in given}
+        # Settings in numbers are for the prompts as they are given.
+        beside = self._regular.company if self.config.is_calibrated else None
+        self._wordings |= {
+            c.name: described(c, self.pipe, self._encoded, names, beside(c) if beside else ()) for c in given
+        }
         worded = [self._wordings[concept.name].concept for concept in given]
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in worded for group in (concept.prompts, *concept.anchors) for p in group]
@@ -271,11 +275,7 @@ class SepMETrainer:
 
     def _plan(self, concept: Concept, problem: Problem) -> Plan:
         adapters = len(problem.guards.names) <= _MOST_ADAPTERS
-        return Plan.of(self._embedded(concept), problem, self._solver, adapters)
-
-    def _embedded(self, concept: Concept) -> EmbeddedConcept:
-        company = self._regular.company(concept) if self.config.gate == CALIBRATED else ()
-        return EmbeddedConcept.of(concept, self._encoded, company)
+        return Plan.of(EmbeddedConcept.of(concept, self._encoded), problem, self._solver, adapters)
 
     def _checked(self, pictures: Pictures, concepts: Sequence[Concept]) -> Pictures:
         names = [concept.name for concept in concepts]
@@ -298,7 +298,7 @@ class SepMETrainer:
         return output_factor(self._weights.values()).to(self._encoded.device)
 
     def _capacity(self, concept: Concept, problem: Problem) -> Capacity:
-        guards, embedded = problem.guards, self._embedded(concept)
+        guards, embedded = problem.guards, EmbeddedConcept.of(concept, self._encoded)
         plan = Plan.of(embedded, problem, SOLVERS["closed_form"])
         meter = LeakageMeter({concept.name: entry_of(plan, plan.closed_form()).increment}, self._weights)
         for prompts, embeddings in self._batches(guards.names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 # "a {subject2}": an article if there is one, the slot, and which of the caption's words of that slot it is.
 SLOT = re.compile(r"(?P<article>\b[Aa] )?\{(?P<numbered>(?P<slot>[a-z]+)\d*)\}")
@@ -42,23 +42,3 @@ def filled(caption: str, words: Mapping[str, str]) -> str:
         return (article.replace(" ", "n ") if _VOWEL.match(word) else article) + word
 
     return SLOT.sub(fill, caption)
-
-
-def in_company(prompts: Sequence[str], others: Sequence[str], count: int) -> list[str]:
-    """Write prompts beside others, in front of them and behind them in turn.
-
-    Args:
-        prompts: The prompts, taken in turn.
-        others: What stands beside them, taken in turn.
-        count: How many to write at most.
-
-    Example:
-        >>> in_company(["a cat", "a big cat"], ["bus", "tree"], 4)
-        ['a cat, bus', 'a big cat, tree', 'bus, a cat', 'tree, a big cat']
-    """
-    written = []
-    for turn in range(count):
-        prompt, other = prompts[turn % len(prompts)], others[turn % len(others)]
-        front = (turn // len(prompts)) % 2 == 0
-        written.append(f"{prompt}, {other}" if front else f"{other}, {prompt}")
-    return list(dict.fromkeys(written))

@@ -34,17 +34,6 @@ def test_a_few_own_prompts_that_hardly_read_do_not_lower_the_gate():
     assert said["own_reached"] == pytest.approx(0.95)
 
 
-def test_few_own_prompts_are_read_in_company():
-    """The increment was made for them, so they say little of other wordings."""
-    company = prompts(*[3.0] * 5, *[5.0] * 15, 1.0)  # the last reads like a regular prompt and says nothing
-    increment, said = calibrated(READS_FIRST, prompts(8.0, 8.0), regular(2.0), "cat", company=company)
-    assert said["own_reading"] == pytest.approx(4.5)
-    assert increment.gate == pytest.approx(2 + 2 / 3 * 2.5)
-    assert said["own_reached"] == 1.0
-    nothing, _ = calibrated(READS_FIRST, prompts(8.0), regular(2.0), "cat", company=prompts(1.0))
-    assert 2.0 < nothing.gate < 8.0
-
-
 def test_where_they_overlap_there_is_no_gate_and_a_warning(caplog):
     increment, said = calibrated(READS_FIRST, prompts(6.0), regular(9.0, 0.0), "cat")
     assert increment.gate is None
@@ -55,7 +44,7 @@ def test_where_they_overlap_there_is_no_gate_and_a_warning(caplog):
 def test_the_warning_names_the_prompts_that_read_least_and_do_not_spell_it(caplog):
     own, spelled = prompts(3.0, 8.0, 1.0, 0.5, 2.0, 2.5), torch.tensor([False, False, False, True, False, False])
     names = ["three", "eight", "one", "spelled", "two", "more"]
-    assert calibrated(READS_FIRST, own, regular(7.0), "cat", spelled, prompts=names)[0].gate is None
+    assert calibrated(READS_FIRST, own, regular(7.0), "cat", spelled, names)[0].gate is None
     assert "do not spell it, such as ['one', 'two', 'more'] and 1 more. So it acts on all prompts" in caplog.text
 
 

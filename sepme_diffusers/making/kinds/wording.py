@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sepme_diffusers.making.calibration import ENOUGH
 from sepme_diffusers.making.kinds.kind import NAME, OTHER, Kind, Template
 from sepme_diffusers.making.kinds.registry import find_kind
 from sepme_diffusers.text.captions import SLOT, filled, slots_of
@@ -21,6 +22,8 @@ _EVERY = 5
 # A template of which a word is spelled in more pieces than this says little to the text encoder.
 _PIECES = 3
 _FEWEST = 4
+# Between one short prompt and the next that stands beside a concept's own.
+_STRIDE = 7
 
 Embed = Callable[[Sequence[str]], Tensor]
 
@@ -44,7 +47,9 @@ class Worded:
     cut: tuple[str, ...] = ()
 
 
-def described(concept: Concept, pipe: Any, embed: Embed | None, avoid: Collection[str] = ()) -> Worded:
+def described(
+    concept: Concept, pipe: Any, embed: Embed | None, avoid: Collection[str] = (), company: Sequence[str] = ()
+) -> Worded:
     """Describe a concept by the prompts that it brings, or by those of its kind.
 
     Args:
@@ -52,17 +57,42 @@ def described(concept: Concept, pipe: Any, embed: Embed | None, avoid: Collectio
         pipe: The pipeline whose text encoder is to read them.
         embed: See `word_concept`.
         avoid: See there; its own name does not count.
+        company: Other short prompts: beside these, few prompts that a concept brings become more.
 
     Raises:
         ValueError: See there; or if there is no such kind.
     """
     if concept.pairs:
-        return Worded(concept, concept)
+        return Worded(in_company(concept, company), concept)
     kind, others = find_kind(str(concept.kind), pipe), [name for name in avoid if name != concept.name]
     named = replace(concept, kind=kind.kind)
     worded = word_concept(named, kind, getattr(pipe, "tokenizer", None), embed, others)
     # Of a kind in a file nobody else has the prompts.
     return worded if kind.kind == concept.kind else replace(worded, kept=worded.concept)
+
+
+def in_company(concept: Concept, others: Sequence[str]) -> Concept:
+    """Write a concept's few prompts beside others as well, so that it is learnt and calibrated in more than its own.
+
+    Args:
+        concept: With pairs; of ten or more it is returned as it is.
+        others: What stands beside them, "a neon cat, bus" or "bus, a neon cat", and beside their anchors.
+    """
+    own = list(zip(concept.pairs, concept.anchors, strict=True))
+    if len(own) >= ENOUGH or not others:
+        return concept
+    found = {prompt: (without, anchors) for (prompt, without), anchors in own}
+    for turn in range(2 * ENOUGH - len(own)):
+        (prompt, without), anchors = own[turn % len(own)]
+        other, in_front = others[_STRIDE * turn % len(others)], (turn // len(own)) % 2 == 0
+
+        def beside(text: str, other: str = other, in_front: bool = in_front) -> str:
+            return ", ".join(part for part in ((text, other) if in_front else (other, text)) if part)
+
+        if beside(prompt) != beside(without):
+            found.setdefault(beside(prompt), (beside(without), tuple(map(beside, anchors))))
+    pairs = tuple((prompt, without) for prompt, (without, _) in found.items())
+    return replace(concept, pairs=pairs, anchors=tuple(anchors for _, anchors in found.values()))
 
 
 def word_concept(

@@ -6,7 +6,7 @@ from transformers import CLIPTokenizer
 from sepme_diffusers import Concept
 from sepme_diffusers.making.calibration import made_for
 from sepme_diffusers.making.kinds import find_kind
-from sepme_diffusers.making.kinds.wording import word_concept
+from sepme_diffusers.making.kinds.wording import in_company, word_concept
 from sepme_diffusers.text.encoding import Encoded
 from sepme_diffusers.text.spelling import mentions
 
@@ -35,6 +35,21 @@ def test_held_out_prompts_have_templates_and_words_of_their_own():
     solved = {withouts[index] for index in made}
     assert len(made) == pytest.approx(0.8 * len(withouts), abs=1)
     assert not solved & {text for index, text in enumerate(withouts) if index not in made and text}
+
+
+def test_few_pairs_become_twenty_beside_other_prompts():
+    """The concept and its anchors stand beside the same; what the bank keeps is as given."""
+    concept = Concept.from_template("neon", ["a {concept} cat", "{concept}"], ["a cat", ""], anchor="grey")
+    more = in_company(concept, ["bus", "tree", "sun"])
+    assert more.pairs[:2] == concept.pairs
+    assert len(more.pairs) == len(set(more.pairs)) <= 20
+    assert ("a neon cat, bus", "a cat, bus") in more.pairs
+    assert ("neon, bus", "bus") in more.pairs or ("neon, tree", "tree") in more.pairs
+    assert any(prompt.endswith(", neon") for prompt in more.prompts)
+    for (prompt, _), anchors in zip(more.pairs, more.anchors, strict=True):
+        assert anchors == (prompt.replace("neon", "grey"),)
+    assert in_company(more, ["bus"]) is more
+    assert in_company(concept, []) is concept
 
 
 def test_aliases_take_half_of_the_prompts():
