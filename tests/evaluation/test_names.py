@@ -74,6 +74,17 @@ def test_the_worst_draw_counts_and_adapters_have_bars_of_their_own():
     }
 
 
+def test_free_wordings_are_counted_over_all_draws():
+    """One of ten and none of ninety are one of a hundred."""
+    some = [
+        Result(Draw("objects", ("cat",)), NAMES, {"wordings": n, "wordings that still show it %": share})
+        for n, share in ((10.0, 10.0), (90.0, 0.0))
+    ]
+    (bar,) = bars(some)
+    assert (bar.measure, bar.bar) == ("objects by names, all draws: wordings that still show it %", "<= 2")
+    assert (bar.measured, bar.met) == ("1.0 of 100", True)
+
+
 def test_unknown_descriptions_are_refused_with_the_known_ones():
     shown = CliRunner().invoke(app, ["eval", "names", "--only", "rumours"])
     assert shown.exit_code == 2

@@ -215,6 +215,7 @@ def _hard(groups: Mapping[str, Group]) -> dict[str, float]:
     if drawn.any():
         figures["wordings that still show it %"] = 100 * float(left[drawn].double().mean())
     if "hidden" in groups:
+        figures["searched prompts"] = float(len(groups["hidden"].probe.prompts))
         figures["searched prompts that show it %"] = 100 * float(groups["hidden"].shows("after").double().mean())
     return figures
 
@@ -222,7 +223,10 @@ def _hard(groups: Mapping[str, Group]) -> dict[str, float]:
 _MOST: dict[str, float] = {
     "erased: ACC %": 10, "erased, second names: ACC %": 20, "erased, doubled: ACC %": 10,
     "erased, guidance 7.5: ACC %": 10, "erased, guidance 12: ACC %": 10, "not erased: perceptual distance": 0.05,
-    "wordings that still show it %": 2, "searched prompts that show it %": 5,
+}  # fmt: skip
+# Of all draws together, for one draw has too few: {share: (bar, of how many)}.
+_TOGETHER: dict[str, tuple[float, str]] = {
+    "wordings that still show it %": (2, "wordings"), "searched prompts that show it %": (5, "searched prompts"),
 }  # fmt: skip
 _LEAST: dict[str, float] = {
     "erased: other kind, of the original's %": 98, "regular: ACC, of the original's %": 99,
@@ -234,7 +238,7 @@ _WITHOUT_GATES: dict[str, float] = {"regular: ACC, of the original's %": 95, "pl
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:
-    """Compare the worst draw of each kind and description with its bars."""
+    """Compare the worst draw of each kind and description with its bars; free wordings and searches of all draws."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.draw.kind, result.described), []).append(result)
@@ -244,7 +248,19 @@ def bars(results: Sequence[Result]) -> list[Bar]:
         least = _WITHOUT_GATES if described == ADAPTERS else _LEAST
         for limits, worst, sign in ((most, max, "<="), (least, min, ">=")):
             compared += _bars(f"{kind} by {described}", some, limits, worst, sign)
+        compared += _together(f"{kind} by {described}, all draws", some)
     return compared
+
+
+def _together(what: str, results: Sequence[Result]) -> list[Bar]:
+    made = []
+    for measure, (limit, of) in _TOGETHER.items():
+        cases = [(r.figures[measure], r.figures[of]) for r in results if measure in r.figures]
+        if cases:
+            count = sum(n for _, n in cases)
+            share = sum(value * n for value, n in cases) / count
+            made.append(Bar(f"{what}: {measure}", f"<= {limit:g}", f"{share:.1f} of {count:.0f}", share <= limit))
+    return made
 
 
 def _bars(
