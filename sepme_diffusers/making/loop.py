@@ -115,7 +115,7 @@ def take_step(
         FloatingPointError: If a loss is not finite.
     """
     factors = [factor for learner in active for factor in learner.factors.values()]
-    take_references(unet, [learner for learner in active if learner.is_due], config.batch_size)
+    _take_references(unet, [learner for learner in active if learner.is_due], config.batch_size)
     passes = []
     for some in _together(active, config.batch_size):
         # Until the gradient is taken: with gradient checkpointing that runs the denoiser again, edited like before.
@@ -163,7 +163,7 @@ class _Pass:
         return cls([loss.item() for loss in losses], max(sizes), slopes)
 
 
-def take_references(unet: ModelMixin, learners: Sequence[Learner], batch_size: int) -> None:
+def _take_references(unet: ModelMixin, learners: Sequence[Learner], batch_size: int) -> None:
     """Give each learner a new noisy batch, with what the original model predicts on it."""
     for some in _together(learners, batch_size):
         found = Reference.of_each(unet, [learner.pictures.next() for learner in some])

@@ -120,7 +120,7 @@ class Problem:
         own, change = concept.rows, concept.wanted_change
         soft = self.soft(concept.concept)
         penalty = self.guards.penalty(concept, room.null, soft, config.soft_guard_weight)
-        # Several weights are tried: it is worth to add up the rows before.
+        # Several weights are tried, so the rows are added up once.
         sums = room.sums if self.config.soft_guard_weight == CALIBRATED else None
         factors = reduced_rank_edit(
             own, change, room.null, config.rank, penalty, config.ridge, output_factor, room.inside, sums

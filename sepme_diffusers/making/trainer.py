@@ -235,16 +235,16 @@ class SepMETrainer:
                     f"{taken} cannot be aliases of {concept.name!r}: there are concepts of these names. Leave the "
                     "aliases out, or erase one concept with all of the names"
                 )
-        # Settings in numbers are for the prompts as they are given.
-        beside = self._regular.company if self.config.is_calibrated else None
-        self._wordings |= {
-            c.name: described(c, self.pipe, self._encoded, names, beside(c) if beside else ()) for c in given
-        }
+        self._wordings |= {c.name: described(c, self.pipe, self._encoded, names, self._company(c)) for c in given}
         worded = [self._wordings[concept.name].concept for concept in given]
         # Together and in one order, so that every process that shares the work gets the same numbers.
         texts = [p for concept in worded for group in (concept.prompts, *concept.anchors) for p in group]
         self._encoded.prefetch([*self.guards, *names, *texts, *(w for c in worded for _, w in c.pairs)])
         return worded, self._problem(names), bank
+
+    def _company(self, concept: Concept) -> Sequence[str]:
+        """What few prompts of a concept stand beside; nothing where settings are numbers, for prompts as given."""
+        return self._regular.company(concept) if concept.pairs and self.config.is_calibrated else ()
 
     def _problem(self, names: Sequence[str]) -> Problem:
         """The closed form's problem for concepts that are guarded on these names, at every door."""
