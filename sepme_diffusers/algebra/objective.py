@@ -71,13 +71,17 @@ def balance(sizes: Sequence[float]) -> list[float]:
 class MomentumStop:
     """The stop rule: L_mom <- α L_mom + (1 − α) L_cor, stop when L_mom <= τ, never before `min_steps`.
 
+    The statistic starts at the first loss. Where several steps share a noisy batch it takes in the first loss of each:
+    the others tell of the same noise, and of steps that have followed it.
+
     Args:
         momentum: α.
         tolerance: τ.
         min_steps: Steps that are always taken.
         relative: Read τ as a share of the first scale: the correlation of the original with itself.
+        steps_per_batch: Steps that share a noisy batch.
 
-    The statistic starts at the first loss. Source: arXiv 2402.05947
+    Source: arXiv 2402.05947; there every step has a batch of its own.
 
     Example:
         >>> stop = MomentumStop(momentum=0.5, tolerance=0.3, min_steps=1)
@@ -89,6 +93,7 @@ class MomentumStop:
     tolerance: float
     min_steps: int
     relative: bool = False
+    steps_per_batch: int = 1
     step: int = field(default=0, init=False)
     value: float = field(default=float("nan"), init=False)
     scale: float = field(default=float("nan"), init=False)
@@ -97,10 +102,15 @@ class MomentumStop:
         """Take in one step's correlation loss, and that of the original; return whether to stop."""
         if self.step == 0:
             self.value, self.scale = loss, scale
-        else:
+        elif self.between_batches:
             self.value = self.momentum * self.value + (1 - self.momentum) * loss
         self.step += 1
         return self.step >= self.min_steps and self.value <= self.threshold(self.scale)
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether the next step takes a new noisy batch."""
+        return self.step % self.steps_per_batch == 0
 
     def threshold(self, scale: float) -> float:
         """Return what the statistic must fall to, where the original's correlation is `scale`."""

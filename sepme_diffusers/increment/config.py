@@ -39,10 +39,13 @@ class SepMEConfig:
         learning_rate: Adam's learning rate, for the coefficients.
         beta: Scale of the basis: an increment is w (beta S). With `relative`, the same value for every width of the
             basis and of the text embedding: the scale used is beta * (768 / width) ** 0.5.
-        momentum: alpha of the momentum statistic L <- alpha L + (1 - alpha) L_cor.
+        momentum: alpha of the momentum statistic L <- alpha L + (1 - alpha) L_cor, which takes in one loss per noisy
+            batch. The default is the paper's 0.9 to the fourth power, for four steps on each batch.
         sparsity: Weight of the increments' mean absolute value (the paper's lambda).
         tolerance: tau. Training stops as soon as the momentum statistic falls to it; 0 is allowed.
         relative: Read `tolerance` as a share of the unedited correlation, and normalise `beta`.
+        rescale: Scale what the stop rule stopped, once, so that its correlation on fresh noise is zero: the statistic
+            follows the loss with a delay, so training goes too far.
         min_steps: Training never stops before this many steps.
         max_steps: Training always stops after this many steps.
         batch_size: Noisy pictures per step.
@@ -80,11 +83,12 @@ class SepMEConfig:
     rank: PositiveInt = 1
     learning_rate: PositiveFloat = 0.1
     beta: PositiveFloat = 3e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.65
     sparsity: NonNegativeFloat = 1e-6
     tolerance: NonNegativeFloat = 0.02
     relative: bool = True
-    min_steps: PositiveInt = 10
+    rescale: bool = True
+    min_steps: PositiveInt = 12
     max_steps: PositiveInt = 300
     batch_size: PositiveInt = 8
     steps_per_batch: PositiveInt = 4
@@ -119,9 +123,9 @@ class SepMEConfig:
         """
         constants: dict[str, Any] = {
             "solver": "train", "basis": "full", "gate": None, "soft_guard_weight": 0.0, "learning_rate": 0.1,
-            "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6, "tolerance": 1e-4, "relative": False, "min_steps": 12,
-            "max_steps": 1000, "steps_per_batch": 1, "batch_size": 1, "n_images": 1000, "image_steps": 100,
-            "guidance_scale": 7.5, "reserve": 0.01,
+            "beta": 1e-4, "momentum": 0.9, "sparsity": 1e-6, "tolerance": 1e-4, "relative": False, "rescale": False,
+            "min_steps": 12, "max_steps": 1000, "steps_per_batch": 1, "batch_size": 1, "n_images": 1000,
+            "image_steps": 100, "guidance_scale": 7.5, "reserve": 0.01,
         }  # fmt: skip
         return cls(**(constants | changes))
 

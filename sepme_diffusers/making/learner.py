@@ -49,8 +49,7 @@ class Learner:
         self.name, self.pictures, self.weights = name, pictures, weights
         self.device = next(iter(weights.values())).device
         self.basis = basis.float().to(self.device)
-        self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
-        self.steps_per_batch = config.steps_per_batch
+        self.stop = stop_rule(config)
         self.reference: Reference
         self.doors = doors or {}
         self.stopped = False
@@ -71,11 +70,6 @@ class Learner:
         else:
             raise ValueError("text-side training cannot start from a per-module increment")
         return {key: (factor.double().to(self.device) @ coordinates).float() for key, factor in factors.items()}
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the last noisy batch has served its steps, and the next step wants a new one."""
-        return self.stop.step % self.steps_per_batch == 0
 
     @torch.no_grad()
     def sparsity_gradient(self) -> dict[str, Tensor]:
@@ -100,3 +94,9 @@ class Learner:
     def metrics(self) -> dict[str, Any]:
         """Report steps taken, the momentum statistic, and whether the rule stopped it."""
         return {"steps": self.stop.step, "momentum": self.stop.value, "stopped_by_rule": self.stopped}
+
+
+def stop_rule(config: SepMEConfig) -> MomentumStop:
+    """Return the stop rule that the settings ask for."""
+    steps = config.min_steps
+    return MomentumStop(config.momentum, config.tolerance, steps, config.relative, config.steps_per_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from sepme_diffusers.making.state import TrainingState
 _SAVE_EVERY = 25
 # Rows of a pass that learners share: what a batch of the default size has.
 _ROWS_TOGETHER = 8
-_BATCHES_TO_SCALE, _MOST_SCALED = 2, 4.0
+# By how many noisy pictures an increment is scaled, and at most by how much.
+_PICTURES_TO_SCALE, _MOST_SCALED = 32, 4.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def learn(
     """Train until every learner has stopped, or for `max_steps`.
 
     Minimises Σ_i η_i L_cor,i + λ Σ_i ‖ΔW_i‖₁ / M, each L_cor,i of the model with the increments of all learners on it.
-    A learner that has stopped stays as it is: going on would only destroy what is unrelated.
+    A learner that has stopped stays as it is: going on would only destroy what is unrelated. In the end each of these
+    is scaled to where its loss is zero, if `rescale` is on.
 
     Args:
         pipe: The original model, which is left as it was.
@@ -68,7 +71,7 @@ def learn(
     if first == 0:
         for learner in learners:
             if learner.warm:
-                scale_warm_start(pipe.unet, learner)
+                rescale(pipe.unet, learner, config.batch_size)
     # Only between batches: going on then draws the next one.
     save_every = config.steps_per_batch * max(1, _SAVE_EVERY // config.steps_per_batch)
     with pipe.progress_bar(total=config.max_steps) as bar:
@@ -83,20 +86,25 @@ def learn(
             bar.set_postfix(momentum=f"{max(learner.stop.value for learner in active):+.1e}")
             if state is not None and (step + 1) % save_every == 0:
                 state.save(step + 1, learners, optimizer)
+    for learner in learners:
+        if learner.stopped and config.rescale:
+            rescale(pipe.unet, learner, config.batch_size)
 
 
 @torch.no_grad()
-def scale_warm_start(unet: ModelMixin, learner: Learner) -> None:
-    """Scale an increment to start from so that its correlation is about zero, by one secant: L is nearly linear in it.
+def rescale(unet: ModelMixin, learner: Learner, batch_size: int) -> None:
+    """Scale an increment so that its correlation on fresh noise is about zero, by a secant: L is nearly linear in it.
 
-    The momentum statistic starts at the first loss and forgets it slowly, so a start that is a little too weak or too
-    strong costs dozens of steps.
+    Before training it makes a start of the closed form: the momentum statistic begins at the first loss and forgets it
+    slowly, so a start that is a little too weak or too strong costs dozens of steps. After training it takes back what
+    went too far: the statistic follows the loss with a delay, so the loss is below zero by then.
     """
-    references = [Reference.of(unet, learner.pictures.next()) for _ in range(_BATCHES_TO_SCALE)]
+    count = math.ceil(_PICTURES_TO_SCALE / batch_size)
+    references = [Reference.of(unet, learner.pictures.next()) for _ in range(count)]
     with attached(unet, [learner]):
         edited = sum(float(correlation(unet, reference)) for reference in references)
     original = sum(reference.correlation for reference in references)
-    if edited < original:  # else it is no start at all, and training has to turn it round
+    if edited < original:  # else no scale makes it better
         for factor in learner.factors.values():
             factor.mul_(min(original / (original - edited), _MOST_SCALED))
 
@@ -115,7 +123,7 @@ def take_step(
         FloatingPointError: If a loss is not finite.
     """
     factors = [factor for learner in active for factor in learner.factors.values()]
-    _take_references(unet, [learner for learner in active if learner.is_due], config.batch_size)
+    _take_references(unet, [learner for learner in active if learner.stop.between_batches], config.batch_size)
     passes = []
     for some in _together(active, config.batch_size):
         # Until the gradient is taken: with gradient checkpointing that runs the denoiser again, edited like before.

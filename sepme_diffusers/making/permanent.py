@@ -10,10 +10,10 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sepme_diffusers.algebra.objective import MomentumStop
 from sepme_diffusers.doors.linears import cross_attentions, plain
 from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.making.gradients import frozen, gradients
+from sepme_diffusers.making.learner import stop_rule
 from sepme_diffusers.making.loop import Step, correlation, refuse_divergence
 from sepme_diffusers.making.noise import NoisyPictures, Reference
 
@@ -83,8 +83,7 @@ class _Unlearnt:
     """
 
     def __init__(self, name: str, pictures: NoisyPictures, config: SepMEConfig) -> None:
-        self.name, self.pictures, self.steps_per_batch = name, pictures, config.steps_per_batch
-        self.stop = MomentumStop(config.momentum, config.tolerance, config.min_steps, config.relative)
+        self.name, self.pictures, self.stop = name, pictures, stop_rule(config)
         self.active = True
         self._reference: Reference
 
@@ -94,7 +93,7 @@ class _Unlearnt:
         Raises:
             FloatingPointError: If it is not finite.
         """
-        if self.stop.step % self.steps_per_batch == 0:
+        if self.stop.between_batches:
             self._reference = Reference.of(loss.unet, self.pictures.next())
         value, slopes = loss.of(weights, self._reference, self.active)
         refuse_divergence(value, self.name, self.stop.step + 1)

@@ -55,3 +55,14 @@ def test_balance_makes_every_loss_as_large_as_the_largest():
     sizes = [4.0, 2.0, 0.5]
     assert [size * share for size, share in zip(sizes, balance(sizes), strict=True)] == [4.0, 4.0, 4.0]
     assert balance([0.0]) == [1.0]
+
+
+def test_of_steps_that_share_a_batch_the_first_loss_counts():
+    stop = MomentumStop(momentum=0.5, tolerance=0.3, min_steps=1, steps_per_batch=3)
+    values = []
+    for loss in (1.0, -9.0, -9.0, 0.0, -9.0, -9.0):
+        assert stop.between_batches == (stop.step % 3 == 0)
+        assert not stop.update(loss)
+        values.append(stop.value)
+    assert values == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    assert stop.update(0.0)

@@ -195,7 +195,7 @@ def test_the_papers_step_lowers_its_loss_and_leaves_both_models_as_they_were(pip
 
 def test_the_papers_first_loss_is_that_of_the_original(pipe):
     """Unedited, the correlation is the mean square of r_c; the blank prompt's prediction never moves."""
-    act = training_step.paper_step(pipe, copy.deepcopy(pipe.unet), freeze=True)
+    act = training_step.paper_step(pipe, copy.deepcopy(pipe.unet), as_coded=False)
     noisy, at = training_step.noisy_picture(pipe)
     with torch.no_grad():
         with_concept, without = (pipe.unet(noisy, at, encode(pipe, [text])).sample for text in ("cat", BLANK))
@@ -204,8 +204,26 @@ def test_the_papers_first_loss_is_that_of_the_original(pipe):
 
 def test_the_authors_step_computes_gradients_of_all_weights(pipe):
     edited = copy.deepcopy(pipe.unet)
-    training_step.paper_step(pipe, edited, freeze=False)(*training_step.noisy_picture(pipe))
+    training_step.paper_step(pipe, edited, as_coded=True)(*training_step.noisy_picture(pipe))
     assert sum(parameter.grad is not None for parameter in edited.parameters()) > 50
+
+
+def test_the_authors_step_checkpoints_residual_blocks_and_finds_the_same_gradients(pipe):
+    """What is computed twice is the residual blocks alone, and it changes neither loss nor coefficients."""
+    runs, noisy_picture = {}, training_step.noisy_picture(pipe)
+    for as_coded in (False, True):
+        edited, passes = copy.deepcopy(pipe.unet), {"ResnetBlock2D": 0, "BasicTransformerBlock": 0}
+        for module in edited.modules():
+            if (kind := type(module).__name__) in passes:
+                module.register_forward_pre_hook(lambda *_, k=kind, p=passes: p.update({k: p[k] + 1}))
+        step = training_step.paper_step(pipe, edited, as_coded)
+        losses = [step(*noisy_picture) for _ in range(2)]
+        runs[as_coded] = (losses, step.coefficients, passes)
+    (plain, kept, once), (coded, again, twice) = runs.values()
+    assert plain == pytest.approx(coded, rel=1e-4)
+    assert all(torch.allclose(kept[name], again[name], atol=1e-3) for name in kept)
+    assert twice["ResnetBlock2D"] == 2 * once["ResnetBlock2D"]
+    assert twice["BasicTransformerBlock"] == once["BasicTransformerBlock"]
 
 
 def test_a_training_step_takes_turns_with_the_papers(runner):
@@ -254,9 +272,11 @@ def test_steps_to_the_stopping_rule_are_counted(runner, monkeypatch):
     few = {"n_images": 1, "batch_size": 1, "image_steps": 1, "max_steps": 12}
     paper = SepMEConfig.paper
     monkeypatch.setattr(SepMEConfig, "paper", lambda **settings: paper(**(few | settings)))
-    figure = solving.stopping_steps(runner, ["neon"], SepMEConfig.linear(solver="train", tolerance=0.9, **few))
-    assert 0 < number(figure.value) < 13
-    assert figure.detail.split(": ")[1].startswith("neon 1")
+    ours = SepMEConfig.linear(solver="train", tolerance=0.9, **few)
+    steps, seconds = solving.stopping_steps(runner, ["neon"], ours)
+    assert 0 < number(steps.value) < 13
+    assert 0 < number(seconds.value) < 13
+    assert steps.detail.split(": ")[1].startswith("neon 12")
 
 
 def test_a_concept_on_disk_is_measured_in_both_forms(runner):

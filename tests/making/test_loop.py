@@ -15,7 +15,7 @@ from sepme_diffusers.algebra.subspace import null_space
 from sepme_diffusers.doors.linears import projection_weights
 from sepme_diffusers.making import loop
 from sepme_diffusers.making.learner import Learner
-from sepme_diffusers.making.loop import attached, correlation, correlation_maps, learn, scale_warm_start, take_step
+from sepme_diffusers.making.loop import attached, correlation, correlation_maps, learn, rescale, take_step
 from sepme_diffusers.making.noise import NoisyPictures, Reference
 from sepme_diffusers.making.state import TrainingState
 from sepme_diffusers.text.encoding import Encoded, encode, rows
@@ -121,11 +121,27 @@ def test_a_warm_start_is_scaled_to_where_the_correlation_is_small(pipe):
         references = [Reference.of(pipe.unet, one.pictures.next()) for _ in range(4)]
         scale = sum(reference.correlation for reference in references)
         before = correlation_of(pipe, references, [one])
-        scale_warm_start(pipe.unet, one)
+        rescale(pipe.unet, one, config.batch_size)
         after = correlation_of(pipe, references, [one])
         left.append(abs(after) / scale)
         assert abs(after) < max(abs(before), 0.2 * scale)
     assert max(left) < 0.3
+
+
+def test_what_training_did_too_much_is_taken_back(pipe):
+    """The statistic follows the loss with a delay; scaled once on fresh noise, the loss is nearer to zero."""
+    config = replace(TRAIN, beta=0.05, tolerance=0.02, max_steps=200, momentum=0.9, batch_size=8, n_images=8)
+    learners = {rescaled: learner(pipe, WOODCUT, replace(config, rescale=rescaled)) for rescaled in (False, True)}
+    for rescaled, one in learners.items():
+        learn(pipe, [one], replace(config, rescale=rescaled))
+        assert one.stopped
+    references = [Reference.of(pipe.unet, learners[True].pictures.next()) for _ in range(4)]
+    scale = sum(reference.correlation for reference in references)
+    before, after = (correlation_of(pipe, references, [one]) / scale for one in learners.values())
+    assert before < -0.1
+    assert abs(after) < 0.5 * abs(before)
+    (weak, strong) = (sum(float(f.detach().norm()) for f in learners[key].factors.values()) for key in (True, False))
+    assert weak < strong
 
 
 def test_joint_gradients_of_mutually_guarded_concepts_are_the_separate_ones(pipe):

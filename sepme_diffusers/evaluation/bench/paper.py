@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, Transformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from sepme_diffusers.algebra.objective import concept_representation, correlation_loss, sparsity
@@ -37,6 +38,16 @@ def null_space_by_elimination(guard: Tensor) -> Tensor:
     return basis / basis.norm(dim=1, keepdim=True)
 
 
+def checkpoint_residual_blocks(unet: ModelMixin, checkpointed: bool) -> None:
+    """Compute what residual blocks keep for the gradient a second time instead; attention keeps what it needs."""
+    unet.disable_gradient_checkpointing()
+    if checkpointed:
+        unet.enable_gradient_checkpointing()
+        for module in unet.modules():
+            if isinstance(module, Transformer2DModel | BasicTransformerBlock):
+                module.gradient_checkpointing = False
+
+
 class PaperStep:
     """Takes a training step as the paper does: two UNets, four passes, the full basis.
 
@@ -49,8 +60,9 @@ class PaperStep:
         concept: The embedding of the concept's prompt, (1, n_tokens, d).
         blank: That of the blank prompt, same shape.
         config: For its constants, see `SepMEConfig.paper`.
-        freeze: Leave the edited UNet's own weights out of the gradient. The authors' code computes their gradients
-            too, and uses none of them.
+        as_coded: As the authors' code takes it: with the gradients of the edited UNet's own weights too, of which it
+            uses none, and with its residual blocks checkpointed. Default: no gradient that is not needed, and nothing
+            computed twice.
 
     Source: arXiv 2402.05947 and the authors' code for it. Theirs makes each dense increment three times a step (in
     both edited passes and for its norm), here it is made once.
@@ -64,9 +76,9 @@ class PaperStep:
         concept: Tensor,
         blank: Tensor,
         config: SepMEConfig,
-        freeze: bool = True,
+        as_coded: bool = False,
     ) -> None:
-        self.frozen, self.edited, self.freeze = frozen, edited, freeze
+        self.frozen, self.edited, self.as_coded = frozen, edited, as_coded
         self.basis, self.concept, self.blank, self.config = config.beta * null.float(), concept, blank, config
         self.coefficients = {
             name: torch.zeros(d_out, len(null), device=null.device, requires_grad=True)
@@ -78,7 +90,8 @@ class PaperStep:
         """Take a step on x_t (n, channels, h, w) at timesteps t (n,), and return the correlation loss before it."""
         with torch.no_grad():
             frozen = concept_representation(*self._both(self.frozen, noisy, steps))
-        self.edited.requires_grad_(not self.freeze)
+        self.edited.requires_grad_(self.as_coded)
+        checkpoint_residual_blocks(self.edited, self.as_coded)
         deltas = {name: w @ self.basis for name, w in self.coefficients.items()}
         with attached(self.edited, _DenseEdit(deltas)):
             edited = concept_representation(*self._both(self.edited, noisy, steps))

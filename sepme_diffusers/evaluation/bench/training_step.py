@@ -25,11 +25,10 @@ from sepme_diffusers.making.trainer import SepMETrainer
 from sepme_diffusers.text.concept import BLANK, Concept
 from sepme_diffusers.text.encoding import encode, rows
 
-# The paper's step by whether the UNet's own weights, which it does not train, are left out of the gradient. In the
-# authors' code they are not.
+# The paper's step by whether it is as in the authors' code, see `PaperStep`.
 PAPERS_STEPS = {
-    False: "the paper's with all gradients, as in its code",
-    True: "the paper's with only the gradients it needs",
+    True: "the paper's as its code takes it",
+    False: "the paper's with only the gradients it needs",
 }
 STEPS = ("ours", "ours, full basis", *PAPERS_STEPS.values())
 
@@ -53,11 +52,11 @@ def step_times(runner: Runner) -> list[Figure]:
     """Time our step and both of the paper's, taking turns within one training."""
     pipe = runner.large
     edited = copy.deepcopy(pipe.unet)
-    papers = {freeze: paper_step(pipe, edited, freeze) for freeze in PAPERS_STEPS}
+    papers = {as_coded: paper_step(pipe, edited, as_coded) for as_coded in PAPERS_STEPS}
     noisy, at = noisy_picture(pipe)
     share = SepMEConfig().steps_per_batch
     ours: list[float] = []
-    theirs: dict[bool, list[float]] = {freeze: [] for freeze in PAPERS_STEPS}
+    theirs: dict[bool, list[float]] = {as_coded: [] for as_coded in PAPERS_STEPS}
     started = 0.0
 
     def take_turns(step: Step) -> None:
@@ -65,8 +64,8 @@ def step_times(runner: Runner) -> list[Figure]:
         runner.wait()
         ours.append(time.perf_counter() - started)
         if step.step % share == 0:
-            for freeze, act in papers.items():
-                theirs[freeze].append(runner.seconds(partial(act, noisy, at)))
+            for as_coded, act in papers.items():
+                theirs[as_coded].append(runner.seconds(partial(act, noisy, at)))
                 edited.zero_grad()
         started = time.perf_counter()
 
@@ -80,9 +79,9 @@ def step_times(runner: Runner) -> list[Figure]:
         f"mean of the {share} on a batch": [statistics.mean(batch) for batch in batches],
     }
     return [
-        _step_time(what, mine, against, theirs[freeze][1:])
+        _step_time(what, mine, against, theirs[as_coded][1:])
         for what, mine in seconds.items()
-        for freeze, against in PAPERS_STEPS.items()
+        for as_coded, against in PAPERS_STEPS.items()
     ]
 
 
@@ -110,7 +109,7 @@ def peak_of(kind: str, device: str, dtype: torch.dtype) -> int:
     if kind.startswith("ours"):
         SepMETrainer(pipe, single_steps(2, full="full" in kind)).erase([Concept.paper("cat")])
     else:
-        act = paper_step(pipe, copy.deepcopy(pipe.unet), freeze=kind == PAPERS_STEPS[True])
+        act = paper_step(pipe, copy.deepcopy(pipe.unet), kind == PAPERS_STEPS[True])
         for _ in range(2):
             act(*noisy_picture(pipe))
     return torch.cuda.max_memory_allocated() if pipe.device.type == "cuda" else peak_resident()
@@ -122,11 +121,11 @@ def single_steps(count: int, full: bool = False) -> SepMEConfig:
     return SepMEConfig.paper(**few) if full else SepMEConfig.linear(**({"solver": "train"} | few))
 
 
-def paper_step(pipe: Any, edited: torch.nn.Module, freeze: bool) -> PaperStep:
+def paper_step(pipe: Any, edited: torch.nn.Module, as_coded: bool) -> PaperStep:
     """Make the paper's step for one concept that is guarded on the blank prompt; `edited` is a copy of the UNet."""
     concept, blank = encode(pipe, ["cat"]), encode(pipe, [BLANK])
     null = null_space(rows(blank)).to(concept.device)
-    return PaperStep(pipe.unet, edited, null, concept, blank, SepMEConfig.paper(), freeze)
+    return PaperStep(pipe.unet, edited, null, concept, blank, SepMEConfig.paper(), as_coded)
 
 
 def noisy_picture(pipe: Any) -> tuple[Tensor, Tensor]:
