@@ -221,16 +221,25 @@ class Guarantee:
     """What a bank promises for a guarded prompt.
 
     Args:
-        exact: Its picture stays as it was whatever is erased; to the bit where guards were made at 1e-6.
-        leakage: If not exact: the largest share of its embedding (of its keys and values, for per-module increments)
+        by: Why its picture stays as it was whatever is erased; None where it does not, or nothing is promised.
+            "null space": no increment reads anything of it, to the bit where guards were made at 1e-6. "gate": what
+            some read of it leaves their gate shut.
+        leakage: If it is moved: the largest share of its embedding (of its keys and values, for per-module increments)
             by which one increment moves it, measured when the increment was made.
         unaware: Concepts of the bank whose increments do not guard the prompt (made before it was known, say):
             nothing is promised while one of these is erased.
+        margin: Of one that is kept by gates: the share of each gate that it leaves, at least.
     """
 
-    exact: bool
+    by: Literal["null space", "gate"] | None
     leakage: float
     unaware: tuple[str, ...]
+    margin: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its picture stays as it was whatever is erased."""
+        return self.by is not None
 
 
 @dataclass(frozen=True)

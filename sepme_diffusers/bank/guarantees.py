@@ -25,6 +25,8 @@ class Guarantees(Mapping[str, Guarantee]):
         unaware: list[str] = []
         listed = {name: leak for name, leak in self._listed.get(prompt, {}).items() if name != prompt}
         leakage = max(listed.values(), default=0.0)
+        # What is read of it at most, of any gate; None where nothing is.
+        read: float | None = None
         held: dict[GuardSet, bool] = {}
         damped: dict[GuardSet, bool] = {}
         for part in self._parts:
@@ -37,7 +39,13 @@ class Guarantees(Mapping[str, Guarantee]):
             elif damped[guards]:
                 rest = (leak for leak, name in self._rest[guards] if name != prompt and name not in listed)
                 leakage = max(leakage, next(rest, 0.0))
-        return Guarantee(not leakage and not unaware, leakage, tuple(sorted(unaware, key=self._places.__getitem__)))
+                shares = (share for share, name in self._shares[guards] if name != prompt)
+                if (share := next(shares, None)) is not None:
+                    read = max(read or 0.0, share)
+        in_order = tuple(sorted(unaware, key=self._places.__getitem__))
+        if leakage or in_order:
+            return Guarantee(None, leakage, in_order)
+        return Guarantee("null space", 0.0, ()) if read is None else Guarantee("gate", 0.0, (), round(1 - read, 3))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._prompts)
@@ -80,8 +88,15 @@ class Guarantees(Mapping[str, Guarantee]):
     @cached_property
     def _rest(self) -> dict[GuardSet, list[tuple[float, str]]]:
         """The bounds for damped prompts that are not listed, by set: (leak, concept), the largest first."""
-        bounds: dict[GuardSet, list[tuple[float, str]]] = {}
-        for guards, names in self._by_set.items():
-            rest = ((self._outlines[name].metrics.get("leakage_rest", 0.0), name) for name in names)
-            bounds[guards] = sorted(rest, reverse=True)
-        return bounds
+        return self._largest_first("leakage_rest")
+
+    @cached_property
+    def _shares(self) -> dict[GuardSet, list[tuple[float, str]]]:
+        """What damped prompts read of gates that they leave shut, by set: (share, concept), the largest first."""
+        return self._largest_first("gate_share")
+
+    def _largest_first(self, metric: str) -> dict[GuardSet, list[tuple[float, str]]]:
+        return {
+            guards: sorted(((self._outlines[name].metrics.get(metric, 0.0), name) for name in names), reverse=True)
+            for guards, names in self._by_set.items()
+        }

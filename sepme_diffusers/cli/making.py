@@ -125,10 +125,10 @@ def capacity(
         wanted = _concepts(named, template, without, anchor, concepts)
         capacities = _trainer(base, guard, regular, None, config, None, device).capacity(wanted, _bank(add))
     table = RichTable(title=f"Of {next(iter(capacities.values())).dimensions} dimensions")
-    for column in ("concept", "left for it", "its name takes", "names guarded", "reach", "leakage"):
+    for column in ("concept", "left for it", "its name takes", "names guarded exactly", "reach", "leakage"):
         table.add_column(column)
     for name, room in capacities.items():
-        cells = (room.dimensions_left, room.dimensions_taken, "exactly" if room.exact else "damped")
+        cells = (room.dimensions_left, room.dimensions_taken, f"{room.names_exact} of {room.names}")
         table.add_row(name, *map(str, cells), f"{room.reach:.2f}", f"{room.leakage:.1e}")
     console.print(table)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sepme_diffusers.increment.increment import Increment
 _EXACT = 1e-5
 # A reading this close below the gate may open it where embeddings are rounded in another way.
 _MARGIN = 0.1
+_Gate = TypeVar("_Gate", float, Tensor)
 MOST_LISTED = 10
 """How many of the damped guards that leak are named."""
 
@@ -92,7 +93,7 @@ def _share(read: Tensor, factors: Iterable[Tensor], norms: Iterable[Tensor]) -> 
     return torch.stack(shares).amax(dim=(0, 2)).cpu()
 
 
-def least_opening(gate: float) -> float:
+def least_opening(gate: _Gate) -> _Gate:
     """Return the reading from which on a gate may open where embeddings are rounded in another way."""
     return (1 - _MARGIN) * gate
 

@@ -176,13 +176,11 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
         increments[door] = _as_increment(door, part, a, c)
         costs.append(_costs(concept, part, inside, increments[door]))
     increment = replace(increments.pop(TOKENS), doors=increments)
-    tokens = parts[TOKENS]
-    damped = {name for door in (TOKENS, *increments) for name in parts[door].room.damped}
-    meter = LeakageMeter({concept.name: increment}, tokens.weights)
-    for prompts, leaky in ((tokens.room.hard, False), (tokens.room.names, bool(damped))):
-        if prompts:
-            embeddings = {door: parts[door].encoded(prompts).cpu() for door in (TOKENS, *increments)}
-            meter.update(prompts, embeddings, leaky)
+    tokens, doors = parts[TOKENS], (TOKENS, *increments)
+    n_exact = min(parts[door].room.n_exact for door in doors)
+    meter = LeakageMeter({concept.name: increment}, tokens.weights, tokens.room.names[n_exact:])
+    guarded = (*tokens.room.hard, *tokens.room.names)
+    meter.update(guarded, {door: parts[door].encoded(guarded).cpu() for door in doors})
     metrics = {
         **{name: min(cost[name] for cost in costs) for name in costs[0] if name.startswith("effect")},
         **{name: max(cost[name] for cost in costs) for name in costs[0] if name.startswith("guard")},
@@ -194,7 +192,7 @@ def _entry(concept: Concept, parts: Mapping[str, _Part], change: WeightChange, m
         "dimensions_left": len(tokens.room.null(concept)),
         **meter.metrics(concept.name),
     }
-    return Entry(concept, increment, tokens.room.config, tokens.room.guard_set(not damped), metrics)
+    return Entry(concept, increment, tokens.room.config, tokens.room.guard_set(n_exact), metrics)
 
 
 def _separable(concept: Concept, part: _Part, method: Method) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:

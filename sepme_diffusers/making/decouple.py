@@ -21,7 +21,9 @@ from sepme_diffusers.increment.config import SepMEConfig
 from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
+from sepme_diffusers.making.kinds.wording import described
 from sepme_diffusers.making.measure import LeakageMeter
+from sepme_diffusers.text.concept import Concept
 from sepme_diffusers.text.encoding import TOKENS, Encoded, rows
 
 # Below this share of its effect, what is left of an increment is rounding.
@@ -67,21 +69,22 @@ def decouple(bank: ConceptBank, pipe: Any) -> ConceptBank:
     for name in bank:
         known = bank.entries.outline(name).guards
         if unknown := [other for other in bank if other != name and other not in known]:
-            decoupled.append(_decoupled(bank[name], unknown, bank, encoded, guards, weights))
+            entry = bank[name]
+            concept = described(entry.concept, pipe, encoded, tuple(bank)).concept
+            decoupled.append(_decoupled(entry, concept, unknown, bank, encoded, guards, weights))
     return bank.with_entries(decoupled)
 
 
 def _decoupled(
     entry: Entry,
+    concept: Concept,
     unknown: list[str],
     bank: ConceptBank,
     encoded: Encoded,
     guards_of: Callable[..., Guards],
     weights: Mapping[str, Tensor],
 ) -> Entry:
-    concept = entry.concept
     names = tuple(dict.fromkeys((*bank, *entry.guards.damped)))
-    others = [name for name in names if name != concept.name]
     hard = tuple(prompt for prompt in entry.guards.exact if prompt not in names)
     parts = {TOKENS: entry.increment, **entry.increment.doors}
     rooms = {door: guards_of(door, hard, names, entry.config) for door in parts}
@@ -98,22 +101,28 @@ def _decoupled(
             f"(share of its effect: {share:.1e}); make it anew with fewer guards"
         )
     increment = replace(projected.pop(TOKENS), doors=projected)
-    exact = all(room.exact for room in rooms.values())
-    meter = LeakageMeter({concept.name: increment}, weights)
-    for prompts, damped in ((hard, False), (others, not exact)):
-        if prompts:
-            meter.update(prompts, {door: encoded.at(door)(prompts) for door in parts}, damped)
+    adapter = None if entry.adapter is None else _projected(entry.adapter, owns[TOKENS], rooms[TOKENS])
+    n_exact = min(room.n_exact for room in rooms.values())
+    guarded = (*hard, *(name for name in names if name != concept.name))
+    embeddings = {door: encoded.at(door)(guarded) for door in parts}
+
+    def leaks(increment: Increment) -> dict[str, Any]:
+        meter = LeakageMeter({concept.name: increment}, weights, names[n_exact:])
+        meter.update(guarded, embeddings)
+        return meter.metrics(concept.name)
+
     metrics = {
-        **{key: value for key, value in entry.metrics.items() if not key.startswith("leakage")},
-        **meter.metrics(concept.name),
+        **{key: value for key, value in entry.metrics.items() if not key.startswith(("leakage", "gate_share"))},
+        **leaks(increment),
+        **({} if adapter is None else {"adapter_leakage": leaks(adapter)["leakage"]}),
         "dimensions_left": len(rooms[TOKENS].null(concept)),
         "effect_kept": round(share * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],
     }
     known = [outline.guards.set for outline in bank.entries.outlines().values()]
     # With its own name, so that all entries share one set.
-    guards = GuardSet.of((*hard, *names), (), known) if exact else GuardSet.of(hard, names, known)
-    return replace(entry, increment=increment, guard_set=guards, metrics=metrics)
+    guards = GuardSet.of((*hard, *names[:n_exact]), names[n_exact:], known)
+    return replace(entry, increment=increment, adapter=adapter, guard_set=guards, metrics=metrics)
 
 
 def _projected(old: Increment, concept: EmbeddedConcept, room: Guards) -> Increment:

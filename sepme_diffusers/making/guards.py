@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from diffusers.utils import logging
@@ -37,7 +37,8 @@ class Capacity:
         dimensions: d, the width of the text embedding.
         dimensions_left: How many of these an increment of the concept may use.
         dimensions_taken: How many its name takes from every other increment that guards it exactly.
-        exact: Whether the names of the other concepts are guarded exactly, at every door. If not they are damped.
+        names: The names of all concepts.
+        names_exact: How many of them are guarded exactly, at every door. The others are damped.
         reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
         leakage: The largest share by which its closed-form increment moves another name, see `increment.leakage`.
     """
@@ -46,7 +47,8 @@ class Capacity:
     dimensions: int
     dimensions_left: int
     dimensions_taken: int
-    exact: bool
+    names: int
+    names_exact: int
     reach: float
     leakage: float
 
@@ -54,8 +56,9 @@ class Capacity:
 class Guards:
     """The guards of the increments of one bank at one door, fitted to prompts and names that come in batches.
 
-    As long as the names of all concepts leave room, every increment guards every other concept's name exactly. Beyond
-    that, names are damped: an increment pays for moving them. The prompts listed as guards are always exact.
+    As long as the names of all concepts leave room, every increment guards every other concept's name exactly; its own
+    name is no guard. Beyond that, the names that came first are exact, as many as leave room, and the others are
+    damped: an increment pays for moving them. The prompts listed as guards are always exact.
 
     Names that fit are kept as token rows. Of damped ones only the sum of their outer products is kept, so that there
     may be very many.
@@ -67,24 +70,22 @@ class Guards:
 
     Attributes:
         names: The names so far.
-        exact: Whether all of them are guarded exactly.
+        n_exact: How many of them, the first ones, are guarded exactly.
     """
 
     def __init__(self, hard: Sequence[str], embeddings: Tensor, config: SepMEConfig) -> None:
         self.hard, self.config = tuple(hard), config
         self.width = embeddings.shape[-1]
-        self.exact = True
         self._hard_rows = rows(embeddings)
         self._names: dict[str, None] = {}
         self._kept: dict[str, Tensor] = {}
-        # R of all guards' rows = Q R: as good as the rows for their row space, and never larger than (d, d).
-        self._factor = self._hard_rows.double()
         self._energy: Tensor | None = None
         self._likenesses = Likenesses(self.hard, embeddings)
-        # Made once for all concepts: guard sets, by whether names are exact; and by weight soft guards, and the
+        # Made once for all concepts: guard sets, by how many names are exact; and by weight soft guards, and the
         # penalty of all names with them.
-        self._sets: dict[bool, GuardSet] = {}
+        self._sets: dict[int, GuardSet] = {}
         self._penalties: dict[float, tuple[Tensor | None, Tensor | None]] = {}
+        self._null_of: tuple[int, Tensor] | None = None
 
     @classmethod
     def of(cls, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> Guards:
@@ -96,7 +97,7 @@ class Guards:
         return guards
 
     def update(self, names: Sequence[str], embeddings: Tensor) -> None:
-        """Take in more names.
+        """Take in more names; those that should rather be exact come first.
 
         Args:
             names: The names; those of hard guards are passed over.
@@ -109,29 +110,45 @@ class Guards:
         self._names |= dict.fromkeys(names)
         self._likenesses.update(names, embeddings)
         self._penalties, self._sets = {}, {}
-        if self.exact:
+        if self._energy is None:
             self._kept |= dict(zip(names, embeddings, strict=True))
-            self._refit(embeddings)
+            if not self._all_fit():
+                self._damp_the_last()
         else:
             self._energy = _energy(embeddings, self._energy)
 
-    def _refit(self, embeddings: Tensor) -> None:
-        """Guard the names exactly while they leave room; otherwise keep no more of them than damping takes."""
-        self._factor = torch.cat([self._factor, rows(embeddings).double()])
-        if len(self._factor) > self.width:
-            self._factor = torch.linalg.qr(self._factor, mode="r").R
-        room = int((1 - self.config.reserve) * self.width)
-        taken = len(row_space(self._factor, self.config.guard_tolerance))
-        if taken <= room:
-            return
+    @property
+    def _room(self) -> int:
+        """How many dimensions guards may take."""
+        return int((1 - self.config.reserve) * self.width)
+
+    def _taken(self, names: Iterable[str]) -> int:
+        """How many dimensions the hard guards take together with kept names."""
+        tokens = torch.cat([self._hard_rows, *(self._kept[name] for name in names)])
+        return len(row_space(tokens, self.config.guard_tolerance))
+
+    def _all_fit(self) -> bool:
+        """Tell whether every name can be exact: each increment guards all of them but its own concept's."""
+        names = list(self._kept)
+        taken, n_tokens = self._taken(names), len(self._kept[names[-1]])
+        # Without the one that is left out it is less by its tokens at most.
+        if taken <= self._room or taken - n_tokens > self._room:
+            return taken <= self._room
+        return all(self._taken(other for other in names if other != name) <= self._room for name in names)
+
+    def _damp_the_last(self) -> None:
+        """Keep as many of the first names exact as leave room, whosever increment it is, and damp the others."""
+        names = list(self._kept)
+        fitting = bisect_right(range(1, len(names) + 1), self._room, key=lambda count: self._taken(names[:count]))
+        damped = names[fitting:]
         logger.warning(
-            f"guards and the names of {len(self._names)} concepts take {taken} of {self.width} "
-            f"dimensions, and reserve={self.config.reserve:g} keeps {self.width - room} free: names are damped, not "
-            "guarded exactly; what they leak is measured and stored in the bank"
+            f"the guards and the names of {len(self._names)} concepts do not fit in the {self._room} of {self.width} "
+            f"dimensions that reserve={self.config.reserve:g} gives them: the first {fitting} names are guarded "
+            "exactly, and the others are damped; what they leak is measured and stored in the bank"
         )
-        self.exact = False
-        self._energy = _energy(torch.stack(list(self._kept.values())))
-        self._kept, self._factor = {}, self._factor[:0]
+        self._energy = _energy(torch.stack([self._kept.pop(name) for name in damped]))
+        # They are parts of whole batches, which nothing else needs.
+        self._kept = {name: kept.clone() for name, kept in self._kept.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,30 +159,32 @@ class Guards:
         """Return what an increment of the concept guards: the hard prompts, and every name but its own."""
         return (*self.hard, *(name for name in self._names if name != concept.name))
 
-    def guard_set(self, exact: bool, known: Iterable[GuardSet] = ()) -> GuardSet:
+    @property
+    def n_exact(self) -> int:
+        """How many names, the first ones, are guarded exactly."""
+        return len(self._kept)
+
+    def guard_set(self, n_exact: int, known: Iterable[GuardSet] = ()) -> GuardSet:
         """Return what every increment of the bank guards, as an extension of a known set where that is possible.
 
         Args:
-            exact: Whether names are guarded exactly, at every door.
+            n_exact: How many names, the first ones, are guarded exactly at every door.
             known: The bank's sets.
         """
         sets = tuple(known)
-        if sets or exact not in self._sets:
-            exactly, damped = ((*self.hard, *self._names), ()) if exact else (self.hard, self.names)
-            made = GuardSet.of(exactly, damped, sets)
+        if sets or n_exact not in self._sets:
+            names = self.names
+            made = GuardSet.of((*self.hard, *names[:n_exact]), names[n_exact:], sets)
             if sets:
                 return made
-            self._sets[exact] = made
-        return self._sets[exact]
-
-    @property
-    def damped(self) -> tuple[str, ...]:
-        """The names that are not guarded exactly."""
-        return () if self.exact else self.names
+            self._sets[n_exact] = made
+        return self._sets[n_exact]
 
     def null(self, concept: Concept) -> Tensor:
         """Return N, orthonormal rows (k, d) of what an increment of the concept may use."""
-        return null_space(self._rows_without(concept.name), self.config.guard_tolerance) if self.exact else self._null
+        if concept.name not in self._kept:
+            return self._null
+        return null_space(self._rows_without(concept.name), self.config.guard_tolerance)
 
     def penalty(
         self, concept: EmbeddedConcept, null: Tensor, soft: Tensor | None = None, weight: float = 1.0
@@ -178,16 +197,15 @@ class Guards:
             soft: What moving regular prompts costs, (d, d).
             weight: Of `soft`.
         """
-        penalty = self._penalty_of_all(null, soft, weight)
-        if penalty is None or self.exact or concept.concept.name not in self._names:
+        name = concept.concept.name
+        penalty = self._projected(null, soft, weight) if name in self._kept else self._shared(null, soft, weight)
+        if penalty is None or name in self._kept or name not in self._names:
             return penalty
         own = concept.name.to(null) @ null.T
         return torch.addmm(penalty, own.T, own, alpha=-self.config.name_weight / len(own))
 
-    def _penalty_of_all(self, null: Tensor, soft: Tensor | None, weight: float) -> Tensor | None:
-        """The penalty with all names in it; computed once for the concepts that share null space and soft guards."""
-        if self.exact:
-            return self._projected(null, soft, weight)
+    def _shared(self, null: Tensor, soft: Tensor | None, weight: float) -> Tensor | None:
+        """The penalty with all names in it, computed once for the concepts that share null space and soft guards."""
         if weight not in self._penalties or self._penalties[weight][0] is not soft:
             self._penalties[weight] = soft, self._projected(null, soft, weight)
         return self._penalties[weight][1]
@@ -236,13 +254,16 @@ class Guards:
         with_it = row_space(torch.cat([others, concept.name]), self.config.guard_tolerance)
         return len(with_it) - len(row_space(others, self.config.guard_tolerance))
 
-    def _rows_without(self, name: str) -> Tensor:
-        """The rows of all that is guarded exactly, but for a name."""
+    def _rows_without(self, name: str | None) -> Tensor:
+        """The rows of all that is guarded exactly, but for a name, if any."""
         return torch.cat([self._hard_rows, *(kept for other, kept in self._kept.items() if other != name)])
 
-    @cached_property
+    @property
     def _null(self) -> Tensor:
-        return null_space(self._hard_rows, self.config.guard_tolerance)
+        """N of a concept whose name is not guarded exactly; made once for all of them."""
+        if self._null_of is None or self._null_of[0] != len(self._kept):
+            self._null_of = len(self._kept), null_space(self._rows_without(None), self.config.guard_tolerance)
+        return self._null_of[1]
 
 
 def _energy(embeddings: Tensor, so_far: Tensor | None = None) -> Tensor:

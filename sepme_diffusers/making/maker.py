@@ -55,13 +55,14 @@ def measured(
         weights: W_m (d_out, d) of the denoiser by module name, for per-module increments.
     """
     entries = list(entries)
-    meter = LeakageMeter({entry.concept.name: entry.increment for entry in entries}, weights)
+    damped = problem.guards.names[problem.n_exact :]
+    meter = LeakageMeter({entry.concept.name: entry.increment for entry in entries}, weights, damped)
     adapters = {entry.concept.name: entry.adapter for entry in entries if entry.adapter is not None}
-    of_adapters = LeakageMeter(adapters)
+    of_adapters = LeakageMeter(adapters, damped=damped)
     for each in (meter, of_adapters) if adapters else (meter,):
         each.update(problem.guards.hard, hard)
         for prompts, embeddings in names():
-            each.update(prompts, embeddings, damped=not problem.exact)
+            each.update(prompts, embeddings)
     result = []
     for entry in entries:
         name = entry.concept.name

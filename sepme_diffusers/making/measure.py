@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,34 +30,45 @@ class LeakageMeter:
     Args:
         increments: {name: increment}; what an increment does to the prompt of its own name does not count.
         weights: W_m (d_out, d) of the denoiser by module name, for per-module increments.
+        damped: The prompts that are not guarded exactly. What leaks of them is no rounding, so float32 will do.
     """
 
-    def __init__(self, increments: Mapping[str, Increment], weights: Mapping[str, Tensor] | None = None) -> None:
-        self._increments, self._weights = dict(increments), weights
+    def __init__(
+        self,
+        increments: Mapping[str, Increment],
+        weights: Mapping[str, Tensor] | None = None,
+        damped: Iterable[str] = (),
+    ) -> None:
+        self._increments, self._weights, self._to_damp = dict(increments), weights, frozenset(damped)
         self._places = {name: place for place, name in enumerate(increments)}
         self._exact: list[dict[str, float]] = [{} for _ in increments]
         self._worst = torch.zeros(len(increments), 0, dtype=torch.float64)
         self._worst_prompts = torch.zeros(len(increments), 0, dtype=torch.int64)
         self._damped: list[str] = []
+        self._shut = torch.zeros(len(increments), dtype=torch.float64)
         self._readers: dict[torch.dtype, list[_Readers]] = {}
 
-    def update(self, prompts: Sequence[str], embeddings: Embeddings, damped: bool = False) -> None:
+    def update(self, prompts: Sequence[str], embeddings: Embeddings) -> None:
         """Measure on more guards.
 
         Args:
             prompts: The guards.
             embeddings: Of these, by door.
-            damped: Whether they are not guarded exactly. What leaks of them is no rounding, so float32 will do.
         """
-        leaks = self._leaks(embeddings, torch.float32 if damped else torch.float64)
-        for index, prompt in enumerate(prompts):
-            if (place := self._places.get(prompt)) is not None:
-                leaks[place, index] = 0
-        if not damped:
-            places = leaks.nonzero()
-            for (place, index), leak in zip(places.tolist(), leaks[places.unbind(1)].tolist(), strict=True):
-                self._exact[place][prompts[index]] = leak
-            return
+        for take, damped in ((self._update_exact, False), (self._update_damped, True)):
+            chosen = [index for index, prompt in enumerate(prompts) if (prompt in self._to_damp) == damped]
+            if chosen:
+                take([prompts[index] for index in chosen], {door: e[chosen] for door, e in embeddings.items()})
+
+    def _update_exact(self, prompts: Sequence[str], embeddings: Embeddings) -> None:
+        leaks, _ = self._moved(prompts, embeddings, torch.float64)
+        places = leaks.nonzero()
+        for (place, index), leak in zip(places.tolist(), leaks[places.unbind(1)].tolist(), strict=True):
+            self._exact[place][prompts[index]] = leak
+
+    def _update_damped(self, prompts: Sequence[str], embeddings: Embeddings) -> None:
+        leaks, shut = self._moved(prompts, embeddings, torch.float32)
+        self._shut = torch.maximum(self._shut, shut.amax(dim=1))
         numbers = torch.arange(len(self._damped), len(self._damped) + len(prompts)).expand(len(leaks), -1)
         self._damped += prompts
         leaks = torch.cat([self._worst, leaks], dim=1)
@@ -69,22 +80,35 @@ class LeakageMeter:
         return float(self.metrics(name)["leakage"])
 
     def metrics(self, name: str) -> dict[str, Any]:
-        """Return the metrics `leakage`, `leakage_of` and `leakage_rest` of an increment, see `leakage_metrics`."""
+        """Return the metrics of an increment: those of `leakage_metrics`, and `gate_share` if damped guards have one.
+
+        `gate_share` is the largest share of its gate that is read by a damped guard which leaves it shut.
+        """
         place = self._places[name]
         pairs = zip(self._worst[place].tolist(), self._worst_prompts[place].tolist(), strict=True)
-        return leakage_metrics(self._exact[place], [(leak, self._damped[number]) for leak, number in pairs])
+        leaks = leakage_metrics(self._exact[place], [(leak, self._damped[number]) for leak, number in pairs])
+        return leaks | ({"gate_share": round(float(self._shut[place]), 3)} if self._shut[place] else {})
 
-    def _leaks(self, embeddings: Embeddings, dtype: torch.dtype) -> Tensor:
-        """The leakage of each increment on each prompt, (n_increments, n_prompts), float64."""
+    def _moved(self, prompts: Sequence[str], embeddings: Embeddings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The leakage of each increment on each prompt, and the share of a shut gate that it reads.
+
+        Both are (n_increments, n_prompts), float64, and zero for the prompt of an increment's own name.
+        """
         tokens = embeddings[TOKENS]
-        leaks = torch.zeros(len(self._increments), len(tokens), dtype=torch.float64)
+        leaks, shut = torch.zeros(2, len(self._increments), len(tokens), dtype=torch.float64)
         for readers in self._readers_of(dtype):
-            leaks[readers.places] = torch.maximum(leaks[readers.places], readers.leaks(embeddings[readers.door]))
+            moved = readers.moved(embeddings[readers.door])
+            for all_of, part in zip((leaks, shut), moved, strict=True):
+                all_of[readers.places] = torch.maximum(all_of[readers.places], part)
         per_module = [(place, i) for place, i in enumerate(self._increments.values()) if i.form == "module"]
         norms = output_norms(tokens, self._weights) if per_module and self._weights else None
         for place, increment in per_module:
             leaks[place] = leakage(increment, tokens, self._weights, norms, embeddings)
-        return leaks
+            shut[place] = _share_of_shut_gates(increment, embeddings)
+        for index, prompt in enumerate(prompts):
+            if (own := self._places.get(prompt)) is not None:
+                leaks[own, index] = shut[own, index] = 0
+        return leaks, shut
 
     def _readers_of(self, dtype: torch.dtype) -> list[_Readers]:
         """What reads a batch in this precision: text-side increments by door, rank, gate and coarseness."""
@@ -116,24 +140,24 @@ class _Readers:
         self._lengths = a.norm(dim=-1).to(dtype)
         self._a = a.flatten(0, 1).to(dtype)
         if self._gated:
-            self._gates = torch.tensor([least_opening(part.gate or 0.0) for part in self._parts], dtype=dtype)
+            self._gates = torch.tensor([part.gate for part in self._parts], dtype=dtype)
         else:
             # With B = Q F, Q orthonormal columns, ‖B a‖ = ‖F a‖: by r numbers, not d.
             b = torch.stack([part.B.detach().cpu().double() for part in self._parts if part.B is not None])
             self._factors = torch.linalg.qr(b).R.to(dtype)
 
-    def leaks(self, embeddings: Tensor) -> Tensor:
-        """The leakage (n_increments, n_prompts), float64, of each increment on prompts (n_prompts, n_tokens, d)."""
+    def moved(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each does to prompts (n_prompts, n_tokens, d), see `LeakageMeter._moved`."""
         step = max(1, _AT_A_TIME // (embeddings.shape[1] * len(self._a)))
         parts = [self._largest(part.cpu().to(self._a.dtype)) for part in embeddings.split(step)]
         largest = torch.cat(parts).T
         if not self._gated:
-            return largest.double()
+            return largest.double(), torch.zeros(largest.shape, dtype=torch.float64)
         leaks = torch.zeros(largest.shape, dtype=torch.float64)
-        opened = largest > self._gates[:, None]
+        opened = largest > least_opening(self._gates)[:, None]
         for place in opened.any(dim=1).nonzero().flatten().tolist():
             leaks[place, opened[place]] = leakage(replace(self._parts[place], doors={}), embeddings[opened[place]])
-        return leaks
+        return leaks, (largest / self._gates[:, None]).masked_fill(opened, 0.0).double()
 
     def _largest(self, tokens: Tensor) -> Tensor:
         """What a token of each prompt is read at most, or without gates moved at most, (n_prompts, n_increments)."""
@@ -148,3 +172,13 @@ class _Readers:
             read = read * self._factors[:, 0] if one else torch.einsum("ntis,irs->ntir", read, self._factors)
         # The root of the largest square, for what fewer passes over the numbers do.
         return read.square_().sum(dim=-1).amax(dim=1).sqrt_()
+
+
+def _share_of_shut_gates(increment: Increment, embeddings: Embeddings) -> Tensor:
+    """The largest share of a gate that prompts read which leave it shut, of all doors, (n_prompts,), float64."""
+    shares = [torch.zeros(len(embeddings[TOKENS]), dtype=torch.float64)]
+    for door, part in {TOKENS: increment, **increment.doors}.items():
+        if part.gate is not None:
+            reading = part.reading(embeddings[door]).cpu()
+            shares.append((reading / part.gate).masked_fill(reading > least_opening(part.gate), 0.0))
+    return torch.stack(shares).amax(dim=0)

@@ -66,18 +66,13 @@ class Problem:
         return self.guards.config
 
     @property
-    def exact(self) -> bool:
-        """Whether names are guarded exactly at every door."""
-        return self.guards.exact and all(problem.exact for problem in self.doors.values())
-
-    @property
-    def damped(self) -> tuple[str, ...]:
-        """The names that are not guarded exactly at one of the doors."""
-        return () if self.exact else self.guards.names
+    def n_exact(self) -> int:
+        """How many names, the first ones, are guarded exactly at every door."""
+        return min([self.guards.n_exact, *(problem.n_exact for problem in self.doors.values())])
 
     def guard_set(self, known: Iterable[GuardSet] = ()) -> GuardSet:
         """Return what every increment of this problem guards, see `Guards.guard_set`."""
-        return self.guards.guard_set(self.exact, known)
+        return self.guards.guard_set(self.n_exact, known)
 
     def update(self, names: Sequence[str], embeddings: Mapping[str, Tensor]) -> None:
         """Take in more names that are guarded.

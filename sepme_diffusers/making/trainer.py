@@ -128,8 +128,9 @@ class SepMETrainer:
         """Return the bank with an increment for each concept; its other increments are not touched.
 
         An increment leaves the guard prompts exactly as they were, and so the names of all other concepts, of the bank
-        and of this call. Where these names do not fit (see `capacity`) they are damped, and what leaks is in the
-        entry's metrics.
+        and of this call. Where not all names fit (see `capacity`) the first ones are exact: `others`, then the bank's
+        concepts, then these, and what the bank always erases at last. The rest is damped, and what leaks of it is in
+        the entry's metrics.
 
         Args:
             concepts: Concepts, or names of one kind.
@@ -227,7 +228,9 @@ class SepMETrainer:
             if self._weights:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
-        names = tuple(dict.fromkeys((*bank, *self.others, *(concept.name for concept in given))))
+        # Those that are most likely to be drawn come first: only for as many as fit, guards are exact.
+        order = (*self.others, *(name for name in bank if name not in bank.always), *(c.name for c in given), *bank)
+        names = tuple(dict.fromkeys(order))
         owners = {bare(name): name for name in names}
         for concept in given:
             if taken := [alias for alias in concept.aliases if owners.get(bare(alias), concept.name) != concept.name]:
@@ -300,15 +303,17 @@ class SepMETrainer:
     def _capacity(self, concept: Concept, problem: Problem) -> Capacity:
         guards, embedded = problem.guards, EmbeddedConcept.of(concept, self._encoded)
         plan = Plan.of(embedded, problem, SOLVERS["closed_form"])
-        meter = LeakageMeter({concept.name: entry_of(plan, plan.closed_form()).increment}, self._weights)
+        increment = entry_of(plan, plan.closed_form()).increment
+        meter = LeakageMeter({concept.name: increment}, self._weights, guards.names[problem.n_exact :])
         for prompts, embeddings in self._batches(guards.names):
-            meter.update(prompts, embeddings, damped=not problem.exact)
+            meter.update(prompts, embeddings)
         return Capacity(
             concept=concept.name,
             dimensions=guards.width,
             dimensions_left=plan.dimensions_left,
             dimensions_taken=guards.dimensions_taken(embedded),
-            exact=problem.exact,
+            names=len(guards.names),
+            names_exact=problem.n_exact,
             reach=plan.reach,
             leakage=meter.largest(concept.name),
         )

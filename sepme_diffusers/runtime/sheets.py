@@ -21,7 +21,8 @@ def card_pictures(
     Args:
         pipe: A pipeline with `load_sepme`, and no bank loaded.
         bank: The bank. It is loaded while the pictures are drawn.
-        prompts: {concept: the prompt to draw}. Default: the first prompt of the bank's first three concepts.
+        prompts: {concept: the prompt to draw}. Default: of the bank's first three concepts, the first prompt that each
+            brings, or its name.
         seed: Of the noise.
         call: Passed on to the pipeline: `num_inference_steps`, `guidance_scale`, ...
 
@@ -31,7 +32,7 @@ def card_pictures(
     """
     if pipe.erasable:
         raise ValueError("unload_sepme() first: the pictures before an erasure are the plain model's")
-    prompts = prompts or {name: bank[name].concept.prompts[0] for name in list(bank)[:3]}
+    prompts = prompts or {name: (*bank[name].concept.prompts, name)[0] for name in list(bank)[:3]}
     # What a policy always erases could not be shown restored, nor the bank be unloaded.
     pipe.load_sepme(replace(bank.subset([*prompts, *bank.always]), always=()))
     try:

@@ -17,7 +17,7 @@ def brute(bank: ConceptBank) -> dict[str, Guarantee]:
     """Every prompt against every entry."""
     promises = {}
     for prompt in {prompt for entry in bank.values() for prompt in entry.guard_set} | set(bank):
-        unaware, leakage = [], 0.0
+        unaware, leakage, shares = [], 0.0, []
         for name, entry in bank.items():
             if name == prompt:
                 continue
@@ -28,7 +28,14 @@ def brute(bank: ConceptBank) -> dict[str, Guarantee]:
                 leakage = max(leakage, leaks[prompt])
             elif prompt in entry.guards.damped:
                 leakage = max(leakage, entry.metrics.get("leakage_rest", 0.0))
-        promises[prompt] = Guarantee(not unaware and not leakage, leakage, tuple(unaware))
+            if prompt in entry.guards.damped:
+                shares.append(entry.metrics.get("gate_share", 0.0))
+        if unaware or leakage:
+            promises[prompt] = Guarantee(None, leakage, tuple(unaware))
+        elif shares:
+            promises[prompt] = Guarantee("gate", 0.0, (), pytest.approx(1 - max(shares), abs=1e-3))
+        else:
+            promises[prompt] = Guarantee("null space", 0.0, ())
     return promises
 
 
@@ -45,7 +52,9 @@ def random_bank(rng: random.Random) -> ConceptBank:
         guards = rng.choice(sets)
         own = [prompt for prompt in guards if prompt != name]
         leaks = {prompt: rng.choice([0.1, 0.2, 0.3]) for prompt in rng.sample(own, rng.randrange(len(own) // 2 + 1))}
-        metrics = {"leakage": 1.0, "leakage_of": leaks} | rng.choice([{}, {"leakage_rest": rng.choice([0.05, 0.15])}])
+        metrics = {"leakage": 1.0, "leakage_of": leaks if rng.random() < 0.5 else {}}
+        metrics |= rng.choice([{}, {}, {"leakage_rest": rng.choice([0.05, 0.15])}])
+        metrics |= rng.choice([{}, {"gate_share": rng.choice([0.2, 0.5, 0.8])}])
         entries[name] = Entry(Concept(name), INCREMENT, SepMEConfig(), guards, metrics)
     return ConceptBank(BASE, Entries(entries))
 

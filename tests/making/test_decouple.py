@@ -7,6 +7,7 @@ import torch
 
 from sepme_diffusers import Concept, ConceptBank, SepMETrainer
 from sepme_diffusers.doors.linears import projection_weights
+from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.making.decouple import decouple
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.text.encoding import Encoded, encode
@@ -33,6 +34,22 @@ def test_what_knew_everyone_is_left_as_it_is(mixed_bank, decoupled):
     assert decoupled["woodcut"] is mixed_bank["woodcut"]
     assert list(decoupled) == list(mixed_bank)
     assert list(decoupled["neon"].guards) == [*mixed_bank["neon"].guards, "woodcut"]
+
+
+def test_what_is_made_from_a_name_is_decoupled_with_its_adapter(pipe):
+    """Its prompts are those of its kind, which the bank does not hold; what stands for it without a gate follows."""
+    trainer = SepMETrainer(pipe, guards=["watermark"], regular=100)
+    grown = trainer.erase(["neon"], trainer.erase(["pencil"], kind="style"), kind="style")
+    decoupled = decouple(grown, pipe)
+    assert decoupled["pencil"].concept == grown["pencil"].concept
+    assert decoupled.guarantees["neon"].by == "null space"
+    tokens = encode(pipe, ["neon"])
+    before, after = (bank["pencil"].adapter for bank in (grown, decoupled))
+    assert float(leakage(before, tokens)) > 1e-4
+    assert float(leakage(after, tokens)) < 1e-5
+    assert decoupled["pencil"].metrics["adapter_leakage"] < 1e-5
+    own = encode(pipe, ["a cat in the style of pencil"])
+    assert float(after.reading(own)) > 0.8 * float(before.reading(own))
 
 
 def test_it_says_what_it_cost(pipe, mixed_bank, decoupled):

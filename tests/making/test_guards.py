@@ -34,7 +34,7 @@ def test_capacity_tells_what_is_left_and_what_one_more_takes(pipe):
     assert room["neon"].dimensions == 384
     assert room["neon"].dimensions_left == 384 - len(without)
     assert room["neon"].dimensions_taken == len(with_it) - len(without) > 0
-    assert room["neon"].exact
+    assert room["neon"].names_exact == room["neon"].names == 3
     assert room["neon"].leakage < 1e-5
     assert 0 < room["neon"].reach <= 1
 
@@ -43,7 +43,7 @@ def test_capacity_is_what_erasing_then_finds(pipe, crowded):
     others = [name for name in MANY if name not in ("cat", "dog")]
     room = SepMETrainer(pipe, CLOSED, ["watermark"], others=others).capacity([CAT, DOG])
     for name, entry in crowded.items():
-        assert not room[name].exact
+        assert 10 < room[name].names_exact < room[name].names == 60
         assert room[name].dimensions_left == entry.metrics["dimensions_left"]
         assert room[name].leakage == pytest.approx(entry.metrics["leakage"], rel=1e-2)
 
@@ -58,9 +58,11 @@ def test_above_capacity_names_leak_little_and_the_bank_says_how_much(pipe, crowd
     before = latents(pipe, "watermark")
     pipe.load_sepme(crowded)
     assert torch.equal(latents(pipe, "watermark", erased=["cat", "dog"]), before)
-    promise = crowded.guarantees["fox"]
+    first, last = MANY[2], MANY[-1]
+    assert crowded.guarantees[first].by == "null space"
+    promise = crowded.guarantees[last]
     assert not promise.exact
-    listed = [e.metrics["leakage_of"].get("fox", e.metrics["leakage_rest"]) for e in crowded.values()]
+    listed = [e.metrics["leakage_of"].get(last, e.metrics["leakage_rest"]) for e in crowded.values()]
     assert promise.leakage == max(*listed, *(e.metrics["leakage_rest"] for e in crowded.values()))
     assert crowded.guarantees["watermark"].exact
     assert verify(crowded, random_pipeline()).ok
@@ -100,13 +102,20 @@ def test_the_reserve_decides(pipe):
     encoded, names = Encoded(pipe), [concept.name for concept in CONCEPTS]
     taken = len(row_space(rows(encoded(["", *names]))))
     exact = replace(CLOSED, reserve=1 - (taken + 0.5) / 384)
-    assert Guards.of(encoded, [""], names, exact).exact
-    assert not Guards.of(encoded, [""], names, replace(CLOSED, reserve=1 - (taken - 0.5) / 384)).exact
+    assert Guards.of(encoded, [""], names, exact).n_exact == len(names)
+    little_less = replace(CLOSED, reserve=1 - (taken - 0.5) / 384)
+    # Each increment guards all but its own concept's name, and so they still fit.
+    assert Guards.of(encoded, [""], names, little_less).n_exact == len(names)
+    without = [len(row_space(rows(encoded(["", *(n for n in names if n != left_out)])))) for left_out in names]
+    tight = replace(CLOSED, reserve=1 - (max(without) - 0.5) / 384)
+    room = max(without) - 1
+    fitting = [len(row_space(rows(encoded(["", *names[:count]])))) <= room for count in (1, 2, 3)]
+    assert Guards.of(encoded, [""], names, tight).n_exact == sum(fitting) < len(names)
 
 
 def test_damping_is_announced(pipe, caplog):
     Guards.of(Encoded(pipe), [""], MANY, CLOSED)
-    assert "names are damped, not guarded exactly" in caplog.text
+    assert "names are guarded exactly, and the others are damped" in caplog.text
 
 
 def test_a_prompt_that_is_a_guard_is_refused_by_name(pipe, text_bank):
@@ -160,16 +169,16 @@ def test_names_may_come_in_any_batches(pipe, names):
     apart = Guards(["", "watermark"], encoded(["", "watermark"]), CLOSED)
     for start in range(0, len(names), 7):
         apart.update(names[start : start + 7], encoded(names[start : start + 7]))
-    assert apart.exact == together.exact == (names is not MANY)
-    assert apart.guard_set(apart.exact) == together.guard_set(together.exact)
+    assert apart.n_exact == together.n_exact
+    assert (apart.n_exact == len(names)) == (names is not MANY)
+    assert apart.guard_set(apart.n_exact) == together.guard_set(together.n_exact)
     null, cat = together.null(CAT), EmbeddedConcept.of(CAT, encoded)
     torch.testing.assert_close(apart.null(CAT), null)
     if names is not MANY:
         return
     torch.testing.assert_close(apart.penalty(cat, null), together.penalty(cat, null), rtol=1e-9, atol=1e-9)
-    held = [value for value in vars(apart).values() if isinstance(value, torch.Tensor)]
-    assert max(len(tensor) for tensor in held) <= 384
-    assert not apart._kept
+    assert tuple(apart._kept) == tuple(MANY[: apart.n_exact])
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in apart._kept.values())
 
 
 def test_a_prompt_that_is_any_guard_is_found_among_very_many(pipe):

@@ -37,10 +37,10 @@ WEIGHTS = {"k": torch.randn(6, 12, generator=torch.Generator().manual_seed(1))}
 
 @pytest.mark.parametrize("damped", [False, True])
 def test_batches_give_what_each_increment_gives_alone(damped):
-    meter, given = LeakageMeter(increments(), WEIGHTS), embeddings()
+    meter, given = LeakageMeter(increments(), WEIGHTS, NAMES if damped else ()), embeddings()
     for start in range(0, 40, 9):
         part = {door: all_of[start : start + 9] for door, all_of in given.items()}
-        meter.update(NAMES[start : start + 9], part, damped)
+        meter.update(NAMES[start : start + 9], part)
     for name, increment in increments().items():
         leaks = dict(zip(NAMES, leakage(increment, given["tokens"], WEIGHTS, further=given).tolist(), strict=True))
         del leaks[name]
@@ -57,6 +57,28 @@ def test_batches_give_what_each_increment_gives_alone(damped):
 
 def test_a_shut_gate_leaks_nothing():
     shut = {"a": replace(increments()["name 0"], gate=1e3)}
-    meter = LeakageMeter(shut)
-    meter.update(NAMES, embeddings(), damped=True)
-    assert meter.metrics("a") == {"leakage": 0.0}
+    meter = LeakageMeter(shut, damped=NAMES)
+    meter.update(NAMES, embeddings())
+    reading = shut["a"].reading(embeddings()["tokens"])
+    assert meter.metrics("a") == {"leakage": 0.0, "gate_share": pytest.approx(float(reading.max()) / 1e3, abs=6e-4)}
+
+
+@pytest.mark.parametrize("form", ["text", "module"])
+def test_what_is_read_of_a_shut_gate_is_that_of_the_prompts_that_leave_it_shut(form):
+    """Only of damped guards, never of the own name, and at whichever door it is most."""
+    given, all_of = embeddings(), increments()
+    made = all_of["name 9" if form == "text" else "name 10"]
+    doors = {"tokens": made, **made.doors} if form == "text" else {"tokens": made}
+    readings = {door: part.reading(given[door]) for door, part in doors.items()}
+    gates = {door: float(reading.sort().values[20]) for door, reading in readings.items()}
+    parts = {door: replace(part, gate=gates[door], doors={}) for door, part in doors.items()}
+    increment = replace(parts.pop("tokens"), doors=parts)
+    meter = LeakageMeter({"name 3": increment}, WEIGHTS, NAMES[:30])
+    meter.update(NAMES, given)
+    shares = [
+        float(readings[door][index]) / gates[door]
+        for door in readings
+        for index in range(30)
+        if index != 3 and float(readings[door][index]) <= 0.9 * gates[door]
+    ]
+    assert 0.3 < meter.metrics("name 3")["gate_share"] == pytest.approx(max(shares), abs=6e-4)
