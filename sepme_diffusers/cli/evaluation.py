@@ -162,6 +162,31 @@ def names(
 
 
 @app.command()
+def restored(
+    output: Output = Path("sepme-eval"),
+    seed: Seed = _SEED,
+    each: Annotated[int, typer.Option(min=1, help="Prompts of each concept.")] = 60,
+    pictures: Annotated[int, typer.Option(min=1, help="Prompts that are drawn, of each bank.")] = 48,
+    steps: Steps = 20,
+) -> None:
+    """Restore each concept of the shipped banks in turn, with all others erased, and read it in many wordings."""
+    with _progress(2) as advance:
+        from sepme_diffusers import pocket
+        from sepme_diffusers.evaluation.pictures import built_in
+        from sepme_diffusers.evaluation.protocols import restored as protocol
+        from sepme_diffusers.evaluation.report import bars_table
+
+        pipe, results = built_in(), []
+        kinds: tuple[Kind, ...] = ("styles", "objects")
+        for kind in kinds:
+            advance(kind, 0)
+            runner = protocol.RestoredRunner(pipe, kind, each, pictures, seed, steps)
+            results.append(runner.measure(pocket.bank(kind)))
+            advance(kind, 1)
+    _finish(output, "restored", "Restored", protocol.table(results), bars_table("Bars", protocol.bars(results)))
+
+
+@app.command()
 def variants(
     output: Output = Path("sepme-eval"),
     seed: Seed = _SEED,
