@@ -32,12 +32,12 @@ def random_pipeline(seed: int = 0, text_seed: int = 0) -> SepMEPipeline:
     return pipe
 
 
-def random_unet(seed: int = 0) -> UNet2DConditionModel:
+def random_unet(seed: int = 0, width: int = WIDTH) -> UNet2DConditionModel:
     """An untrained UNet that looks at the text; equal for equal seeds."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4,
-        cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=width, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     # Untrained attention is nearly blind to the text; make it look.

@@ -19,9 +19,3 @@ def autocast_of(pipe: Any) -> list[tuple[str, bool, torch.dtype]]:
     kinds = {parameter.device.type for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
     known = [kind for kind in sorted(kinds) if kind != "meta"]
     return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in known]
-
-
-def working_dtypes(pipe: Any) -> set[torch.dtype]:
-    """Return the precisions in which a pipeline's text encoders work: those of their weights, and of autocast."""
-    dtypes = {parameter.dtype for encoder in text_encoders(pipe) for parameter in encoder.parameters()}
-    return dtypes | {dtype for _, enabled, dtype in autocast_of(pipe) if enabled}
