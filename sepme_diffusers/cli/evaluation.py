@@ -222,6 +222,41 @@ def variants(
     _finish(output, "variants", "Variants", *tables)
 
 
+@app.command()
+def ablations(
+    output: Output = Path("sepme-eval"),
+    seed: Seed = _SEED,
+    only: Annotated[list[str] | None, typer.Option(help="One ablation; may be given several times.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each style.")] = 12,
+    steps: Steps = 20,
+) -> None:
+    """Change one setting at a time: what that does to erased and regular pictures, and to the increments' size."""
+    if find_spec("matplotlib") is None:
+        raise typer.BadParameter("sepme eval ablations needs matplotlib: pip install 'sepme-diffusers[eval]'")
+    with _progress(None) as advance:
+        from sepme_diffusers.evaluation import report
+        from sepme_diffusers.evaluation.pictures import built_in
+        from sepme_diffusers.evaluation.protocols import ablations as protocol
+        from sepme_diffusers.evaluation.protocols.variant_runner import VariantRunner
+
+        if unknown := [name for name in only or () if name not in protocol.ABLATIONS]:
+            raise typer.BadParameter(f"unknown ablations {unknown}; there are {list(protocol.ABLATIONS)}")
+        pipe = built_in()
+        runner = VariantRunner(pipe, seed, pictures, steps)
+        ablator = protocol.Ablator(pipe, runner, lambda step: advance(f"{step.concept}: step {step.step}", 0))
+        points = []
+        for name in only or protocol.ABLATIONS:
+            for value in protocol.ABLATIONS[name]:
+                advance(f"{name} {value}", 0)
+                points.append(ablator.measure(name, value))
+                advance(name, 1)
+        table, plot = protocol.table(points), protocol.plot(points)
+    console.print(as_rich(table))
+    page = report.markdown("Ablations", _NOTE, [table], "ablations.png")
+    report.save(output, "ablations", page, [dict(zip(table.columns, row, strict=True)) for row in table.rows], plot)
+    console.print(f"Wrote {output}", soft_wrap=True)
+
+
 def _page(title: str, *tables: Table) -> str:
     from sepme_diffusers.evaluation import report
 
