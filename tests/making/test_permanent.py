@@ -44,6 +44,20 @@ def test_it_lowers_the_correlation_and_moves_what_separate_erasure_guards(pipe, 
     assert not torch.equal(latents(pipe, ""), before)
 
 
+def test_a_bank_acts_on_changed_weights_and_guards_and_restores_there(pipe, changed, text_bank):
+    """A text-side bank of the original model: it edits the text before any weight reads it."""
+    pipe.unet.load_state_dict(changed, strict=False)
+    prompts = ("", "watermark", "neon cat", "a cat")
+    before = {prompt: latents(pipe, prompt) for prompt in prompts}
+    pipe.load_sepme(text_bank)
+    erased = {prompt: latents(pipe, prompt, erased=["neon"]) for prompt in prompts}
+    restored = {prompt: latents(pipe, prompt, erased=[]) for prompt in prompts}
+    assert torch.equal(erased[""], before[""])
+    assert torch.equal(erased["watermark"], before["watermark"])
+    assert (erased["neon cat"] - before["neon cat"]).abs().max() > 1e-2
+    assert all(torch.equal(restored[prompt], before[prompt]) for prompt in prompts)
+
+
 FOX = Concept("fox", (("a fox", ""), ("neon fox", "neon")))
 
 
