@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sepme_diffusers.cli.console import announce_loading, as_rich, console
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sepme_diffusers.bank.bank import ConceptBank
     from sepme_diffusers.evaluation.probes import Kind
     from sepme_diffusers.evaluation.protocols.scenes import Moment, SceneRunner
@@ -211,6 +213,8 @@ def variants(
             advance(name, 0)
             rows.append(runner.row(name, *make(maker, name)))
             advance(name, 1)
+            # It takes more than an hour: what an interrupted run has measured is not lost.
+            _write(output, "variants", "Variants", variant_runner.table(rows), variant_runner.measures_table(rows))
         tables = [variant_runner.table(rows), variant_runner.measures_table(rows)]
         if not only:
             advance("the default on another UNet", 0)
@@ -234,7 +238,6 @@ def ablations(
     if find_spec("matplotlib") is None:
         raise typer.BadParameter("sepme eval ablations needs matplotlib: pip install 'sepme-diffusers[eval]'")
     with _progress(None) as advance:
-        from sepme_diffusers.evaluation import report
         from sepme_diffusers.evaluation.pictures import built_in
         from sepme_diffusers.evaluation.protocols import ablations as protocol
         from sepme_diffusers.evaluation.protocols.variant_runner import VariantRunner
@@ -250,10 +253,8 @@ def ablations(
                 advance(f"{name} {value}", 0)
                 points.append(ablator.measure(name, value))
                 advance(name, 1)
-        table, plot = protocol.table(points), protocol.plot(points)
-    console.print(as_rich(table))
-    page = report.markdown("Ablations", _NOTE, [table], "ablations.png")
-    report.save(output, "ablations", page, [dict(zip(table.columns, row, strict=True)) for row in table.rows], plot)
+                _write(output, "ablations", "Ablations", protocol.table(points), picture=protocol.plot(points))
+    console.print(as_rich(protocol.table(points)))
     console.print(f"Wrote {output}", soft_wrap=True)
 
 
@@ -298,10 +299,16 @@ def _progress(total: int | None) -> Iterator[Callable[[str, int], None]]:
 
 def _finish(output: Path, name: str, title: str, *tables: Table) -> None:
     """Print the tables, and write them as the last page."""
-    from sepme_diffusers.evaluation import report
-
     for table in tables:
         console.print(as_rich(table))
-    rows = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
-    report.save(output, name, _page(title, *tables), rows)
+    _write(output, name, title, *tables)
     console.print(f"Wrote {output}", soft_wrap=True)
+
+
+def _write(output: Path, name: str, title: str, *tables: Table, picture: Image.Image | None = None) -> None:
+    """Write tables as a page, as plain values, and with the page's picture if it has one."""
+    from sepme_diffusers.evaluation import report
+
+    rows = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    page = report.markdown(title, _NOTE, tables, "" if picture is None else f"{name}.png")
+    report.save(output, name, page, rows, picture)

@@ -48,7 +48,7 @@ def test_a_report_is_written(tmp_path, monkeypatch):
     options = ["--only", "rank", "--pictures", "1", "--steps", "1", "--output", str(tmp_path)]
     shown = CliRunner().invoke(app, ["eval", "ablations", *options])
     assert shown.exit_code == 0, shown.output
-    one, many = json.loads((tmp_path / "ablations.json").read_text("utf-8"))
+    ((one, many),) = json.loads((tmp_path / "ablations.json").read_text("utf-8")).values()
     assert (one["varied"], one["value"], many["value"]) == ("rank", "1", "16")
     assert float(many["‖ΔW‖"]) >= float(one["‖ΔW‖"])
     assert Image.open(tmp_path / "ablations.png").size[0] > 100
