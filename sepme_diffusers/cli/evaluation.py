@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sepme_diffusers.cli.console import announce_loading, as_rich, console
+from sepme_diffusers.cli.base import load_base
+from sepme_diffusers.cli.console import announce_loading, as_rich, console, refusals
+from sepme_diffusers.cli.export import Precision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -255,6 +257,43 @@ def ablations(
                 advance(name, 1)
                 _write(output, "ablations", "Ablations", protocol.table(points), picture=protocol.plot(points))
     console.print(as_rich(protocol.table(points)))
+    console.print(f"Wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def paper(
+    run: Annotated[Path, typer.Argument(help="JSON file of the run, see examples/paper.")],
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the built-in model.")] = None,
+    judge: Annotated[
+        str, typer.Option(help='Tells what a picture shows: a CLIP model, or "pocket", the built-in judge.')
+    ] = "pocket",
+    output: Output = Path("sepme-eval"),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of each concept. Default: as the file says.")] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, help="For each seed. Default: as the file says.")] = None,
+    scene: Annotated[list[str] | None, typer.Option(help="One scene; may be given several times.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="One more setting, tolerance=5e-5; may be given several times.")
+    ] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Default: float16 on a GPU, float32 on the CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: the GPU, if there is one.")] = None,
+) -> None:
+    """Play the paper's scenes on any base, with the concepts, prompts, seeds and settings of a file."""
+    with _progress(None) as advance, refusals():
+        from sepme_diffusers import pocket
+        from sepme_diffusers.evaluation.preview.judges import find_judge
+        from sepme_diffusers.evaluation.protocols import paper_run as protocol
+
+        asked = protocol.PaperRun.load(run).changed(seeds, pictures, scene or (), set_ or ())
+        cases, chosen = asked.cases(run.parent), find_judge(judge)
+        pipe = load_base(base or str(pocket.path()), device, dtype)
+        runner = protocol.PaperRunner(pipe, asked, cases, chosen, lambda doing: advance(doing, 0))
+        tables = []
+        for name in asked.scenes:
+            tables.append(protocol.table(asked, name, runner.play(name)))
+            advance(f"scene {name}", 1)
+            _write(output, run.stem, asked.title, *tables)
+    for each in tables:
+        console.print(as_rich(each))
     console.print(f"Wrote {output}", soft_wrap=True)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sepme_diffusers.cli.base import load_base
 from sepme_diffusers.cli.console import announce_loading, as_rich, console, refusals
 from sepme_diffusers.cli.export import Precision
 
@@ -68,7 +68,7 @@ def preview(
         chosen(loaded, erased)
         folder_for_pictures(output)
         judges = None if judge is None else find_judge(judge)
-        pipe = _pipeline(base, device, dtype)
+        pipe = load_base(base, device, dtype)
         with _progress() as advance:
             found = run(pipe, loaded, output, erased, settings, judges, advance)
         report.write(output, page.grid(found), page.page(found, Path(base).name if Path(base).is_dir() else base))
@@ -76,25 +76,6 @@ def preview(
     if found.left_out:
         console.print(f"Left out: {len(found.left_out)} more concepts of the bank; name those to see by --erased")
     console.print(f"Wrote {output / 'report.html'} and {output / 'grid.png'}", soft_wrap=True)
-
-
-def _pipeline(base: str, device: str | None, dtype: Precision | None) -> Any:
-    """Load the base on a device, the GPU where there is one; there in half precision, unless one is asked for."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from sepme_diffusers import attach
-
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = str(found or "cpu")
-    precision = dtype or (Precision.FLOAT32 if device == "cpu" else Precision.FLOAT16)
-    with warnings.catch_warnings():
-        # Newer versions of diffusers call it dtype, which the oldest one that is supported does not know.
-        warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
-        pipe = attach(DiffusionPipeline.from_pretrained(base, torch_dtype=getattr(torch, precision.value)))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ CALIBRATED: Final = "calibrated"
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-# Strict: 1.5, True and "16" are no ranks.
-@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+# Strict: 1.5, True and "16" are no ranks, and no setting of another name is passed over.
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
 class SepMEConfig:
     """How to make an increment; the defaults are tuned to work on every base model.
 

@@ -73,3 +73,10 @@ def test_round_trip_through_json():
 def test_unknown_field_is_named():
     with pytest.raises(ValueError, match="'learning_speed'"):
         SepMEConfig.from_dict({"learning_speed": 1.0})
+
+
+def test_a_setting_that_there_is_not_is_refused():
+    """Passed over, it would leave its default in force."""
+    for make in (SepMEConfig, SepMEConfig.paper, SepMEConfig.linear):
+        with pytest.raises(ValueError, match="tolerence"):
+            make(tolerence=0.1)

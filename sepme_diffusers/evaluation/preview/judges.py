@@ -43,6 +43,14 @@ class Judge(Protocol):
         """
         ...
 
+    def likeliest(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
+        """Return for each picture which of the names it shows.
+
+        Raises:
+            ValueError: If the judge does not know a name.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ClipJudge:
@@ -90,6 +98,14 @@ class ClipJudge:
         pairs = torch.stack([logits[i, 2 * i : 2 * i + 2] for i in range(len(logits))])
         return pairs.softmax(dim=1)[:, 0].tolist()
 
+    @torch.no_grad()
+    def likeliest(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
+        """Return the name that CLIP finds nearest to each picture, see `Judge`."""
+        inputs = self.processor(
+            text=list(names), images=list(pictures), return_tensors="pt", padding=True, truncation=True
+        )
+        return [names[index] for index in self.model(**inputs).logits_per_image.argmax(dim=1).tolist()]
+
 
 @dataclass(frozen=True)
 class PocketJudge:
@@ -111,6 +127,15 @@ class PocketJudge:
             else:
                 scores.append(float("nan"))
         return scores
+
+    def likeliest(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
+        """Return the likeliest of all classes of the names' kind, styles or objects, see `Judge`."""
+        known = {"style": pocket.style_classes, "object": pocket.objects}
+        kind = next((kind for kind, classes in known.items() if set(names) <= set(classes)), None)
+        if kind is None:
+            raise ValueError(f"the built-in judge knows styles {pocket.style_classes}, and objects; not {list(names)}")
+        probabilities = pocket.classify(pictures)[kind == "object"]
+        return [known[kind][index] for index in probabilities.argmax(dim=1).tolist()]
 
 
 def find_judge(name: str) -> Judge:
