@@ -101,20 +101,21 @@ def _decoupled(
             f"(share of its effect: {share:.1e}); make it anew with fewer guards"
         )
     increment = replace(projected.pop(TOKENS), doors=projected)
-    adapter = None if entry.adapter is None else _projected(entry.adapter, owns[TOKENS], rooms[TOKENS])
+    without_gate = rooms[TOKENS].without_gate()
+    adapter = None if entry.adapter is None else _projected(entry.adapter, owns[TOKENS], without_gate)
     n_exact = min(room.n_exact for room in rooms.values())
     guarded = (*hard, *(name for name in names if name != concept.name))
     embeddings = {door: encoded.at(door)(guarded) for door in parts}
 
-    def leaks(increment: Increment) -> dict[str, Any]:
+    def leaks(increment: Increment, n_exact: int) -> dict[str, Any]:
         meter = LeakageMeter({concept.name: increment}, weights, names[n_exact:])
         meter.update(guarded, embeddings)
         return meter.metrics(concept.name)
 
     metrics = {
         **{key: value for key, value in entry.metrics.items() if not key.startswith(("leakage", "gate_share"))},
-        **leaks(increment),
-        **({} if adapter is None else {"adapter_leakage": leaks(adapter)["leakage"]}),
+        **leaks(increment, n_exact),
+        **({} if adapter is None else {"adapter_leakage": leaks(adapter, without_gate.n_exact)["leakage"]}),
         "dimensions_left": len(rooms[TOKENS].null(concept)),
         "effect_kept": round(share * float(entry.metrics.get("effect_kept", 1.0)), 6),
         "decoupled_from": [*entry.metrics.get("decoupled_from", ()), *unknown],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class Guards:
 
     As long as the names of all concepts leave room, every increment guards every other concept's name exactly; its own
     name is no guard. Beyond that, the names that came first are exact, as many as leave room, and the others are
-    damped: an increment pays for moving them. The prompts listed as guards are always exact.
+    damped: an increment pays for moving them. An increment without a gate damps all of them then: it needs the
+    directions that exact names would take, and with them it would hardly erase. The prompts listed as guards are
+    always exact.
 
     Names that fit are kept as token rows. Of damped ones only the sum of their outer products is kept, so that there
     may be very many.
@@ -66,7 +69,7 @@ class Guards:
     Args:
         hard: Prompts that no increment may change.
         embeddings: Of these prompts, (n_prompts, n_tokens, d).
-        config: `guard_tolerance`, `reserve`, `name_weight`.
+        config: `guard_tolerance`, `reserve`, `name_weight`, `gate`.
 
     Attributes:
         names: The names so far.
@@ -86,6 +89,7 @@ class Guards:
         self._sets: dict[int, GuardSet] = {}
         self._penalties: dict[float, tuple[Tensor | None, Tensor | None]] = {}
         self._null_of: tuple[int, Tensor] | None = None
+        self._loose: tuple[int, Guards] | None = None
 
     @classmethod
     def of(cls, encoded: Encoded, hard: Sequence[str], names: Iterable[str], config: SepMEConfig) -> Guards:
@@ -138,8 +142,9 @@ class Guards:
 
     def _damp_the_last(self) -> None:
         """Keep as many of the first names exact as leave room, whosever increment it is, and damp the others."""
-        names = list(self._kept)
-        fitting = bisect_right(range(1, len(names) + 1), self._room, key=lambda count: self._taken(names[:count]))
+        names, fitting = list(self._kept), 0
+        if self.config.gate is not None:
+            fitting = bisect_right(range(1, len(names) + 1), self._room, key=lambda count: self._taken(names[:count]))
         damped = names[fitting:]
         logger.warning(
             f"the guards and the names of {len(self._names)} concepts do not fit in the {self._room} of {self.width} "
@@ -149,6 +154,17 @@ class Guards:
         self._energy = _energy(torch.stack([self._kept.pop(name) for name in damped]))
         # They are parts of whole batches, which nothing else needs.
         self._kept = {name: kept.clone() for name, kept in self._kept.items()}
+
+    def without_gate(self) -> Guards:
+        """Return the same guards for increments without a gate: where not all names are exact, none is."""
+        if self._energy is None or not self._kept:
+            return self
+        if self._loose is None or self._loose[0] != len(self._names):
+            loose = copy.copy(self)
+            loose._kept, loose._energy = {}, _energy(torch.stack(list(self._kept.values())), self._energy)
+            loose._sets, loose._penalties, loose._null_of = {}, {}, None
+            self._loose = len(self._names), loose
+        return self._loose[1]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def measured(
     damped = problem.guards.names[problem.n_exact :]
     meter = LeakageMeter({entry.concept.name: entry.increment for entry in entries}, weights, damped)
     adapters = {entry.concept.name: entry.adapter for entry in entries if entry.adapter is not None}
-    of_adapters = LeakageMeter(adapters, damped=damped)
+    without_gate = problem.guards.without_gate()
+    of_adapters = LeakageMeter(adapters, damped=without_gate.names[without_gate.n_exact :])
     for each in (meter, of_adapters) if adapters else (meter,):
         each.update(problem.guards.hard, hard)
         for prompts, embeddings in names():

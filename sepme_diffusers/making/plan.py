@@ -137,18 +137,24 @@ class Problem:
         weight = best_weight(solved, concept.own, self._regular(concept.concept))
         return replace(config, soft_guard_weight=weight)
 
-    def for_adapter(self, room: Room, config: SepMEConfig) -> tuple[Tensor, Tensor]:
+    def for_adapter(self, concept: EmbeddedConcept, config: SepMEConfig) -> tuple[Tensor, Tensor]:
         """Solve once more for where there is no gate: regular prompts weigh as much as leaves an effect.
 
         Raises:
             ValueError: If no change is wanted.
         """
-        linear, learnt = config.for_adapter(), room.learnt
-        if config.adapter_soft_guard_weight is not None or self.soft(learnt.concept) is None:
-            return self.factors(room, linear)
+        guards = self.guards.without_gate()
+        return replace(self, guards=guards)._of_least_cost(concept, config.for_adapter())
+
+    def _of_least_cost(self, concept: EmbeddedConcept, config: SepMEConfig) -> tuple[Tensor, Tensor]:
+        """Solve with the largest weight of regular prompts that leaves an effect, unless a weight is given."""
+        room = self.room(concept)
+        own, change = room.learnt.rows, room.learnt.wanted_change
+        if config.adapter_soft_guard_weight is not None or self.soft(concept.concept) is None:
+            return self.factors(room, config)
         for weight in reversed(WEIGHTS):
-            factors = self.factors(room, replace(linear, soft_guard_weight=weight))
-            if given_share(factors, learnt.rows, learnt.wanted_change, self.output_factor()) >= _LEAST_GIVEN:
+            factors = self.factors(room, replace(config, soft_guard_weight=weight))
+            if given_share(factors, own, change, self.output_factor()) >= _LEAST_GIVEN:
                 break
         return factors
 
@@ -271,7 +277,7 @@ class Plan:
             problem.full_basis(room) if full else None,
             problem.at_doors(embedded),
             config,
-            problem.for_adapter(room, config) if gated else None,
+            problem.for_adapter(embedded, config) if gated else None,
         )
 
     @property

@@ -9,10 +9,11 @@ from sepme_diffusers import Concept, ConceptBank, SepMETrainer, pocket
 from sepme_diffusers.algebra.closed_form import covariance
 from sepme_diffusers.algebra.subspace import row_space
 from sepme_diffusers.bank.checks.verify import verify
+from sepme_diffusers.increment.leakage import leakage
 from sepme_diffusers.making.decouple import decouple
 from sepme_diffusers.making.embedded import EmbeddedConcept
 from sepme_diffusers.making.guards import Guards
-from sepme_diffusers.text.encoding import Encoded, rows
+from sepme_diffusers.text.encoding import Encoded, encode, rows
 from small import CLOSED, CONCEPTS, TRAIN, latents, random_pipeline
 
 MANY = pocket.objects[:60]
@@ -43,7 +44,7 @@ def test_capacity_is_what_erasing_then_finds(pipe, crowded):
     others = [name for name in MANY if name not in ("cat", "dog")]
     room = SepMETrainer(pipe, CLOSED, ["watermark"], others=others).capacity([CAT, DOG])
     for name, entry in crowded.items():
-        assert 10 < room[name].names_exact < room[name].names == 60
+        assert (room[name].names_exact, room[name].names) == (0, 60)
         assert room[name].dimensions_left == entry.metrics["dimensions_left"]
         assert room[name].leakage == pytest.approx(entry.metrics["leakage"], rel=1e-2)
 
@@ -58,11 +59,9 @@ def test_above_capacity_names_leak_little_and_the_bank_says_how_much(pipe, crowd
     before = latents(pipe, "watermark")
     pipe.load_sepme(crowded)
     assert torch.equal(latents(pipe, "watermark", erased=["cat", "dog"]), before)
-    first, last = MANY[2], MANY[-1]
-    assert crowded.guarantees[first].by == "null space"
-    promise = crowded.guarantees[last]
+    promise = crowded.guarantees["fox"]
     assert not promise.exact
-    listed = [e.metrics["leakage_of"].get(last, e.metrics["leakage_rest"]) for e in crowded.values()]
+    listed = [e.metrics["leakage_of"].get("fox", e.metrics["leakage_rest"]) for e in crowded.values()]
     assert promise.leakage == max(*listed, *(e.metrics["leakage_rest"] for e in crowded.values()))
     assert crowded.guarantees["watermark"].exact
     assert verify(crowded, random_pipeline()).ok
@@ -110,7 +109,23 @@ def test_the_reserve_decides(pipe):
     tight = replace(CLOSED, reserve=1 - (max(without) - 0.5) / 384)
     room = max(without) - 1
     fitting = [len(row_space(rows(encoded(["", *names[:count]])))) <= room for count in (1, 2, 3)]
-    assert Guards.of(encoded, [""], names, tight).n_exact == sum(fitting) < len(names)
+    assert Guards.of(encoded, [""], names, replace(tight, gate=0.5)).n_exact == sum(fitting) < len(names)
+    assert Guards.of(encoded, [""], names, tight).n_exact == 0
+
+
+def test_with_a_gate_the_first_names_are_exact_and_the_adapter_damps_all(pipe):
+    """A gate keeps the others as they were; what stands for it without a gate needs the directions."""
+    others = [name for name in MANY if name not in ("cat", "dog")]
+    trainer = SepMETrainer(pipe, replace(CLOSED, gate=0.9, soft_guard_weight=1.0), ["watermark"], ["a house"], others)
+    bank = trainer.erase([CAT, DOG])
+    exact = [name for name in MANY if bank.guarantees[name].by == "null space"]
+    room = trainer.capacity([CAT])["cat"]
+    assert exact == others[: room.names_exact]
+    assert 10 < room.names_exact < 30
+    tokens = encode(pipe, exact)
+    assert float(leakage(bank["cat"].increment, tokens).max()) == 0
+    assert float(leakage(bank["cat"].adapter, tokens).max()) > 1e-3
+    assert bank["cat"].metrics["adapter_leakage"] > 1e-3
 
 
 def test_damping_is_announced(pipe, caplog):
