@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from sepme_diffusers.bank.bank import ConceptBank
+from sepme_diffusers.bank.entry import Entry
+from sepme_diffusers.bank.guard_sets import GuardSet
 from sepme_diffusers.evaluation.probes import Kind
+from sepme_diffusers.increment.increment import Increment
 from sepme_diffusers.making.kinds.wording import described
 from sepme_diffusers.making.regular import lexicon_of, regular_prompts
 from sepme_diffusers.making.trainer import SepMETrainer
@@ -48,9 +51,19 @@ def erase_names(
 
 
 def without_gates(bank: ConceptBank) -> ConceptBank:
-    """Put what adapters do in the place of increments that have a gate: each was solved once more for that."""
-    adapters = [(entry, entry.adapter) for entry in bank.values() if entry.adapter is not None]
-    return bank.with_entries(replace(entry, increment=own, adapter=None) for entry, own in adapters)
+    """Put what adapters do in the place of increments that have a gate: each was solved once more for that.
+
+    Of names they promise what was measured, for not all that a gated increment keeps exactly is exact without a gate.
+    """
+
+    def linear(entry: Entry, own: Increment) -> Entry:
+        exact = tuple(prompt for prompt in entry.guard_set if prompt in GUARDS)
+        guards = GuardSet(exact, tuple(prompt for prompt in entry.guard_set if prompt not in GUARDS))
+        leak = entry.metrics["adapter_leakage"]
+        metrics = {**entry.metrics, "leakage": leak, "leakage_of": {}, "leakage_rest": leak}
+        return replace(entry, increment=own, adapter=None, guard_set=guards, metrics=metrics)
+
+    return bank.with_entries(linear(entry, entry.adapter) for entry in bank.values() if entry.adapter is not None)
 
 
 def concepts_of(pipe: Any, kind: Kind, names: Sequence[str]) -> list[Concept]:
