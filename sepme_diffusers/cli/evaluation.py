@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,8 +151,7 @@ def names(
         from sepme_diffusers.evaluation.protocols import names as protocol
         from sepme_diffusers.evaluation.report import bars_table
 
-        if unknown := [described for described in only or () if described not in protocol.EVERY]:
-            raise typer.BadParameter(f"unknown: {unknown}; there are {list(protocol.EVERY)}")
+        _refuse_unknown(only, protocol.EVERY, "descriptions")
         runner = protocol.NamesRunner(built_in(), seed, each, steps)
         kinds: tuple[Kind, ...] = ("styles", "objects")
         results = []
@@ -205,8 +204,7 @@ def variants(
         from sepme_diffusers.evaluation.protocols.variants import VARIANTS, VariantMaker, make
         from sepme_diffusers.evaluation.report import bars_table
 
-        if unknown := [name for name in only or () if name not in VARIANTS]:
-            raise typer.BadParameter(f"unknown variants {unknown}; there are {list(VARIANTS)}")
+        _refuse_unknown(only, VARIANTS, "variants")
         pipe = built_in()
         runner = variant_runner.VariantRunner(pipe, seed, pictures, steps)
         maker = VariantMaker(pipe, lambda step: advance(f"{step.concept}: step {step.step}", 0))
@@ -244,8 +242,7 @@ def ablations(
         from sepme_diffusers.evaluation.protocols import ablations as protocol
         from sepme_diffusers.evaluation.protocols.variant_runner import VariantRunner
 
-        if unknown := [name for name in only or () if name not in protocol.ABLATIONS]:
-            raise typer.BadParameter(f"unknown ablations {unknown}; there are {list(protocol.ABLATIONS)}")
+        _refuse_unknown(only, protocol.ABLATIONS, "ablations")
         pipe = built_in()
         runner = VariantRunner(pipe, seed, pictures, steps)
         ablator = protocol.Ablator(pipe, runner, lambda step: advance(f"{step.concept}: step {step.step}", 0))
@@ -278,23 +275,30 @@ def paper(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: the GPU, if there is one.")] = None,
 ) -> None:
     """Play the paper's scenes on any base, with the concepts, prompts, seeds and settings of a file."""
-    with _progress(None) as advance, refusals():
+    with _progress(None, "the base model") as advance, refusals():
         from sepme_diffusers import pocket
         from sepme_diffusers.evaluation.preview.judges import find_judge
-        from sepme_diffusers.evaluation.protocols import paper_run as protocol
+        from sepme_diffusers.evaluation.protocols import paper_runner
+        from sepme_diffusers.evaluation.protocols.paper_run import PaperRun
 
-        asked = protocol.PaperRun.load(run).changed(seeds, pictures, scene or (), set_ or ())
+        asked = PaperRun.load(run).changed(seeds, pictures, scene or (), set_ or ())
         cases, chosen = asked.cases(run.parent), find_judge(judge)
         pipe = load_base(base or str(pocket.path()), device, dtype)
-        runner = protocol.PaperRunner(pipe, asked, cases, chosen, lambda doing: advance(doing, 0))
+        runner = paper_runner.PaperRunner(pipe, asked, cases, chosen, lambda doing: advance(doing, 0))
         tables = []
         for name in asked.scenes:
-            tables.append(protocol.table(asked, name, runner.play(name)))
+            tables.append(paper_runner.table(asked, name, runner.play(name)))
             advance(f"scene {name}", 1)
-            _write(output, run.stem, asked.title, *tables)
+            _write(output, run.stem, asked.title, *tables, note=asked.note(base, chosen.name))
     for each in tables:
         console.print(as_rich(each))
     console.print(f"Wrote {output}", soft_wrap=True)
+
+
+def _refuse_unknown(only: Iterable[str] | None, known: Iterable[str], what: str) -> None:
+    """Check that what was asked for is there, before anything is measured."""
+    if unknown := [name for name in only or () if name not in known]:
+        raise typer.BadParameter(f"unknown {what} {unknown}; there are {list(known)}")
 
 
 def _page(title: str, *tables: Table) -> str:
@@ -321,15 +325,16 @@ def _chosen(only: list[str]) -> dict[Kind, list[str]]:
 
 
 @contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[str, int], None]]:
+def _progress(total: int | None, loading: str = "the built-in model") -> Iterator[Callable[[str, int], None]]:
     """Show progress while the block runs. It calls what this gives with what is done now, and the parts just finished.
 
     Args:
         total: Parts of the work, if that is known.
+        loading: What is loaded first.
     """
     if find_spec("torchmetrics") is None:
         raise typer.BadParameter("sepme eval needs torchmetrics: pip install 'sepme-diffusers[eval]'")
-    announce_loading("the built-in model")
+    announce_loading(loading)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=total)
@@ -344,10 +349,12 @@ def _finish(output: Path, name: str, title: str, *tables: Table) -> None:
     console.print(f"Wrote {output}", soft_wrap=True)
 
 
-def _write(output: Path, name: str, title: str, *tables: Table, picture: Image.Image | None = None) -> None:
-    """Write tables as a page, as plain values, and with the page's picture if it has one."""
+def _write(
+    output: Path, name: str, title: str, *tables: Table, picture: Image.Image | None = None, note: str = _NOTE
+) -> None:
+    """Write tables as a page that begins with a note, as plain values, and with the page's picture if it has one."""
     from sepme_diffusers.evaluation import report
 
     rows = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
-    page = report.markdown(title, _NOTE, tables, "" if picture is None else f"{name}.png")
+    page = report.markdown(title, note, tables, "" if picture is None else f"{name}.png")
     report.save(output, name, page, rows, picture)

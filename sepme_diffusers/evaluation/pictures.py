@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ def generate(
     steps: int = 20,
     guidance_scale: float = 4.0,
     batch_size: int = 16,
-    erased: Sequence[Any] | None = None,
+    erased: Sequence[Sequence[str]] | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per prompt, each from noise of its own that does not depend on the batch.
 
@@ -41,15 +41,14 @@ def generate(
         steps: Denoising steps per picture.
         guidance_scale: Of classifier-free guidance.
         batch_size: Pictures per call.
-        erased: For these pictures alone: concepts, or a set of them for each prompt. Default: what is erased now.
+        erased: What is erased for each picture. Default: what is erased now.
     """
-    each = bool(erased) and not isinstance(cast("Sequence[Any]", erased)[0], str)
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seeds[start + i]) for i in range(len(batch))]
-        chosen = {} if erased is None else {"erased": erased[start : start + batch_size] if each else erased}
+        chosen = {} if erased is None else {"erased": erased[start : start + batch_size]}
         output = pipe(batch, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, **chosen)
         pictures += output.images
     return pictures

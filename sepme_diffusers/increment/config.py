@@ -66,7 +66,8 @@ class SepMEConfig:
         ridge: What the norm of a closed-form increment costs, relative to the embedding's mean square.
         guard_tolerance: A direction belongs to the guard if its singular value exceeds this share of the largest.
         reserve: The share of the embedding's dimensions that guards must leave free. Where the names of the other
-            concepts would take more, they are damped, not exact; your own guards are always exact.
+            concepts would take more, the first ones that fit are exact with a gate, none without; the rest is damped.
+            Your own guards are always exact.
         name_weight: What moving a damped name costs, relative to moving the concept's own prompts.
         seed: Decides the pictures, the noise and the timesteps.
 

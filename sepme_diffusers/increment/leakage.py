@@ -15,9 +15,9 @@ from sepme_diffusers.increment.increment import Increment
 _EXACT = 1e-5
 # A reading this close below the gate may open it where embeddings are rounded in another way.
 _MARGIN = 0.1
-_Gate = TypeVar("_Gate", float, Tensor)
 MOST_LISTED = 10
 """How many of the damped guards that leak are named."""
+_Gate = TypeVar("_Gate", float, Tensor)
 
 
 def output_norms(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

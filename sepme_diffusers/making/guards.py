@@ -38,7 +38,7 @@ class Capacity:
         dimensions: d, the width of the text embedding.
         dimensions_left: How many of these an increment of the concept may use.
         dimensions_taken: How many its name takes from every other increment that guards it exactly.
-        names: The names of all concepts.
+        names: How many names there are, of all concepts.
         names_exact: How many of them are guarded exactly, at every door. The others are damped.
         reach: ‖E P‖ / ‖E‖, the share of the concept's embedding that an increment can touch.
         leakage: The largest share by which its closed-form increment moves another name, see `increment.leakage`.

@@ -128,9 +128,9 @@ class SepMETrainer:
         """Return the bank with an increment for each concept; its other increments are not touched.
 
         An increment leaves the guard prompts exactly as they were, and so the names of all other concepts, of the bank
-        and of this call. Where not all names fit (see `capacity`) the first ones are exact: `others`, then the bank's
-        concepts, then these, and what the bank always erases at last. The rest is damped, and what leaks of it is in
-        the entry's metrics.
+        and of this call. Where not all names fit (see `capacity`) an increment with a gate keeps the first ones
+        exactly: `others`, then the bank's concepts, then these, and what the bank always erases at last. The rest is
+        damped, without a gate all of them are, and what leaks is in the entry's metrics.
 
         Args:
             concepts: Concepts, or names of one kind.
@@ -228,7 +228,7 @@ class SepMETrainer:
             if self._weights:
                 refuse_other_weights(bank, self._weights)
             refuse_other_text(self.pipe, [bank])
-        # Those that are most likely to be drawn come first: only for as many as fit, guards are exact.
+        # Those that are most likely to be drawn come first: guards are exact for as many as fit.
         order = (*self.others, *(name for name in bank if name not in bank.always), *(c.name for c in given), *bank)
         names = tuple(dict.fromkeys(order))
         owners = {bare(name): name for name in names}

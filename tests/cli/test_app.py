@@ -1,6 +1,7 @@
 """The command line: help, version, bad options, benchmarks, exports and the demonstration."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from sepme_diffusers import pocket
 from sepme_diffusers.cli.app import app
 from sepme_diffusers.evaluation.bench import registry
 from sepme_diffusers.evaluation.bench.measure import Figure, Measure
-from sepme_diffusers.evaluation.protocols import demo as demonstration
 
 
 def test_help_names_the_commands():
@@ -143,7 +143,8 @@ def test_export_refuses_in_one_sentence(tmp_path):
 def shown(tmp_path_factory) -> tuple[str, str, Path]:
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "sepme_diffusers.cli", "demo", "--output", str(folder), "--objects", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wide = os.environ | {"COLUMNS": "160"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=wide)
     first = process.stdout.readline()
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -159,20 +160,9 @@ def test_demo_erases_guards_and_restores(shown):
     numbers = {name: [float(cell) for cell in cells if cell.strip()] for name, cells in row.items()}
     original, erased, _ = numbers["erased: style ACC %"]
     assert original >= 85
-    assert erased <= 25
-    assert numbers["restored: style ACC %"][-1] == original
-    assert max(numbers["guarded: max, /255"]) <= 2
-    assert numbers["restored: max, /255"][-1] == 0
+    assert erased <= 10
+    assert min(numbers["restored: style ACC %"]) >= 85
+    assert max(numbers["guarded: max, /255"]) == 0
+    assert max(numbers["restored: max, /255"]) == 0
     assert (folder / "grid.png").stat().st_size > 10_000
-    assert re.search(r"neon: \d+ steps of the paper", (folder / "report.html").read_text("utf-8"))
-
-
-@pytest.mark.slow
-def test_live_erasures_join_the_shipped_bank(pocket_pipe):
-    bank, seconds = demonstration.erase_live(pocket_pipe)
-    assert set(seconds) == {"neon", "halftone"}
-    shipped = pocket.bank("styles")
-    assert set(bank) == set(shipped)
-    assert (bank["neon"].config.solver, bank["halftone"].config.solver) == ("train", "closed_form")
-    assert set(bank["neon"].guards) == set(shipped["neon"].guards)
-    assert bank["neon"].metrics["stopped_by_rule"]
+    assert "Six increments made from their names" in (folder / "report.html").read_text("utf-8")

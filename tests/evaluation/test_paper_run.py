@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from sepme_diffusers.cli.app import app
 from sepme_diffusers.evaluation.preview.judges import PocketJudge
-from sepme_diffusers.evaluation.protocols.paper_run import PaperRun, PaperRunner, table
+from sepme_diffusers.evaluation.protocols.paper_run import PaperRun
+from sepme_diffusers.evaluation.protocols.paper_runner import PaperRunner, table
 from sepme_diffusers.evaluation.protocols.scene_list import SCENES
 from small import random_pipeline
 
@@ -53,8 +54,8 @@ def test_a_joining_scene_restores_to_the_bit_what_is_guarded(small_run):
     assert "restored ACC %" not in first
     assert first["erased equal to the bit %"] == 0
     assert all(figures["restored equal to the bit %"] == 100 for figures in later)
-    assert all(moment.figures["regular equal to the bit %"] == 100 for moment in moments)
-    assert all(moment.figures["regular distance"] == 0 for moment in moments)
+    # Nothing guards c6 to c8, as in the paper.
+    assert all(moment.figures["regular equal to the bit %"] < 100 for moment in moments)
     # c0, the first name, is erased at the first moment: one picture of three is told right.
     assert first["erased ACC %"] == pytest.approx(100 / 3)
     shown = table(replace(small_run, published={"3-decoupled": [{"erased ACC %": 22.5}]}), "3-decoupled", moments)

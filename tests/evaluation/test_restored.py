@@ -39,9 +39,10 @@ def test_prompts_that_name_what_is_erased_are_left_out(pocket_pipe):
     bank = pocket.bank("objects").subset(["cat", "fox", "bus"])
     runner = RestoredRunner(pocket_pipe, "objects", each=30, pictures=1, seed=1, steps=1)
     for name in bank:
-        prompts = runner.probe(bank, name).prompts
+        others = [other for other in bank if other != name]
+        prompts = runner.prompts(name, others)
         assert 20 < len(prompts) < 31
-        assert not any(mentions(prompt, [other for other in bank if other != name]) for prompt in prompts)
+        assert not any(mentions(prompt, others) for prompt in prompts)
 
 
 def test_a_prompt_with_an_erased_and_a_restored_concept_follows_the_erased_one_alone(pocket_pipe, styles):

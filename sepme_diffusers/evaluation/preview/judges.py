@@ -19,6 +19,8 @@ BUILT_IN = "pocket"
 """The name of the built-in judge."""
 # What a picture of the blank prompt is called: CLIP reads nothing in no text.
 _ANYTHING = "a picture"
+# How many pictures CLIP looks at together.
+_AT_A_TIME = 32
 
 
 class Judge(Protocol):
@@ -101,10 +103,12 @@ class ClipJudge:
     @torch.no_grad()
     def likeliest(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
         """Return the name that CLIP finds nearest to each picture, see `Judge`."""
-        inputs = self.processor(
-            text=list(names), images=list(pictures), return_tensors="pt", padding=True, truncation=True
-        )
-        return [names[index] for index in self.model(**inputs).logits_per_image.argmax(dim=1).tolist()]
+        nearest: list[int] = []
+        for start in range(0, len(pictures), _AT_A_TIME):
+            part = list(pictures[start : start + _AT_A_TIME])
+            inputs = self.processor(text=list(names), images=part, return_tensors="pt", padding=True, truncation=True)
+            nearest += self.model(**inputs).logits_per_image.argmax(dim=1).tolist()
+        return [names[index] for index in nearest]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Choice:
 
 
 def _trained(setting: str, values: Sequence[float]) -> dict[str, Choice]:
-    return {f"{value:g}": Choice({"solver": "train", setting: value}) for value in values}
+    """Choices of a training's setting, left as the stop rule leaves it: scaled to zero they would be more alike."""
+    return {f"{value:g}": Choice({"solver": "train", "rescale": False, setting: value}) for value in values}
 
 
 # To add an ablation, list it here: {what is varied: {value: how the increments are made}}.

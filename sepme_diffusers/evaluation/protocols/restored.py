@@ -9,7 +9,7 @@ from typing import Any
 
 from sepme_diffusers.bank.bank import ConceptBank
 from sepme_diffusers.evaluation.pictures import generate
-from sepme_diffusers.evaluation.probes import PARAPHRASES, WORDINGS, Kind, Probe, probe
+from sepme_diffusers.evaluation.probes import PARAPHRASES, WORDINGS, Kind, probe
 from sepme_diffusers.evaluation.report import Bar, Table
 from sepme_diffusers.pocket import vocabulary as words
 from sepme_diffusers.text.spelling import mentions
@@ -70,9 +70,8 @@ class RestoredRunner:
         self.pipe.load_sepme(bank)
         try:
             for name in bank:
-                prompts = self.probe(bank, name).prompts
                 others = [other for other in bank if other != name]
-                for found in self.pipe.explain(prompts, concepts=others, limit=len(others)).prompts:
+                for found in self.pipe.explain(self.prompts(name, others), concepts=others, limit=len(others)).prompts:
                     acting = [reading.concept for reading in found.concepts if reading.acts]
                     movers.update(f"{name} moved by {other}" for other in acting)
                     read.append((name, found.prompt, not acting))
@@ -83,20 +82,21 @@ class RestoredRunner:
         unmoved = sum(still for _, _, still in read)
         return Restored(self.kind, len(bank), len(read), unmoved, dict(movers), len(drawn), as_read)
 
-    def probe(self, bank: ConceptBank, name: str) -> Probe:
+    def prompts(self, name: str, others: Sequence[str]) -> list[str]:
         """Write prompts for a concept: held-out templates, paraphrases, and wordings of no kind.
 
-        Prompts that name another concept of the bank are left out: that one is erased, and should act.
+        Args:
+            name: The concept.
+            others: What is erased. Prompts that name one of these are left out, for there it should act.
         """
         templates = (*words.HELD_OUT_TEMPLATES, *PARAPHRASES, *WORDINGS[self.kind])
         asked = probe(self.kind, name, self.each, self.seed, templates)
-        others = [other for other in bank if other != name]
-        return Probe(tuple(prompt for prompt in asked.prompts if not mentions(prompt, others)))
+        return [prompt for prompt in asked.prompts if not mentions(prompt, others)]
 
     def _as_read(self, bank: ConceptBank, chosen: Sequence[tuple[str, str, bool]]) -> Iterator[bool]:
         """Tell for each prompt whether its picture is the original's exactly where the embedding is unmoved."""
         prompts = [prompt for _, prompt, _ in chosen]
-        before = generate(self.pipe, prompts, self.seed, self.steps, erased=[])
+        before = generate(self.pipe, prompts, self.seed, self.steps, erased=[[]] * len(prompts))
         sets = [[other for other in bank if other != name] for name, _, _ in chosen]
         after = generate(self.pipe, prompts, self.seed, self.steps, erased=sets)
         for (_, _, still), one, other in zip(chosen, before, after, strict=True):
